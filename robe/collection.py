@@ -1,0 +1,158 @@
+"""RobeEmbeddingBagCollection: all embedding tables of a recommender on one array, read in one operator call."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from robe.array import RobeArray, RobeTables, count_weights, resolve_array
+from robe.hashing import table_key
+from robe.ops import MODES
+
+
+@dataclass
+class EmbeddingBagConfig:
+    """One table, in torchrec's terms.
+
+    Attributes:
+        name: of the table, unique in its collection.
+        num_embeddings: rows; None: any int64 id is legal.
+        embedding_dim: D.
+        feature_names: the features that read this table; empty: one, of the table's name.
+        pooling: "sum", "mean" or "max" over the ids of a bag.
+    """
+
+    name: str
+    num_embeddings: int | None
+    embedding_dim: int
+    feature_names: list[str] = field(default_factory=list)
+    pooling: str = "sum"
+
+
+class RobeEmbeddingBagCollection(RobeTables):
+    """The embedding tables of a recommender, all virtual, on one array.
+
+    F features, B examples, D = embedding_dim. Features come in the order of ``feature_names``: table by table.
+
+    Args:
+        tables: their configs; all of one embedding_dim and one pooling. Table k has table_id k in the hash.
+        array, robe_size, compression: exactly one, as in RobeEmbedding; compression is that of all tables together, and
+            where the collection's own array has room for every weight the mapping is the identity.
+        block_size, sign, hash: as in RobeEmbedding.
+        seed, init_std, dtype, device: of an array of the collection's own; see RobeArray.
+
+    Raises:
+        ValueError: an argument out of range; a name used twice; tables of different embedding_dim or pooling.
+    """
+
+    def __init__(
+        self,
+        tables: Sequence[EmbeddingBagConfig],
+        *,
+        array: RobeArray | None = None,
+        robe_size: int | None = None,
+        compression: float | None = None,
+        block_size: int | None = None,
+        sign: bool = False,
+        hash: str = "mix",
+        seed: int | None = None,
+        init_std: float | None = None,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        tables = list(tables)
+        _check_configs(tables)
+        embedding_dim = tables[0].embedding_dim
+        rows = [table.num_embeddings for table in tables]
+        if hash != "mix" and None in rows:
+            raise ValueError(f"hash={hash!r}: lays tables one behind the other, so every table needs num_embeddings")
+        array, hash = resolve_array(
+            array,
+            robe_size,
+            compression,
+            table_weights=count_weights(rows, embedding_dim),
+            hash=hash,
+            seed=seed,
+            init_std=init_std,
+            dtype=dtype,
+            device=device,
+        )
+        table_of_feature = [k for k, table in enumerate(tables) for _ in (table.feature_names or [table.name])]
+        first_row = [sum(n or 0 for n in rows[:k]) for k in range(len(tables))]
+        self._lay_out(
+            array,
+            keys=[
+                {"mix": table_key(array.seed, k), "identity": first_row[k] * embedding_dim}.get(hash, first_row[k])
+                for k in table_of_feature
+            ],
+            num_embeddings=[rows[k] for k in table_of_feature],
+            embedding_dim=embedding_dim,
+            block_size=block_size,
+            sign=sign,
+            hash=hash,
+        )
+        self.tables = tables
+        self.feature_names = [name for table in tables for name in (table.feature_names or [table.name])]
+        self.pooling = tables[0].pooling
+
+    def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
+        """The embeddings of a batch.
+
+        Args:
+            input: ids, int32 or int64: (B, F), one per feature; or with offsets the values of all bags (n,), features
+                major: first the bags of feature 0, example by example.
+            offsets: (F * B + 1,), where each bag begins and the last one ends (KeyedJaggedTensor's offsets).
+            per_sample_weights: (n,) factors of the rows, dtype of the array; with offsets and pooling "sum" only.
+
+        Returns:
+            (B, F, D) in the array's dtype.
+
+        Raises:
+            ValueError: shapes, types or offsets that do not fit.
+            IndexError: an id outside its table.
+        """
+        if offsets is None:
+            if per_sample_weights is not None:
+                raise ValueError("per_sample_weights: expected with offsets; (B, F) input has one id per feature")
+            return torch.ops.robe.lookup(self.array.weight, input, *self._tables())
+        return torch.ops.robe.bag(self.array.weight, input, offsets, per_sample_weights, self.pooling, *self._tables())
+
+    def full_weight(self, feature: str) -> Tensor:
+        """The virtual table of a feature, (num_embeddings, D). For tests and small tables.
+
+        Raises:
+            ValueError: no such feature, or its table is unbounded.
+        """
+        if feature not in self.feature_names:
+            raise ValueError(f"feature: expected one of {', '.join(self.feature_names)}, got {feature!r}")
+        return self._feature_rows(self.feature_names.index(feature))
+
+    def extra_repr(self) -> str:
+        return (
+            f"{len(self.tables)} tables, {len(self.feature_names)} features, embedding_dim={self.embedding_dim}, "
+            f"block_size={self.block_size}, hash={self.hash!r}, pooling={self.pooling!r}" + ", sign=True" * self.sign
+        )
+
+
+def _check_configs(tables: list[EmbeddingBagConfig]) -> None:
+    if not tables:
+        raise ValueError("tables: expected at least one EmbeddingBagConfig")
+    for what, names in (
+        ("table", [table.name for table in tables]),
+        ("feature", [name for table in tables for name in (table.feature_names or [table.name])]),
+    ):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"tables: {what} names must be unique, {twice[0]!r} is there twice")
+    for option in ("embedding_dim", "pooling"):
+        for table in tables:
+            expected, got = getattr(tables[0], option), getattr(table, option)
+            if got != expected:
+                raise ValueError(
+                    f"tables: all tables of a collection need the same {option}; {tables[0].name!r} has {expected!r}, "
+                    f"{table.name!r} has {got!r}: make one collection for each and share the array"
+                )
+    if tables[0].pooling not in MODES:
+        raise ValueError(f"pooling: expected one of {', '.join(MODES)}, got {tables[0].pooling!r}")

@@ -1,0 +1,205 @@
+"""RobeEmbedding and RobeEmbeddingBag: nn.Embedding and nn.EmbeddingBag on a shared array."""
+
+import torch
+from torch import Tensor
+
+from robe.array import RobeArray, RobeTables, count_weights, resolve_array
+from robe.hashing import table_key
+from robe.ops import MODES
+
+
+class _RobeTable(RobeTables):
+    """One virtual table: the arguments that RobeEmbedding and RobeEmbeddingBag have in common."""
+
+    def __init__(
+        self,
+        num_embeddings: int | None,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        *,
+        array: RobeArray | None = None,
+        robe_size: int | None = None,
+        compression: float | None = None,
+        block_size: int | None = None,
+        table_id: int = 0,
+        sign: bool = False,
+        hash: str = "mix",
+        first_row: int = 0,
+        seed: int | None = None,
+        init_std: float | None = None,
+        max_norm: float | None = None,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        _refuse(max_norm, scale_grad_by_freq, sparse)
+        if padding_idx is not None and num_embeddings is not None:
+            if not -num_embeddings <= padding_idx < num_embeddings:
+                raise ValueError(f"padding_idx: expected to lie within {num_embeddings} rows, got {padding_idx}")
+            padding_idx %= num_embeddings
+        table_weights = count_weights([num_embeddings], embedding_dim)
+        array, hash = resolve_array(
+            array,
+            robe_size,
+            compression,
+            table_weights=table_weights,
+            hash=hash,
+            seed=seed,
+            init_std=init_std,
+            dtype=dtype,
+            device=device,
+        )
+        key = {"mix": table_key(array.seed, table_id), "identity": first_row * embedding_dim}.get(hash, first_row)
+        self._lay_out(
+            array,
+            keys=[key],
+            num_embeddings=[num_embeddings],
+            embedding_dim=embedding_dim,
+            block_size=block_size,
+            sign=sign,
+            hash=hash,
+        )
+        self.num_embeddings, self.padding_idx = num_embeddings, padding_idx
+        self.table_id, self.first_row = table_id, first_row
+
+    def full_weight(self) -> Tensor:
+        """The virtual table, (num_embeddings, embedding_dim): what ``weight`` is in torch. For tests and small tables.
+
+        Raises:
+            ValueError: num_embeddings is None.
+        """
+        return self._feature_rows(0, self.padding_idx)
+
+    def extra_repr(self) -> str:
+        parts = [f"{self.num_embeddings}, {self.embedding_dim}, block_size={self.block_size}, hash={self.hash!r}"]
+        parts += [f"table_id={self.table_id}"] if self.hash == "mix" else [f"first_row={self.first_row}"]
+        parts += ["sign=True"] * self.sign
+        parts += [] if self.padding_idx is None else [f"padding_idx={self.padding_idx}"]
+        return ", ".join(parts)
+
+
+def _refuse(max_norm, scale_grad_by_freq, sparse) -> None:
+    """torch's options that have no meaning on shared weights, each with what to do instead."""
+    if max_norm is not None:
+        raise ValueError(
+            "max_norm: rows share weights, so one can't be rescaled alone; use weight decay or clip gradients"
+        )
+    if scale_grad_by_freq:
+        raise ValueError("scale_grad_by_freq: not supported; weight the samples by id frequency in the loss instead")
+    if sparse:
+        raise ValueError("sparse: the gradient of the array is dense; the array is small, so leave sparse=False")
+
+
+class RobeEmbedding(_RobeTable):
+    """nn.Embedding whose table is virtual: its rows are read from a small shared array.
+
+    Args:
+        num_embeddings: rows of the table; an id outside raises IndexError. None: any int64 id is legal.
+        embedding_dim: d.
+        padding_idx: the id that reads zeros and takes no gradient.
+        array: the RobeArray to read from, shared with other layers; or instead
+        robe_size: number of weights of an array of the layer's own; or instead
+        compression: times the array of the layer's own is smaller than the table. Where that array has room for every
+            weight of the table, the mapping is the identity and the layer equals its torch counterpart exactly.
+        block_size: Z, consecutive weights read at one hashed offset; None: embedding_dim, one read per row. Above
+            embedding_dim, a block spans rows.
+        table_id: tells the tables of one array apart: layers with the same array and table_id read the same rows.
+        sign: multiply each block by a hashed +1 or -1.
+        hash: "mix"; "linear", the formula of the authors' code; "identity", every weight in a slot of its own.
+        first_row: rows of the tables before this one in the array; used by "linear" and "identity", which lay tables
+            one behind the other. ("identity" takes the tables before to be as wide as this one.)
+        seed, init_std, dtype, device: of an array of the layer's own; see RobeArray.
+
+    Raises:
+        ValueError: an argument out of range, or an option of nn.Embedding that shared weights can't have.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Rows of the virtual table.
+
+        Args:
+            input: ids, int32 or int64, any shape (...).
+
+        Returns:
+            (..., embedding_dim) in the array's dtype.
+
+        Raises:
+            IndexError: an id outside num_embeddings.
+        """
+        rows = torch.ops.robe.lookup(self.array.weight, input.reshape(-1, 1), *self._tables(self.padding_idx))
+        return rows.view(*input.shape, self.embedding_dim)
+
+
+class RobeEmbeddingBag(_RobeTable):
+    """nn.EmbeddingBag whose table is virtual: its rows are read from a small shared array.
+
+    Args:
+        num_embeddings: rows of the table; an id outside raises IndexError. None: any int64 id is legal.
+        embedding_dim: d.
+        mode: "sum", "mean" or "max" of the rows of a bag; an empty bag gives zeros.
+        padding_idx: the id that bags leave out.
+        include_last_offset: offsets have one more entry, the end of the last bag.
+        options: array, robe_size, compression, block_size, table_id, sign, hash, first_row, seed, init_std, device,
+            dtype, as in RobeEmbedding.
+
+    Raises:
+        ValueError: an argument out of range, or an option of nn.EmbeddingBag that shared weights can't have.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int | None,
+        embedding_dim: int,
+        *,
+        mode: str = "mean",
+        padding_idx: int | None = None,
+        include_last_offset: bool = False,
+        **options,
+    ):
+        super().__init__(num_embeddings, embedding_dim, padding_idx, **options)
+        if mode not in MODES:
+            raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
+        self.mode, self.include_last_offset = mode, include_last_offset
+
+    def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
+        """Pooled rows of the virtual table, one per bag.
+
+        Args:
+            input: ids, int32 or int64: (B, N), B bags of N ids; or (n,), cut into bags by offsets.
+            offsets: (B,) where each bag begins, first 0; (B + 1,) with the end of the last one if include_last_offset.
+                Only with (n,) input.
+            per_sample_weights: factors of the rows, shape of input, dtype of the array. Only with mode "sum".
+
+        Returns:
+            (B, embedding_dim) in the array's dtype.
+
+        Raises:
+            ValueError: shapes, types or offsets that do not fit.
+            IndexError: an id outside num_embeddings.
+        """
+        if per_sample_weights is not None and per_sample_weights.shape != input.shape:
+            raise ValueError(
+                f"per_sample_weights: expected the shape of input {tuple(input.shape)}, "
+                f"got {tuple(per_sample_weights.shape)}"
+            )
+        if input.dim() == 2:
+            if offsets is not None:
+                raise ValueError("offsets: expected None with 2-D input, whose rows are the bags")
+            bags, length = input.shape
+            offsets = torch.arange(bags + 1, device=input.device) * length
+            input = input.reshape(-1)
+            per_sample_weights = None if per_sample_weights is None else per_sample_weights.reshape(-1)
+        elif input.dim() != 1:
+            raise ValueError(f"input: expected 1-D with offsets, or 2-D, got shape {tuple(input.shape)}")
+        elif offsets is None or offsets.dim() != 1:
+            raise ValueError("offsets: expected a 1-D tensor with 1-D input")
+        elif not self.include_last_offset:
+            offsets = torch.cat([offsets, offsets.new_tensor([input.shape[0]])])
+        return torch.ops.robe.bag(
+            self.array.weight, input, offsets, per_sample_weights, self.mode, *self._tables(self.padding_idx)
+        ).squeeze(1)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, mode={self.mode!r}"
