@@ -3,9 +3,9 @@
     lookup(weight, ids (B, F)) -> (B, F, D)                   one id per feature
     bag(weight, values (n,), offsets (F*B + 1,)) -> (B, F, D)  a bag of ids per feature, pooled
 
-B examples, F features, D = embedding_dim, m = number of weights. Values are features major: feature f of example b is bag
-k = f * B + b, values[offsets[k] : offsets[k + 1]]. Both take, per feature, the table's hash key (``hashing.slots``) and its
-number of rows (0: unbounded), so that any number of tables costs one call.
+B examples, F features, D = embedding_dim, m = number of weights. Values are features major: feature f of example b is
+bag k = f * B + b, values[offsets[k] : offsets[k + 1]]. Both take, per feature, the table's hash key (``hashing.slots``)
+and its number of rows (0: unbounded), so that any number of tables costs one call.
 
 Autograd keeps ids and the weight, never an index: the backward operators hash again.
 """
@@ -240,13 +240,10 @@ def _bag_backward(grad, weight, values, offsets, per_sample_weights, mode, table
     return _scatter(grad_rows, slot, sign, weight), grad_weights
 
 
-for _name, _body in {
-    "lookup": _lookup,
-    "lookup_backward": _lookup_backward,
-    "bag": _bag,
-    "bag_backward": _bag_backward,
-}.items():
-    torch.library.impl(f"robe::{_name}", "CompositeExplicitAutograd", _body)
+torch.library.impl("robe::lookup", "CompositeExplicitAutograd", _lookup)
+torch.library.impl("robe::lookup_backward", "CompositeExplicitAutograd", _lookup_backward)
+torch.library.impl("robe::bag", "CompositeExplicitAutograd", _bag)
+torch.library.impl("robe::bag_backward", "CompositeExplicitAutograd", _bag_backward)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
