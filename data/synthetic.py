@@ -1,0 +1,234 @@
+"""Generated Criteo rows with a known answer: every row's true click probability, and so the best possible AUC.
+
+    python -m data.synthetic --rows 200000 --seed 0 --output rows.tsv        (.tsv or .tsv.gz)
+
+Columns have the cardinalities and about the missing shares of the Kaggle data. Ids follow a bounded Zipf law. A click
+is drawn from sigmoid(logit), where the logit is a sum of an effect per id, products of effects of pairs of features,
+and linear terms in the integers. All effects are hashed from the seed, so no table of them exists: ``Signal.logits``
+scores any rows of the file, read back by any reader, as the best possible model would.
+"""
+
+import argparse
+import gzip
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+from sklearn.metrics import roc_auc_score
+from tqdm import tqdm
+
+from data.formats import NUM_DENSE, NUM_SPARSE, transform_dense
+
+# Criteo Kaggle: distinct values per category, and roughly the share of rows in which a field is empty.
+CARDINALITIES = (
+    1460, 583, 10131227, 2202608, 305, 24, 12517, 633, 3, 93145, 5683, 8351593, 3194,
+    27, 14992, 5461306, 10, 5652, 2173, 4, 7046547, 18, 15, 286181, 105, 142572,
+)  # fmt: skip
+SPARSE_MISSING = (
+    0,
+    0,
+    0.03,
+    0.03,
+    0,
+    0.12,
+    0,
+    0,
+    0,
+    0,
+    0,
+    0.03,
+    0,
+    0,
+    0,
+    0.03,
+    0,
+    0,
+    0.44,
+    0.44,
+    0.03,
+    0.76,
+    0,
+    0.03,
+    0.44,
+    0.44,
+)
+DENSE_MISSING = (0.45, 0, 0.21, 0.22, 0.03, 0.22, 0.04, 0, 0.04, 0.45, 0.04, 0.77, 0.22)
+DENSE_SCALE = (1, 20, 6, 6, 3000, 40, 6, 10, 60, 0.5, 2, 0.5, 6)  # median of the integers that are there
+ZIPF_EXPONENT = 1.1
+POSITIVE_RATE = 0.2568
+
+# Scale of each part of the logit, set so that the best possible AUC lies near 0.8, as it seems to on the real data.
+_ID_EFFECT, _PAIR_EFFECT, _DENSE_EFFECT, _PAIRS = 0.4, 0.35, 0.1, 8
+# The effect of the id of rank r is scaled by 1 / sqrt(1 + r / _RANK_SCALE): in logs, too, rare ids say little.
+_RANK_SCALE = 100
+_ROWS_AT_A_TIME = 50_000
+
+
+def _permute32(x: np.ndarray) -> np.ndarray:
+    """A bijection on 32-bit values (Wellons' lowbias32), so that ids look hashed and never collide within a column."""
+    x = x.astype(np.uint32)
+    x ^= x >> np.uint32(16)
+    x *= np.uint32(0x7FEB352D)
+    x ^= x >> np.uint32(15)
+    x *= np.uint32(0x846CA68B)
+    return x ^ (x >> np.uint32(16))
+
+
+def _unpermute32(x: np.ndarray) -> np.ndarray:
+    x = x.astype(np.uint32)
+    x ^= x >> np.uint32(16)
+    x *= np.uint32(pow(0x846CA68B, -1, 1 << 32))
+    x ^= (x >> np.uint32(15)) ^ (x >> np.uint32(30))
+    x *= np.uint32(pow(0x7FEB352D, -1, 1 << 32))
+    return x ^ (x >> np.uint32(16))
+
+
+def _normal(key: int, x: np.ndarray) -> np.ndarray:
+    """A standard normal number for every integer x, always the same one for the same key: hash, then Box-Muller."""
+    z = x.astype(np.uint64) + np.uint64((key * 0x9E3779B97F4A7C15) % (1 << 64))
+    for shift, multiplier in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        z = (z ^ (z >> np.uint64(shift))) * np.uint64(multiplier)
+    z ^= z >> np.uint64(31)
+    first = ((z >> np.uint64(32)).astype(np.float64) + 0.5) / (1 << 32)
+    second = (z & np.uint64(0xFFFFFFFF)).astype(np.float64) / (1 << 32)
+    return np.sqrt(-2 * np.log(first)) * np.cos(2 * np.pi * second)
+
+
+def _column_offsets() -> np.ndarray:
+    """Where each column's ranks begin before the permutation: columns share no values, and none has 0, "missing"."""
+    return np.concatenate([[1], 1 + np.cumsum(CARDINALITIES)[:-1]]).astype(np.uint32)
+
+
+class Signal:
+    """The distribution of the rows and the planted signal.
+
+    Args:
+        seed: other seeds give other effects and other rows.
+    """
+
+    def __init__(self, seed: int = 0):
+        self.seed = seed
+        rng = np.random.default_rng([seed, 0])
+        self._dense_weights = rng.normal(0, _DENSE_EFFECT, NUM_DENSE)
+        self._pairs = rng.permutation(NUM_SPARSE)[: 2 * _PAIRS].reshape(_PAIRS, 2).tolist()
+        self._offset = 0.0
+        self._offset = self._calibrate()
+
+    def sample(self, rows: int, stream: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Draw rows; the same (seed, rows, stream) draws the same ones.
+
+        Returns:
+            integers (B, 13) int64, which of them are missing (B, 13) bool, ids (B, 26) int64 with 0 for missing, and
+            labels (B,) int64.
+        """
+        rng = np.random.default_rng([self.seed, 1, stream])
+        spread = rng.lognormal(0, 1.5, (rows, NUM_DENSE)) * DENSE_SCALE
+        integers = spread.astype(np.int64)
+        integers[:, 1] -= 3 * (rng.random(rows) < 0.1)  # the only column of the logs that goes below zero
+        missing = rng.random((rows, NUM_DENSE)) < DENSE_MISSING
+        # Inverse of the distribution function of a power law on [1, n + 1), rounded down.
+        power = 1 - ZIPF_EXPONENT
+        top = (np.array(CARDINALITIES) + 1.0) ** power
+        ranks = (1 + rng.random((rows, NUM_SPARSE)) * (top - 1)) ** (1 / power) - 1
+        ranks = np.minimum(ranks.astype(np.uint32), np.array(CARDINALITIES, dtype=np.uint32) - np.uint32(1))
+        ids = _permute32(ranks + _column_offsets()).astype(np.int64)
+        ids[rng.random((rows, NUM_SPARSE)) < SPARSE_MISSING] = 0
+        dense = transform_dense(np.where(missing, 0, integers))
+        labels = rng.random(rows) < 1 / (1 + np.exp(-self.logits(dense, ids)))
+        return integers, missing, ids, labels.astype(np.int64)
+
+    def logits(self, dense: np.ndarray, sparse: np.ndarray) -> np.ndarray:
+        """The true log-odds of rows as data.formats reads them: dense (B, 13), sparse (B, 26). Returns (B,) float64."""
+        ranks = (_unpermute32(sparse) - _column_offsets()).astype(np.float64)
+        damping = np.where(sparse == 0, 1, 1 / np.sqrt(1 + ranks / _RANK_SCALE))
+
+        def effects(column: int, kind: int) -> np.ndarray:
+            key = (self.seed * 2 + kind) * NUM_SPARSE + column + 1
+            return damping[:, column] * _normal(key, sparse[:, column])
+
+        total = self._offset + dense.astype(np.float64) @ self._dense_weights
+        for column in range(NUM_SPARSE):
+            total = total + _ID_EFFECT * effects(column, 0) / np.sqrt(2)
+        for first, second in self._pairs:
+            total = total + _PAIR_EFFECT * effects(first, 1) * effects(second, 1)
+        return total
+
+    def bayes_auc(self, rows: int = 500_000) -> float:
+        """The AUC of the true probabilities on freshly drawn rows: no model can be better, but for chance."""
+        scores, labels = [], []
+        for stream in range(-(-rows // _ROWS_AT_A_TIME)):
+            integers, missing, ids, clicks = self.sample(_ROWS_AT_A_TIME, -1 - stream & 0xFFFFFFFF)
+            scores.append(self.logits(transform_dense(np.where(missing, 0, integers)), ids))
+            labels.append(clicks)
+        return float(roc_auc_score(np.concatenate(labels), np.concatenate(scores)))
+
+    def _calibrate(self) -> float:
+        """The offset at which a pilot sample has the positive rate of the logs."""
+        integers, missing, ids, _ = self.sample(_ROWS_AT_A_TIME, 0xFFFFFFFF)
+        logits = self.logits(transform_dense(np.where(missing, 0, integers)), ids)
+        low, high = -20.0, 20.0
+        for _ in range(60):
+            middle = (low + high) / 2
+            rate = (1 / (1 + np.exp(-(logits + middle)))).mean()
+            low, high = (low, middle) if rate > POSITIVE_RATE else (middle, high)
+        return middle
+
+    def frames(self, rows: int, labelled: bool = True) -> Iterator[pl.DataFrame]:
+        """The rows as text columns, some at a time."""
+        for start in range(0, rows, _ROWS_AT_A_TIME):
+            integers, missing, ids, labels = self.sample(min(_ROWS_AT_A_TIME, rows - start), start // _ROWS_AT_A_TIME)
+            columns = {"label": pl.Series(labels)} if labelled else {}
+            for i in range(NUM_DENSE):
+                columns[f"int_{i}"] = pl.Series(integers[:, i]).set(pl.Series(missing[:, i]), None)
+            for i in range(NUM_SPARSE):
+                text = np.frombuffer(ids[:, i].astype(">u4").tobytes().hex().encode(), dtype="S8")
+                columns[f"cat_{i}"] = pl.Series(text.astype("U8")).set(pl.Series(ids[:, i] == 0), None)
+            yield pl.DataFrame(columns)
+
+
+def write(path: str | Path, rows: int, seed: int = 0, labelled: bool = True, progress: bool = False) -> Signal:
+    """Write a Criteo TSV, gzipped if the name ends in .gz. The file appears whole or not at all.
+
+    Returns:
+        the Signal that made it.
+    """
+    path = Path(path)
+    signal = Signal(seed)
+    part = path.with_name(path.name + ".part")
+    try:
+        with (
+            gzip.open(part, "wb", compresslevel=4) if path.suffix == ".gz" else open(part, "wb") as file,
+            tqdm(total=rows, unit="row", unit_scale=True, desc=path.name, disable=not progress) as bar,
+        ):
+            for frame in signal.frames(rows, labelled):
+                file.write(frame.write_csv(separator="\t", include_header=False).encode())
+                bar.update(frame.height)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    return signal
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Generate a Criteo TSV with a planted signal.")
+    parser.add_argument("--rows", type=int, default=200_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, required=True, help="a .tsv or .tsv.gz file")
+    arguments = parser.parse_args()
+    if arguments.rows < 1:
+        parser.error("--rows: expected at least 1")
+    try:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        signal = write(arguments.output, arguments.rows, arguments.seed, progress=True)
+    except OSError as error:
+        print(f"error: {error.filename or arguments.output}: {error.strerror}", file=sys.stderr)
+        return 2
+    print(f"{arguments.output}: {arguments.rows} rows, best possible AUC {signal.bayes_auc():.4f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

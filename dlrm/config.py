@@ -1,0 +1,177 @@
+"""The hyperparameters of a DLRM and of its training, with the presets of the benchmarks they come from."""
+
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+EMBEDDINGS = ("robe", "full", "hash")
+OPTIMIZERS = ("sgd", "adagrad", "adam")
+
+
+@dataclass(frozen=True)
+class DLRMConfig:
+    """A model: rebuilt from this alone, and saved with every checkpoint.
+
+    The weights of the full tables, sum(table_rows) * embedding_dim, are what ``compression`` refers to. "full" and
+    "hash" have a table per feature and read row ``id % rows``; "hash" has 1/compression of the rows in each (at least
+    one).
+    """
+
+    embedding_dim: int  # D; also the width of the bottom MLP's output, which takes part in the interaction
+    bottom_mlp: tuple[int, ...]  # widths after each layer
+    top_mlp: tuple[int, ...]  # likewise, the last one 1: the logit
+    table_rows: tuple[int, ...]  # rows of the full table of each categorical feature
+    num_dense: int = 13
+    embedding: str = "robe"  # "robe", "full" or "hash"
+    compression: float | None = 1000.0  # robe, hash: full weights over weights kept; None where robe_size says it
+    robe_size: int | None = None  # robe: number of weights in the array, instead of compression
+    block_size: int | None = None  # robe: Z; None: embedding_dim, one read per row
+    sign: bool = False  # robe: hashed signs
+    hash_seed: int = 0  # robe: seed of the hash
+    init_std: float | None = None  # robe: scale of the initial weights; None: RobeArray's default
+    vocabulary: bool = False  # full: rows belong to the ids of the training data, one more row a table to all others
+
+    def __post_init__(self):
+        _check(self.embedding in EMBEDDINGS, "embedding", f"one of {', '.join(EMBEDDINGS)}", self.embedding)
+        _check(self.embedding_dim >= 1, "embedding_dim", "at least 1", self.embedding_dim)
+        _check(self.num_dense >= 1, "num_dense", "at least 1", self.num_dense)
+        _check(
+            len(self.table_rows) >= 1 and min(self.table_rows) >= 1,
+            "table_rows",
+            "tables of 1 row or more",
+            self.table_rows,
+        )
+        _check(
+            len(self.bottom_mlp) >= 1 and self.bottom_mlp[-1] == self.embedding_dim,
+            "bottom_mlp",
+            f"widths that end with embedding_dim {self.embedding_dim}",
+            self.bottom_mlp,
+        )
+        _check(len(self.top_mlp) >= 1 and self.top_mlp[-1] == 1, "top_mlp", "widths that end with 1", self.top_mlp)
+        if self.embedding != "full":
+            sizes = (self.compression is not None) + (self.robe_size is not None)
+            _check(sizes == 1, "compression and robe_size", "exactly one of them", sizes or "neither")
+        _check(self.compression is None or self.compression > 0, "compression", "a positive number", self.compression)
+        _check(
+            self.embedding != "robe" or self.compression is None or self.compression > 1,
+            "compression",
+            "more than 1 (at 1 ROBE is the full tables: embedding='full')",
+            self.compression,
+        )
+        _check(self.robe_size is None or self.robe_size >= 1, "robe_size", "at least 1", self.robe_size)
+        _check(
+            self.embedding == "robe" or self.robe_size is None, "robe_size", "embedding='robe' with it", self.embedding
+        )
+        _check(
+            not self.vocabulary or self.embedding == "full", "vocabulary", "embedding='full' with it", self.embedding
+        )
+
+    @property
+    def full_floats(self) -> int:
+        """Weights in the full tables."""
+        return sum(self.table_rows) * self.embedding_dim
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "DLRMConfig":
+        """The inverse of to_dict, also after JSON.
+
+        Raises:
+            ValueError: unknown, missing or impossible values.
+        """
+        return _from_dict(cls, values)
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """A training run."""
+
+    batch_size: int
+    learning_rate: float
+    optimizer: str  # "sgd", "adagrad" or "adam"
+    epochs: int  # the evaluation with the best validation AUC is kept, so one too many does no harm
+    evaluations_per_epoch: int = 4
+    seed: int = 0  # of initial values and shuffling
+
+    def __post_init__(self):
+        _check(self.optimizer in OPTIMIZERS, "optimizer", f"one of {', '.join(OPTIMIZERS)}", self.optimizer)
+        _check(self.learning_rate > 0, "learning_rate", "a positive number", self.learning_rate)
+        for name in ("batch_size", "epochs", "evaluations_per_epoch"):
+            _check(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "TrainingConfig":
+        """The inverse of to_dict, also after JSON."""
+        return _from_dict(cls, values)
+
+
+def _check(holds: bool, name: str, expected: str, got: Any) -> None:
+    if not holds:
+        raise ValueError(f"{name}: expected {expected}, got {got}")
+
+
+def _from_dict(cls, values):
+    if not isinstance(values, dict):
+        raise ValueError(f"expected the fields of {cls.__name__}, got {values!r}")
+    known = {field.name for field in fields(cls)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise ValueError(f"{unknown[0]}: not a field of {cls.__name__}")
+    try:
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    except TypeError as error:
+        raise ValueError(f"{cls.__name__}: {error}") from None
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A model with the way it is trained."""
+
+    model: DLRMConfig
+    training: TrainingConfig
+
+
+# Criteo Kaggle: sizes of facebookresearch/dlrm's bench/dlrm_s_criteo_kaggle.sh, rows after its preprocessing. Trained
+# with Adam, which reaches a higher AUC than that script's SGD (lr 0.1, batch 128): see docs/accuracy.md.
+_KAGGLE = Preset(
+    DLRMConfig(
+        embedding_dim=16,
+        bottom_mlp=(512, 256, 64, 16),
+        top_mlp=(512, 256, 1),
+        table_rows=(
+            1460, 583, 10131227, 2202608, 305, 24, 12517, 633, 3, 93145, 5683, 8351593, 3194,
+            27, 14992, 5461306, 10, 5652, 2173, 4, 7046547, 18, 15, 286181, 105, 142572,
+        ),
+    ),
+    TrainingConfig(batch_size=512, learning_rate=1e-3, optimizer="adam", epochs=3),
+)  # fmt: skip
+
+# Criteo Terabyte: MLPerf Training's DLRM (v0.7 to v2.1), ids capped at 40 million rows a table.
+_TERABYTE = Preset(
+    DLRMConfig(
+        embedding_dim=128,
+        bottom_mlp=(512, 256, 128),
+        top_mlp=(1024, 1024, 512, 256, 1),
+        table_rows=(
+            39884406, 39043, 17289, 7420, 20263, 3, 7120, 1543, 63, 38532951, 2953546, 403346, 10,
+            2208, 11938, 155, 4, 976, 14, 39979771, 25641295, 39664984, 585935, 12972, 108, 36,
+        ),
+    ),
+    TrainingConfig(batch_size=2048, learning_rate=1.0, optimizer="sgd", epochs=1, evaluations_per_epoch=20),
+)  # fmt: skip
+
+PRESETS = {"kaggle": _KAGGLE, "terabyte": _TERABYTE}
+
+
+def preset(name: str, **changes: Any) -> Preset:
+    """A preset with some fields of its model changed.
+
+    Raises:
+        ValueError: unknown preset, or values that do not fit.
+    """
+    _check(name in PRESETS, "preset", f"one of {', '.join(PRESETS)}", name)
+    return replace(PRESETS[name], model=replace(PRESETS[name].model, **changes))

@@ -1,0 +1,105 @@
+"""The embeddings a DLRM can be given: ROBE, or the tables it is compared with.
+
+Each is a module with forward(sparse (B, F) int64) -> (B, F, D). ROBE's is robe.RobeEmbeddingBagCollection.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dlrm.config import DLRMConfig
+from robe import EmbeddingBagConfig, RobeEmbeddingBagCollection
+
+_ID_BITS = 32
+
+
+class Tables(nn.Module):
+    """A table per feature, one behind the other in one weight; row ``id % rows`` of each. Gradients are sparse.
+
+    Args:
+        table_rows: rows of each feature's table.
+        embedding_dim: D.
+
+    Attributes:
+        weight: (sum(table_rows), D), initially uniform within +-1/sqrt(rows) of a table, as in facebookresearch/dlrm.
+    """
+
+    table_rows: Tensor
+    first_rows: Tensor
+
+    def __init__(self, table_rows: Sequence[int], embedding_dim: int):
+        super().__init__()
+        rows = torch.tensor(table_rows)
+        self.register_buffer("table_rows", rows, persistent=False)
+        self.register_buffer("first_rows", rows.cumsum(0) - rows, persistent=False)
+        self.weight = nn.Parameter(torch.empty(sum(table_rows), embedding_dim))
+        with torch.no_grad():
+            for table in self.weight.split(list(table_rows)):
+                table.uniform_(-(len(table) ** -0.5), len(table) ** -0.5)
+
+    def rows(self, sparse: Tensor) -> Tensor:
+        """Each id's row in its table, (B, F)."""
+        return torch.remainder(sparse, self.table_rows)
+
+    def forward(self, sparse: Tensor) -> Tensor:
+        return functional.embedding(self.rows(sparse) + self.first_rows, self.weight, sparse=True)
+
+
+class VocabularyTables(Tables):
+    """Tables with a row for each id of the training data, and one more, the last, for all other ids.
+
+    Args:
+        table_rows: number of known ids of each feature, plus one.
+        embedding_dim: D.
+        vocabulary: the known ids of each feature, ascending, in [0, 2**32); None: to be loaded from a state_dict.
+    """
+
+    features: Tensor
+    keys: Tensor
+
+    def __init__(self, table_rows: Sequence[int], embedding_dim: int, vocabulary: Sequence[Tensor] | None):
+        super().__init__(table_rows, embedding_dim)
+        features = torch.arange(len(table_rows)) << _ID_BITS
+        if vocabulary is None:
+            keys = torch.zeros(sum(table_rows) - len(table_rows), dtype=torch.int64)
+        else:
+            keys = torch.cat([feature | ids for feature, ids in zip(features, vocabulary)])
+        self.register_buffer("features", features, persistent=False)
+        self.register_buffer("keys", keys)  # feature << 32 | id, ascending over all features
+
+    def rows(self, sparse: Tensor) -> Tensor:
+        keys = self.features | (sparse & ((1 << _ID_BITS) - 1))
+        place = torch.searchsorted(self.keys, keys)
+        known = self.keys[place.clamp(max=len(self.keys) - 1)] == keys
+        known &= sparse >> _ID_BITS == 0
+        before = self.first_rows - torch.arange(
+            len(self.table_rows), device=sparse.device
+        )  # known ids of earlier features
+        return torch.where(known, place - before, self.table_rows - 1)
+
+
+def build_embeddings(config: DLRMConfig, vocabulary: Sequence[Tensor] | None = None) -> nn.Module:
+    """The embeddings that a config asks for.
+
+    Args:
+        vocabulary: with config.vocabulary: the known ids of each feature, or None before loading a state_dict.
+    """
+    if config.embedding == "robe":
+        # Ids go in as they are: no dictionary, no modulo, so the tables have no end.
+        tables = [EmbeddingBagConfig(f"cat_{i}", None, config.embedding_dim) for i in range(len(config.table_rows))]
+        return RobeEmbeddingBagCollection(
+            tables,
+            robe_size=config.robe_size or int(config.full_floats / (config.compression or 1)),
+            block_size=config.block_size,
+            sign=config.sign,
+            seed=config.hash_seed,
+            init_std=config.init_std,
+        )
+    if config.embedding == "hash":
+        assert config.compression is not None
+        return Tables([max(1, round(rows / config.compression)) for rows in config.table_rows], config.embedding_dim)
+    if config.vocabulary:
+        return VocabularyTables(config.table_rows, config.embedding_dim, vocabulary)
+    return Tables(config.table_rows, config.embedding_dim)

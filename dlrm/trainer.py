@@ -1,0 +1,124 @@
+"""The training loop."""
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from tqdm import tqdm
+
+from dlrm.config import TrainingConfig
+from dlrm.embeddings import Tables
+
+_STEPS_A_LOOK = 20  # steps between readings of the loss; each reading waits for the device
+
+
+class TrainingError(RuntimeError):
+    """Training can't go on; what was kept so far is still good."""
+
+
+def make_optimizers(model: nn.Module, config: TrainingConfig) -> list[torch.optim.Optimizer]:
+    """The optimizers of a config. Tables have sparse gradients, for which Adam is a class of its own (SparseAdam)."""
+    tables = [p for module in model.modules() if isinstance(module, Tables) for p in module.parameters()]
+    rest = [p for p in model.parameters() if all(p is not table for table in tables)]
+    lr = config.learning_rate
+    if config.optimizer == "adam":
+        sparse: list[torch.optim.Optimizer] = [torch.optim.SparseAdam(tables, lr=lr)] if tables else []
+        return [torch.optim.Adam(rest, lr=lr), *sparse]
+    if config.optimizer == "adagrad":
+        return [torch.optim.Adagrad(rest + tables, lr=lr)]
+    return [torch.optim.SGD(rest + tables, lr=lr)]
+
+
+def train(
+    model: nn.Module,
+    config: TrainingConfig,
+    make_batches: Callable[[int], Iterable],
+    rows: int,
+    evaluate: Callable[[], dict[str, float]],
+    keep: Callable[[], None],
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Train, and keep the state with the best validation AUC.
+
+    Args:
+        model: (dense, sparse) -> logits.
+        make_batches: epoch -> its batches (dense, sparse, labels as data.formats.Batch), of config.batch_size rows.
+        rows: in an epoch.
+        evaluate: the validation scores of the model as it is now, with "auc".
+        keep: called when those are the best so far.
+
+    Returns:
+        history: the evaluations [{step, epoch, train_loss, auc, log_loss}], best: the best of them,
+        samples_per_second of the training alone, and train_seconds.
+
+    Raises:
+        TrainingError: the loss is NaN or infinite.
+    """
+    optimizers = make_optimizers(model, config)
+    steps = math.ceil(rows / config.batch_size)
+    evaluate_at = {
+        math.ceil(steps * k / config.evaluations_per_epoch) for k in range(1, config.evaluations_per_epoch + 1)
+    }
+    history: list[dict[str, float]] = []
+    best: dict[str, float] = {"auc": -1.0}
+    seconds, step = 0.0, 0
+    for epoch in range(config.epochs):
+        bar = tqdm(
+            total=rows, unit="row", unit_scale=True, desc=f"epoch {epoch + 1}/{config.epochs}", disable=not progress
+        )
+        running, shown = torch.zeros(()), {}
+        model.train()
+        start = time.perf_counter()
+        for step_of_epoch, batch in enumerate(make_batches(epoch), 1):
+            loss = train_step(model, optimizers, batch)
+            running += loss
+            step += 1
+            bar.update(len(batch.labels))
+            if step_of_epoch % _STEPS_A_LOOK == 0 or step_of_epoch in evaluate_at:
+                shown["loss"] = f"{loss.item():.4f}"
+                bar.set_postfix(shown)
+                if not math.isfinite(running.item()):
+                    raise TrainingError(
+                        f"the loss is {loss.item()} by step {step} (epoch {epoch + 1}); a lower learning rate than "
+                        f"{config.learning_rate} may help"
+                    )
+            if step_of_epoch not in evaluate_at:
+                continue
+            seconds += time.perf_counter() - start
+            scores = {
+                "step": step,
+                "epoch": epoch + step_of_epoch / steps,
+                "train_loss": running.item() / step_of_epoch,
+            }
+            scores |= {name: value for name, value in evaluate().items() if name in ("auc", "log_loss")}
+            history.append(scores)
+            shown["validation_auc"] = f"{scores['auc']:.4f}"
+            bar.set_postfix(shown)
+            if scores["auc"] > best["auc"]:
+                best = scores
+                keep()
+            model.train()
+            start = time.perf_counter()
+        bar.close()
+    return {
+        "history": history,
+        "best": best,
+        "samples_per_second": rows * config.epochs / seconds,
+        "train_seconds": seconds,
+    }
+
+
+def train_step(model: nn.Module, optimizers: list[torch.optim.Optimizer], batch) -> torch.Tensor:
+    """One step of gradient descent on the mean binary cross-entropy, which it returns, detached."""
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    logits = model(torch.from_numpy(batch.dense), torch.from_numpy(batch.sparse))
+    loss = functional.binary_cross_entropy_with_logits(logits, torch.from_numpy(batch.labels))
+    loss.backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    return loss.detach()

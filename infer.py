@@ -1,0 +1,86 @@
+"""Use a trained DLRM.
+
+    python infer.py predict --checkpoint runs/robe --data rows.tsv --output predictions.csv
+
+writes one click probability per row of the data, in its order, under the header "probability". Rows may be labelled
+(40 fields; then AUC and log loss are printed as well) or not (39).
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+from tqdm import tqdm
+
+from data.batches import in_background, rebatch
+from data.formats import CriteoTSV
+from dlrm import checkpoint
+from dlrm.metrics import predict, score
+from train import EVALUATION_BATCH, describe
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    command = commands.add_parser("predict", help="write click probabilities")
+    command.set_defaults(run=run_predict)
+    command.add_argument("--checkpoint", type=Path, required=True, metavar="DIR")
+    command.add_argument(
+        "--data", type=Path, required=True, help="Criteo TSV, with or without labels; plain, .gz or .xz"
+    )
+    command.add_argument("--output", type=Path, required=True, metavar="CSV")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse(arguments)
+    try:
+        args.run(args)
+    except (ValueError, OSError, MemoryError) as error:
+        print(f"error: {describe(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def run_predict(args: argparse.Namespace) -> None:
+    if args.output.is_dir():
+        raise ValueError(f"--output: {args.output} is a folder; expected the name of a file")
+    model = checkpoint.load(args.checkpoint)
+    source = CriteoTSV(args.data)
+    labels: list[np.ndarray] = []
+
+    def batches():
+        for batch in in_background(lambda: rebatch(source.read(), EVALUATION_BATCH)):
+            if source.labelled:
+                labels.append(batch.labels)
+            yield batch
+
+    # The file appears under its name once it is whole.
+    part = args.output.with_name(args.output.name + ".part")
+    probabilities: list[np.ndarray] = []
+    try:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as file, tqdm(unit="row", unit_scale=True, desc="predicting") as bar:
+            file.write(b"probability\n")
+            for values in predict(model, batches()):
+                pl.DataFrame({"probability": values}).write_csv(file, include_header=False)
+                probabilities.append(values)
+                bar.update(len(values))
+        os.replace(part, args.output)
+    finally:
+        part.unlink(missing_ok=True)
+    rows = sum(map(len, probabilities))
+    print(f"{args.output}: {rows:,} probabilities")
+    if source.labelled and len(np.unique(np.concatenate(labels))) == 2:
+        scores = score(np.concatenate(labels), np.concatenate(probabilities))
+        print(f"AUC {scores['auc']:.4f}, log loss {scores['log_loss']:.4f}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
