@@ -208,12 +208,17 @@ def require_memory(config: DLRMConfig, training: TrainingConfig) -> None:
     """Refuse embeddings that can't fit before they are allocated."""
     floats = config.robe_size or config.full_floats / (config.compression or 1)
     copies = {"sgd": 1, "adagrad": 2, "adam": 3}[training.optimizer] + (config.embedding == "robe")
-    needed, there = floats * 4 * copies, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    needed, there = floats * 4 * copies, physical_memory()
     if needed > there:
         raise MemoryError(
             f"the embeddings take {needed / 1e9:.1f} GB with their optimizer's state, this machine has "
             f"{there / 1e9:.1f} GB: compress them more, or with --embedding full try --table-rows data"
         )
+
+
+def physical_memory() -> float:
+    """Bytes."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 if __name__ == "__main__":

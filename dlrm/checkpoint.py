@@ -27,7 +27,10 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 def _replace(path: Path, write) -> None:
     part = path.with_name(path.name + ".part")
     try:
+        part.touch()
+        mode = part.stat().st_mode  # as the umask has it; safetensors makes files that only their owner reads
         write(part)
+        part.chmod(mode)
         os.replace(part, path)
     except SafetensorError as error:  # how the library reports a full disk
         raise OSError(None, str(error), str(path)) from None

@@ -12,8 +12,8 @@ class DLRMConfig:
     """A model: rebuilt from this alone, and saved with every checkpoint.
 
     The weights of the full tables, sum(table_rows) * embedding_dim, are what ``compression`` refers to. "full" and
-    "hash" have a table per feature and read row ``id % rows``; "hash" has 1/compression of the rows in each (at least
-    one).
+    "hash" have a table per feature and read row ``id % rows``; "hash" caps the rows of all tables at one number, the
+    largest that compresses them so much.
     """
 
     embedding_dim: int  # D; also the width of the bottom MLP's output, which takes part in the interaction

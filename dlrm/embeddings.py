@@ -80,6 +80,19 @@ class VocabularyTables(Tables):
         return torch.where(known, place - before, self.table_rows - 1)
 
 
+def capped_rows(table_rows: Sequence[int], compression: float) -> list[int]:
+    """The rows of hash-trick tables: min(rows, cap), with the largest cap that compresses all tables together so much.
+
+    At least one row a table, so that tables of few rows can't be compressed further.
+    """
+    budget = sum(table_rows) / compression
+    low, high = 1, max(table_rows)
+    while low < high:
+        cap = (low + high + 1) // 2
+        low, high = (cap, high) if sum(min(rows, cap) for rows in table_rows) <= budget else (low, cap - 1)
+    return [min(rows, low) for rows in table_rows]
+
+
 def build_embeddings(config: DLRMConfig, vocabulary: Sequence[Tensor] | None = None) -> nn.Module:
     """The embeddings that a config asks for.
 
@@ -99,7 +112,7 @@ def build_embeddings(config: DLRMConfig, vocabulary: Sequence[Tensor] | None = N
         )
     if config.embedding == "hash":
         assert config.compression is not None
-        return Tables([max(1, round(rows / config.compression)) for rows in config.table_rows], config.embedding_dim)
+        return Tables(capped_rows(config.table_rows, config.compression), config.embedding_dim)
     if config.vocabulary:
         return VocabularyTables(config.table_rows, config.embedding_dim, vocabulary)
     return Tables(config.table_rows, config.embedding_dim)

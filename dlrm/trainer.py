@@ -24,6 +24,9 @@ def make_optimizers(model: nn.Module, config: TrainingConfig) -> list[torch.opti
     """The optimizers of a config. Tables have sparse gradients, for which Adam is a class of its own (SparseAdam)."""
     tables = [p for module in model.modules() if isinstance(module, Tables) for p in module.parameters()]
     rest = [p for p in model.parameters() if all(p is not table for table in tables)]
+    if tables:
+        # torch asks for a decision before its optimizers build sparse tensors; they build valid ones.
+        torch.sparse.check_sparse_tensor_invariants.disable()
     lr = config.learning_rate
     if config.optimizer == "adam":
         sparse: list[torch.optim.Optimizer] = [torch.optim.SparseAdam(tables, lr=lr)] if tables else []

@@ -1,0 +1,73 @@
+"""The whole story on a laptop: full tables against ROBE at 1000x, on rows whose best possible AUC is known.
+
+    python -m benchmarks.demo --output runs/demo
+
+Generates Criteo rows with a planted signal, trains the same DLRM with full tables and with ROBE through train.py, and
+writes comparison.json and learning_curves.png beside the two checkpoints. Both are sized by the ids that occur in the
+training rows, so that compression counts only rows of tables that are really trained.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from sklearn.metrics import roc_auc_score
+
+from data.batches import split_rows
+from data.formats import Batch, CriteoTSV
+from data.synthetic import Signal, write
+from dlrm.checkpoint import write_json
+from dlrm.metrics import environment
+from dlrm.plots import learning_curves
+
+COMPRESSION = 1000
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--rows", type=int, default=200_000)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    args.output.mkdir(parents=True, exist_ok=True)
+    rows = args.output / "rows.tsv"
+    signal = write(rows, args.rows, args.seed, progress=True)
+    methods = {"full tables": ["--embedding", "full"], f"ROBE {COMPRESSION}x": ["--compression", str(COMPRESSION)]}
+    runs = {}
+    for name, options in methods.items():
+        folder = args.output / name.split()[0].lower()
+        command = [sys.executable, ROOT / "train.py", "--data", rows, "--table-rows", "data", *options]
+        done = subprocess.run([*command, "--seed", str(args.seed), "--output", folder], check=False)
+        if done.returncode:
+            return done.returncode
+        runs[name] = json.loads((folder / "metrics.json").read_text())
+
+    best = best_possible_auc(rows, signal)
+    write_json(args.output / "comparison.json", {"best_possible_auc": best, "runs": runs, "environment": environment()})
+    picture = args.output / "learning_curves.png"
+    learning_curves(picture, {name: run["history"] for name, run in runs.items()})
+    print(f"\n{'':14}{'test AUC':>10}{'floats':>14}{'bytes':>10}{'samples/s':>12}")
+    for name, run in runs.items():
+        size = run["array_floats"]
+        print(f"{name:14}{run['auc']:10.4f}{size:14,}{4 * size / 1e6:7.2f} MB{run['samples_per_second']:12,.0f}")
+    print(f"{'best possible':14}{best:10.4f}   (the AUC of the true probabilities on the same test rows)")
+    print(f"\nlearning curves: {picture}")
+    return 0
+
+
+def best_possible_auc(rows: Path, signal: Signal) -> float:
+    """The AUC that the true probabilities have on the test rows."""
+    file = CriteoTSV(rows)
+    test = split_rows(sum(len(batch) for batch in file.read()))[2]
+    batch = Batch.concatenate(list(file.read(test.start, test.stop)))
+    assert batch.labels is not None
+    return float(roc_auc_score(batch.labels.astype(np.int64), signal.logits(batch.dense, batch.sparse)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""Checkpoints: a model comes back from the folder alone, and what is not one is refused by name."""
+
+import json
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dlrm import DLRM, DLRMConfig, checkpoint
+from dlrm.checkpoint import CheckpointError
+from dlrm.embeddings import VocabularyTables
+
+CONFIG = DLRMConfig(embedding_dim=4, bottom_mlp=(8, 4), top_mlp=(8, 1), table_rows=(10, 20), compression=3, hash_seed=7)
+DENSE, SPARSE = torch.randn(5, 13), torch.randint(0, 2**32, (5, 2))
+
+
+def build(embedding):
+    config = replace(CONFIG, embedding=embedding)
+    if embedding != "full":
+        return DLRM(config)
+    known = [torch.arange(n) for n in (9, 19)]
+    return DLRM(replace(config, vocabulary=True), VocabularyTables(config.table_rows, 4, known))
+
+
+@pytest.mark.parametrize("embedding", ["robe", "full", "hash"])
+def test_round_trip(tmp_path, embedding):
+    model = build(embedding)
+    checkpoint.save(tmp_path / "new" / "run", model, {"epochs": 2})
+    assert sorted(os.listdir(tmp_path / "new" / "run")) == ["config.json", "model.safetensors"]
+    loaded = checkpoint.load(tmp_path / "new" / "run")
+    assert loaded.config == model.config
+    assert torch.equal(loaded(DENSE, SPARSE), model(DENSE, SPARSE))
+    assert json.loads((tmp_path / "new" / "run" / "config.json").read_text())["training"] == {"epochs": 2}
+
+
+def test_files_have_the_permissions_of_other_files(tmp_path):
+    checkpoint.save(tmp_path, build("robe"))
+    (tmp_path / "other").touch()
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(modes) == 1
+
+
+def test_other_shapes_are_refused(tmp_path):
+    checkpoint.save(tmp_path, build("robe"))
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"model": config["model"] | {"compression": 2.0}}))
+    with pytest.raises(
+        CheckpointError,
+        match=r"model.safetensors: embeddings.array.weight has shape \(40,\), config.json makes it \(60,\)",
+    ):
+        checkpoint.load(tmp_path)
+
+
+@pytest.mark.parametrize("change", ["missing", "extra"])
+def test_other_weights_are_refused(tmp_path, change):
+    checkpoint.save(tmp_path, build("robe"))
+    state = load_file(tmp_path / "model.safetensors")
+    state = (
+        {**state, "bias": torch.zeros(2)}
+        if change == "extra"
+        else {k: v for k, v in state.items() if k != "top.0.bias"}
+    )
+    save_file(state, tmp_path / "model.safetensors")
+    message = r"bias has shape \(2,\), config.json makes it none" if change == "extra" else r"top.0.bias has shape none"
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint.load(tmp_path)
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match=r"config.json: no such file; a checkpoint is a folder with"):
+        checkpoint.load(tmp_path / "nowhere")
+    checkpoint.save(tmp_path, build("robe"))
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(weights[:100])
+    with pytest.raises(CheckpointError, match=r"model.safetensors: can't be read"):
+        checkpoint.load(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(weights)
+    for text in (
+        "{",
+        "[]",
+        "{}",
+        '{"model": {"embedding_dim": 3}}',
+        '{"model": 5}',
+        '{"model": {"embedding_dim": "a"}}',
+    ):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(CheckpointError, match=r"config.json: not a model's config"):
+            checkpoint.load(tmp_path)
+
+
+def test_a_failed_save_keeps_the_checkpoint_in_place(tmp_path, monkeypatch):
+    model = build("robe")
+    checkpoint.save(tmp_path, model)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def fail(state, path):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", fail)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.save(tmp_path, build("hash"))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -1,0 +1,66 @@
+"""Scores against their definitions."""
+
+import numpy as np
+import pytest
+import torch
+
+from data.formats import Batch
+from dlrm.metrics import environment, evaluate, peak_rss_bytes, predict, score
+
+
+class Linear(torch.nn.Module):
+    """Logit: the first dense value."""
+
+    def forward(self, dense, sparse):
+        return dense[:, 0]
+
+
+def make_batches(rows, sizes, seed=0):
+    rng = np.random.default_rng(seed)
+    dense = rng.normal(size=(rows, 13)).astype(np.float32)
+    labels = (rng.random(rows) < 1 / (1 + np.exp(-dense[:, 0]))).astype(np.float32)
+    batch = Batch(dense, np.zeros((rows, 26), dtype=np.int64), labels)
+    return batch, [batch[a:b] for a, b in zip([0, *sizes], [*sizes, rows])]
+
+
+def test_scores_are_those_of_the_definitions():
+    whole, batches = make_batches(300, [100, 101])
+    p = 1 / (1 + np.exp(-whole.dense[:, 0].astype(np.float64)))
+    positive, negative = p[whole.labels == 1], p[whole.labels == 0]
+    wins = (positive[:, None] > negative[None]).mean() + (positive[:, None] == negative[None]).mean() / 2
+    scores = evaluate(Linear(), batches)
+    assert scores["auc"] == pytest.approx(wins, abs=1e-9)
+    entropy = -np.mean(whole.labels * np.log(p) + (1 - whole.labels) * np.log(1 - p))
+    assert scores["log_loss"] == pytest.approx(entropy, rel=1e-5)
+    assert scores["rows"] == 300
+
+
+def test_predict_does_not_train():
+    model = torch.nn.Dropout()
+    model.forward = lambda dense, sparse: dense[:, 0]
+    whole, batches = make_batches(10, [4])
+    values = list(predict(model, batches))
+    assert [v.shape for v in values] == [(4,), (6,)]
+    assert not model.training
+    np.testing.assert_allclose(np.concatenate(values), 1 / (1 + np.exp(-whole.dense[:, 0])), rtol=1e-5)
+
+
+def test_what_has_no_score_is_refused():
+    with pytest.raises(ValueError, match="no rows to evaluate"):
+        evaluate(Linear(), [])
+    with pytest.raises(ValueError, match="all 3 rows to evaluate have label 1"):
+        score(np.ones(3), np.array([0.1, 0.2, 0.3]))
+    with pytest.raises(ValueError, match="NaN"):
+        score(np.array([0, 1]), np.array([0.5, np.nan]))
+
+
+def test_environment_names_machine_versions_and_command():
+    values = environment()
+    assert values["torch"] == torch.__version__
+    assert {"command", "machine", "python", "numpy"} <= values.keys()
+
+
+def test_peak_memory_sees_an_allocation():
+    before = peak_rss_bytes()
+    np.ones(max(0, before) // 8 + (1 << 25)).sum()  # more than everything so far, and 256 MB
+    assert peak_rss_bytes() > before + (1 << 27)

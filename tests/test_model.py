@@ -1,0 +1,101 @@
+"""DLRM against the same model in numpy and float64."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from dlrm import DLRM, PRESETS, DLRMConfig
+from dlrm.model import MLP, DotInteraction
+
+SMALL = DLRMConfig(
+    embedding_dim=4, bottom_mlp=(8, 4), top_mlp=(8, 6, 1), table_rows=(10, 20, 30), compression=2, block_size=3
+)
+
+
+def mlp_in_numpy(state, prefix, x, relu_last):
+    layers = sorted({int(name.split(".")[1]) for name in state if name.startswith(prefix)})
+    for layer in layers:
+        x = x @ state[f"{prefix}.{layer}.weight"].T + state[f"{prefix}.{layer}.bias"]
+        if layer != layers[-1] or relu_last:
+            x = np.maximum(x, 0)
+    return x
+
+
+@pytest.mark.parametrize("embedding", ["robe", "full", "hash"])
+def test_forward_equals_numpy(embedding):
+    torch.manual_seed(0)
+    model = DLRM(replace(SMALL, embedding=embedding)).double()
+    dense, sparse = torch.randn(6, 13, dtype=torch.float64), torch.randint(0, 2**32, (6, 3))
+    state = {name: value.numpy() for name, value in model.state_dict().items()}
+    x = mlp_in_numpy(state, "bottom", dense.numpy(), relu_last=True)
+    embedded = model.embeddings(sparse).detach().numpy()
+    logits = []
+    for b in range(6):
+        vectors = [x[b], *embedded[b]]
+        dots = [vectors[i] @ vectors[j] for i in range(4) for j in range(i)]
+        logits.append(mlp_in_numpy(state, "top", np.concatenate([x[b], dots]), relu_last=False)[0])
+    np.testing.assert_allclose(model(dense, sparse).detach().numpy(), logits, rtol=1e-12)
+
+
+def test_interaction_order():
+    """Row-wise strictly lower triangle: (1,0), (2,0), (2,1), (3,0) ... - trained top layers depend on it."""
+    vectors = torch.eye(4).unsqueeze(0) * torch.tensor([1.0, 2.0, 3.0, 5.0])
+    mixed = vectors + vectors.flip(1)
+    dots = DotInteraction(4)(mixed)[0].tolist()
+    gram = (mixed[0] @ mixed[0].T).tolist()
+    assert dots == [gram[1][0], gram[2][0], gram[2][1], gram[3][0], gram[3][1], gram[3][2]]
+
+
+def test_initial_values_have_the_published_scales():
+    torch.manual_seed(0)
+    mlp = MLP((400, 600, 300), relu_last=False)
+    assert [type(layer).__name__ for layer in mlp] == ["Linear", "ReLU", "Linear"]
+    for layer, fan_in, fan_out in ((mlp[0], 400, 600), (mlp[2], 600, 300)):
+        assert layer.weight.std().item() == pytest.approx((2 / (fan_in + fan_out)) ** 0.5, rel=0.02)
+        assert layer.bias.std().item() == pytest.approx(fan_out**-0.5, rel=0.15)
+
+
+@pytest.mark.parametrize(("name", "top_input"), [("kaggle", 367), ("terabyte", 479)])
+def test_presets_build_the_published_models(name, top_input):
+    model = DLRM(replace(PRESETS[name].model, compression=100_000))
+    assert model.top[0].in_features == top_input
+    assert model(torch.randn(2, 13), torch.randint(0, 2**32, (2, 26))).shape == (2,)
+    if name == "terabyte":
+        floats = sum(p.numel() for part in (model.bottom, model.top) for p in part.parameters())
+        assert floats == pytest.approx(2.37e6, rel=0.01)
+
+
+def test_embeddings_can_be_injected():
+    class Ones(torch.nn.Module):
+        def forward(self, sparse):
+            return torch.ones(*sparse.shape, 4)
+
+    model = DLRM(SMALL, Ones())
+    assert not any(name.startswith("embeddings") for name in model.state_dict())
+    assert model(torch.randn(2, 13), torch.zeros(2, 3, dtype=torch.long)).shape == (2,)
+
+
+def test_state_dict_names_are_kept():
+    names = set(DLRM(SMALL).state_dict())
+    linear = {f"{part}.{i}.{kind}" for part, layers in (("bottom", (0, 2)), ("top", (0, 2, 4))) for i in layers
+              for kind in ("weight", "bias")}  # fmt: skip
+    assert names == {"embeddings.array.weight"} | linear
+
+
+# torch's own compiler warns about its use of deprecated Python features.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_compiles_without_graph_breaks():
+    torch.manual_seed(0)
+    model = DLRM(SMALL)
+    dense, sparse = torch.randn(6, 13), torch.randint(0, 2**32, (6, 3))
+    model(dense, sparse).sum().backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    logits = torch.compile(model, fullgraph=True)(dense, sparse)
+    torch.testing.assert_close(logits, model(dense, sparse))
+    logits.sum().backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name])

@@ -1,0 +1,176 @@
+"""train.py as its user runs it, on generated rows."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.metrics import log_loss, roc_auc_score
+
+import train
+from data.batches import split_rows, vocabulary
+from data.formats import Batch, CriteoTSV
+from data.synthetic import write
+from dlrm import checkpoint
+from dlrm.metrics import predict
+
+ROOT = Path(train.__file__).parent
+ROWS = 3000
+QUICK = ["--epochs", "1", "--batch-size", "256", "--evaluations-per-epoch", "2"]
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    path = tmp_path_factory.mktemp("rows") / "rows.tsv.gz"
+    write(path, ROWS)
+    return path
+
+
+def run(*args):
+    return train.main([str(arg) for arg in args])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--compression", 1000],
+        ["--compression", 10, "--table-rows", "data", "--block-size", 4, "--optimizer", "adagrad"],
+        ["--robe-size", 777, "--seed", 3],
+        ["--embedding", "full", "--table-rows", "data"],
+        ["--embedding", "hash", "--compression", 1000, "--optimizer", "sgd", "--learning-rate", 0.1],
+    ],
+    ids=lambda options: " ".join(map(str, options)),
+)
+def test_a_run_leaves_a_checkpoint_whose_test_scores_are_those_reported(rows, tmp_path, options, capsys):
+    assert run("--data", rows, "--output", tmp_path / "run", *QUICK, *options) == 0
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        "config.json", "model.safetensors", "metrics.json", "learning_curve.png"
+    }  # fmt: skip
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    test = split_rows(ROWS)[2]
+    batch = Batch.concatenate(list(CriteoTSV(rows).read(test.start, test.stop)))
+    model = checkpoint.load(tmp_path / "run")
+    probability = np.concatenate(list(predict(model, [batch])))
+    assert metrics["auc"] == pytest.approx(roc_auc_score(batch.labels, probability), abs=1e-6)
+    assert metrics["log_loss"] == pytest.approx(log_loss(batch.labels, probability.astype(float)), abs=1e-5)
+    assert metrics["array_floats"] == sum(p.numel() for p in model.embeddings.parameters())
+    assert metrics["compression"] == pytest.approx(metrics["full_floats"] / metrics["array_floats"])
+    assert metrics["rows"] == {"train": 2142, "validation": 429, "test": 429}
+    assert len(metrics["history"]) == 2
+    assert metrics["validation_auc"] == max(point["auc"] for point in metrics["history"])
+    assert metrics["samples_per_second"] > 0
+    assert metrics["peak_rss_bytes"] > 1e8
+    assert {"seed", "epochs", "seconds", "environment"} <= metrics.keys()
+    assert f"test AUC {metrics['auc']:.4f}" in capsys.readouterr().out
+
+
+def test_compression_is_that_of_the_tables_chosen(rows, tmp_path):
+    run("--data", rows, "--output", tmp_path / "preset", *QUICK)
+    assert json.loads((tmp_path / "preset" / "metrics.json").read_text())["array_floats"] == 540_201
+    run("--data", rows, "--output", tmp_path / "data", *QUICK, "--table-rows", "data", "--compression", 10)
+    metrics = json.loads((tmp_path / "data" / "metrics.json").read_text())
+    known = vocabulary(CriteoTSV(rows).read(0, split_rows(ROWS)[0].stop))
+    assert metrics["full_floats"] == 16 * sum(len(ids) + 1 for ids in known)
+    assert metrics["array_floats"] == metrics["full_floats"] // 10
+
+
+def test_same_seed_same_weights_other_seed_others(rows, tmp_path):
+    states = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        run("--data", rows, "--output", tmp_path / name, *QUICK, "--robe-size", 500, "--seed", seed)
+        states.append((tmp_path / name / "model.safetensors").read_bytes())
+    assert states[0] == states[1] != states[2]
+
+
+def test_evaluation_data_of_its_own(rows, tmp_path):
+    write(tmp_path / "eval.tsv", 401, seed=9)
+    assert run("--data", rows, "--eval-data", tmp_path / "eval.tsv", "--output", tmp_path / "run", *QUICK) == 0
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["rows"] == {"train": ROWS, "validation": 200, "test": 201}
+
+
+def write_lines(path, count, change=lambda lines: lines):
+    write(path, count)
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(change(lines)) + "\n")
+
+
+BAD = {
+    "missing": (None, "rows.tsv: No such file or directory"),
+    "empty": (lambda path: path.write_text(""), "rows.tsv: the file is empty"),
+    "not rows": (lambda path: path.write_bytes(b"PAR1\x15\x04"), "rows.tsv:1: not a Criteo row"),
+    "too few": (lambda path: write(path, 5), "rows.tsv: expected at least 7 rows"),
+    "no labels": (lambda path: write(path, 20, labelled=False), "rows.tsv: has no labels (39 fields)"),
+    # In the test part, which training itself would reach last.
+    "bad line": (lambda path: write_lines(path, 20, lambda lines: [*lines[:19], "1\t2"]), "rows.tsv:20: expected 40"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_data_is_one_line_and_leaves_nothing(tmp_path, case, capsys):
+    make, message = BAD[case]
+    if make:
+        make(tmp_path / "rows.tsv")
+    assert run("--data", tmp_path / "rows.tsv", "--output", tmp_path / "run") == 2
+    error = capsys.readouterr().err.split("\r")[-1].strip().splitlines()
+    assert len(error) == 1
+    assert error[0].startswith("error: ")
+    assert message in error[0]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--compression", "0"], "compression: expected a positive number, got 0.0"),
+        (["--compression", "1"], "compression: expected more than 1"),
+        (["--robe-size", "5"], "an array of 5 weights does not hold one block of 16"),
+        (["--embedding", "full", "--compression", "10"], "the full tables are not compressed"),
+        (["--epochs", "0"], "epochs: expected at least 1"),
+        (["--preset", "terabyte", "--embedding", "full"], "the embeddings take 96.1 GB"),
+        (["--block-size", "0"], "block_size: expected at least 1, got 0"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_impossible_options_are_refused(rows, tmp_path, options, message, capsys, monkeypatch):
+    monkeypatch.setattr(train, "physical_memory", lambda: 24e9)
+    assert run("--data", rows, "--output", tmp_path / "run", *options) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_output_that_is_a_file(rows, tmp_path, capsys):
+    (tmp_path / "run").write_text("mine")
+    assert run("--data", rows, "--output", tmp_path / "run") == 2
+    assert "is a file; expected a folder" in capsys.readouterr().err
+    assert (tmp_path / "run").read_text() == "mine"
+
+
+def test_diverging_training_exits_3(rows, tmp_path, capsys):
+    options = ["--optimizer", "sgd", "--learning-rate", "1e30", "--epochs", "1", "--batch-size", "64"]
+    assert run("--data", rows, "--output", tmp_path / "run", *options) == 3
+    assert "a lower learning rate than 1e+30 may help" in capsys.readouterr().err
+
+
+def test_from_the_command_line(rows, tmp_path):
+    """A process of its own: exit code, no traceback, progress on stderr."""
+    command = [
+        sys.executable,
+        ROOT / "train.py",
+        "--data",
+        rows,
+        "--robe-size",
+        "500",
+        "--output",
+        tmp_path / "run",
+        *QUICK,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "validation_auc=" in done.stderr
+    assert "loss=" in done.stderr
+    bad = subprocess.run([*command, "--data", tmp_path / "nowhere"], capture_output=True, text=True, check=False)
+    assert (bad.returncode, bad.stdout) == (2, "")
+    assert bad.stderr == f"error: {tmp_path / 'nowhere'}: No such file or directory\n"
