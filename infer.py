@@ -7,7 +7,6 @@ writes one click probability per row of the data, in its order, under the header
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -61,20 +60,18 @@ def run_predict(args: argparse.Namespace) -> None:
                 labels.append(batch.labels)
             yield batch
 
-    # The file appears under its name once it is whole.
-    part = args.output.with_name(args.output.name + ".part")
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     probabilities: list[np.ndarray] = []
-    try:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as file, tqdm(unit="row", unit_scale=True, desc="predicting") as bar:
-            file.write(b"probability\n")
-            for values in predict(model, batches()):
-                pl.DataFrame({"probability": values}).write_csv(file, include_header=False)
-                probabilities.append(values)
-                bar.update(len(values))
-        os.replace(part, args.output)
-    finally:
-        part.unlink(missing_ok=True)
+    with (
+        checkpoint.whole_file(args.output) as part,
+        open(part, "wb") as file,
+        tqdm(unit="row", unit_scale=True, desc="predicting") as bar,
+    ):
+        file.write(b"probability\n")
+        for values in predict(model, batches()):
+            pl.DataFrame({"probability": values}).write_csv(file, include_header=False)
+            probabilities.append(values)
+            bar.update(len(values))
     rows = sum(map(len, probabilities))
     print(f"{args.output}: {rows:,} probabilities")
     if source.labelled and len(np.unique(np.concatenate(labels))) == 2:

@@ -30,6 +30,7 @@ from dlrm.plots import learning_curves
 from dlrm.trainer import TrainingError, train
 
 EVALUATION_BATCH = 4096
+METRICS = "metrics.json"
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -44,6 +45,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     size.add_argument("--compression", type=float, help="times fewer weights than the full tables (default 1000)")
     size.add_argument("--robe-size", type=int, metavar="N", help="weights in the array")
     parser.add_argument("--block-size", type=int, metavar="Z", help="weights per hashed block (default: the dimension)")
+    parser.add_argument("--init-std", type=float, metavar="X", help="scale of the initial array (default 0.01)")
     parser.add_argument(
         "--table-rows",
         choices=("preset", "data"),
@@ -114,6 +116,10 @@ def run(args: argparse.Namespace) -> None:
         file, rows = parts[part]
         return evaluate(model, in_background(lambda: rebatch(file.read(rows.start, rows.stop), EVALUATION_BATCH)))
 
+    def keep() -> None:
+        (args.output / METRICS).unlink(missing_ok=True)  # an earlier run's, of other weights
+        checkpoint.save(args.output, model, training.to_dict())
+
     args.output.mkdir(parents=True, exist_ok=True)
     result = train(
         model,
@@ -121,7 +127,7 @@ def run(args: argparse.Namespace) -> None:
         epoch_batches,
         len(train_rows),
         evaluate=lambda: scores("validation"),
-        keep=lambda: checkpoint.save(args.output, model, training.to_dict()),
+        keep=keep,
     )
     model = checkpoint.load(args.output)
     test = scores("test")
@@ -144,7 +150,7 @@ def run(args: argparse.Namespace) -> None:
         "environment": environment(),
         "history": result["history"],
     }
-    checkpoint.write_json(args.output / "metrics.json", metrics)
+    checkpoint.write_json(args.output / METRICS, metrics)
     learning_curves(args.output / "learning_curve.png", {config.embedding: result["history"]})
     print(
         f"test AUC {test['auc']:.4f}, log loss {test['log_loss']:.4f} (weights of epoch {result['best']['epoch']:.2f}, "
@@ -191,7 +197,12 @@ def training_config(args: argparse.Namespace) -> TrainingConfig:
 def model_config(args: argparse.Namespace, known: list[np.ndarray] | None) -> DLRMConfig:
     if args.embedding == "full" and (args.compression is not None or args.robe_size is not None):
         raise ValueError("--compression and --robe-size: the full tables are not compressed; leave them out")
-    changes: dict = {"embedding": args.embedding, "block_size": args.block_size, "hash_seed": args.seed}
+    changes: dict = {
+        "embedding": args.embedding,
+        "block_size": args.block_size,
+        "init_std": args.init_std,
+        "hash_seed": args.seed,
+    }
     if args.embedding == "full":
         changes["compression"] = None
     elif args.robe_size is not None:

@@ -8,14 +8,12 @@ training rows, so that compression counts only rows of tables that are really tr
 """
 
 import argparse
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 from sklearn.metrics import roc_auc_score
 
+from benchmarks.runs import train
 from data.batches import split_rows
 from data.formats import Batch, CriteoTSV
 from data.synthetic import Signal, write
@@ -24,10 +22,9 @@ from dlrm.metrics import environment
 from dlrm.plots import learning_curves
 
 COMPRESSION = 1000
-ROOT = Path(__file__).resolve().parent.parent
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
     parser.add_argument("--rows", type=int, default=200_000)
@@ -37,15 +34,11 @@ def main() -> int:
     args.output.mkdir(parents=True, exist_ok=True)
     rows = args.output / "rows.tsv"
     signal = write(rows, args.rows, args.seed, progress=True)
-    methods = {"full tables": ["--embedding", "full"], f"ROBE {COMPRESSION}x": ["--compression", str(COMPRESSION)]}
+    methods = {"full tables": ["--embedding", "full"], f"ROBE {COMPRESSION}x": ["--compression", COMPRESSION]}
     runs = {}
     for name, options in methods.items():
         folder = args.output / name.split()[0].lower()
-        command = [sys.executable, ROOT / "train.py", "--data", rows, "--table-rows", "data", *options]
-        done = subprocess.run([*command, "--seed", str(args.seed), "--output", folder], check=False)
-        if done.returncode:
-            return done.returncode
-        runs[name] = json.loads((folder / "metrics.json").read_text())
+        runs[name] = train(rows, folder, "--table-rows", "data", "--seed", args.seed, *options)
 
     best = best_possible_auc(rows, signal)
     write_json(args.output / "comparison.json", {"best_possible_auc": best, "runs": runs, "environment": environment()})
@@ -57,7 +50,6 @@ def main() -> int:
         print(f"{name:14}{run['auc']:10.4f}{size:14,}{4 * size / 1e6:7.2f} MB{run['samples_per_second']:12,.0f}")
     print(f"{'best possible':14}{best:10.4f}   (the AUC of the true probabilities on the same test rows)")
     print(f"\nlearning curves: {picture}")
-    return 0
 
 
 def best_possible_auc(rows: Path, signal: Signal) -> float:
@@ -70,4 +62,4 @@ def best_possible_auc(rows: Path, signal: Signal) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -2,6 +2,8 @@
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +21,32 @@ class CheckpointError(ValueError):
     """A folder that is not a checkpoint, or whose weights are not those of its config."""
 
 
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write a JSON file: whole, or not at all."""
-    _replace(path, lambda part: part.write_text(json.dumps(values, indent=2) + "\n"))
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Write the file that this yields; it takes the name ``path`` when all went well, else nothing is left of it.
 
-
-def _replace(path: Path, write) -> None:
+    Raises:
+        OSError: it can't be written; names ``path``.
+    """
     part = path.with_name(path.name + ".part")
     try:
         part.touch()
         mode = part.stat().st_mode  # as the umask has it; safetensors makes files that only their owner reads
-        write(part)
+        yield part
         part.chmod(mode)
         os.replace(part, path)
-    except SafetensorError as error:  # how the library reports a full disk
-        raise OSError(None, str(error), str(path)) from None
+    except (OSError, SafetensorError) as error:  # the latter also stands for a full disk
+        raise OSError(
+            getattr(error, "errno", None), getattr(error, "strerror", None) or str(error), str(path)
+        ) from None
     finally:
         part.unlink(missing_ok=True)
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write a JSON file: whole, or not at all."""
+    with whole_file(path) as part:
+        part.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def save(folder: str | Path, model: DLRM, training: dict[str, Any] | None = None) -> None:
@@ -47,7 +58,8 @@ def save(folder: str | Path, model: DLRM, training: dict[str, Any] | None = None
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    _replace(folder / WEIGHTS, lambda part: save_file(state, part))
+    with whole_file(folder / WEIGHTS) as part:
+        save_file(state, part)
     write_json(folder / CONFIG, {"model": model.config.to_dict(), "training": training})
 
 

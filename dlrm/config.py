@@ -147,7 +147,7 @@ _KAGGLE = Preset(
             27, 14992, 5461306, 10, 5652, 2173, 4, 7046547, 18, 15, 286181, 105, 142572,
         ),
     ),
-    TrainingConfig(batch_size=512, learning_rate=1e-3, optimizer="adam", epochs=3),
+    TrainingConfig(batch_size=256, learning_rate=1e-3, optimizer="adam", epochs=3),
 )  # fmt: skip
 
 # Criteo Terabyte: MLPerf Training's DLRM (v0.7 to v2.1), ids capped at 40 million rows a table.

@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from robe.array import RobeArray, RobeTables, count_weights, resolve_array
-from robe.hashing import table_key
+from robe.array import RobeArray
 from robe.ops import MODES
+from robe.tables import RobeTables
 
 
 @dataclass
@@ -61,37 +62,27 @@ class RobeEmbeddingBagCollection(RobeTables):
         device=None,
         dtype=None,
     ):
-        super().__init__()
         tables = list(tables)
         _check_configs(tables)
-        embedding_dim = tables[0].embedding_dim
         rows = [table.num_embeddings for table in tables]
-        if hash != "mix" and None in rows:
-            raise ValueError(f"hash={hash!r}: lays tables one behind the other, so every table needs num_embeddings")
-        array, hash = resolve_array(
-            array,
-            robe_size,
-            compression,
-            table_weights=count_weights(rows, embedding_dim),
-            hash=hash,
-            seed=seed,
-            init_std=init_std,
-            dtype=dtype,
-            device=device,
-        )
-        table_of_feature = [k for k, table in enumerate(tables) for _ in (table.feature_names or [table.name])]
-        first_row = [sum(n or 0 for n in rows[:k]) for k in range(len(tables))]
-        self._lay_out(
-            array,
-            keys=[
-                {"mix": table_key(array.seed, k), "identity": first_row[k] * embedding_dim}.get(hash, first_row[k])
-                for k in table_of_feature
-            ],
-            num_embeddings=[rows[k] for k in table_of_feature],
-            embedding_dim=embedding_dim,
+        if hash == "linear" and None in rows:
+            raise ValueError("hash='linear': lays tables one behind the other, so every table needs num_embeddings")
+        super().__init__(
+            rows,
+            tables[0].embedding_dim,
+            table_of_feature=[k for k, table in enumerate(tables) for _ in (table.feature_names or [table.name])],
+            table_ids=range(len(tables)),
+            first_rows=[0, *accumulate(n or 0 for n in rows)][:-1],
+            array=array,
+            robe_size=robe_size,
+            compression=compression,
             block_size=block_size,
             sign=sign,
             hash=hash,
+            seed=seed,
+            init_std=init_std,
+            device=device,
+            dtype=dtype,
         )
         self.tables = tables
         self.feature_names = [name for table in tables for name in (table.feature_names or [table.name])]

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from robe.array import RobeArray, RobeTables, count_weights, resolve_array
-from robe.hashing import table_key
+from robe.array import RobeArray
 from robe.ops import MODES
+from robe.tables import RobeTables
 
 
 class _RobeTable(RobeTables):
@@ -28,39 +28,35 @@ class _RobeTable(RobeTables):
         seed: int | None = None,
         init_std: float | None = None,
         max_norm: float | None = None,
+        norm_type: float = 2.0,
         scale_grad_by_freq: bool = False,
         sparse: bool = False,
         device=None,
         dtype=None,
     ):
-        super().__init__()
+        # norm_type is there for torch's sake: it means nothing without max_norm.
         _refuse(max_norm, scale_grad_by_freq, sparse)
+        super().__init__(
+            [num_embeddings],
+            embedding_dim,
+            table_of_feature=[0],
+            table_ids=[table_id],
+            first_rows=[first_row],
+            array=array,
+            robe_size=robe_size,
+            compression=compression,
+            block_size=block_size,
+            sign=sign,
+            hash=hash,
+            seed=seed,
+            init_std=init_std,
+            device=device,
+            dtype=dtype,
+        )
         if padding_idx is not None and num_embeddings is not None:
             if not -num_embeddings <= padding_idx < num_embeddings:
                 raise ValueError(f"padding_idx: expected to lie within {num_embeddings} rows, got {padding_idx}")
             padding_idx %= num_embeddings
-        table_weights = count_weights([num_embeddings], embedding_dim)
-        array, hash = resolve_array(
-            array,
-            robe_size,
-            compression,
-            table_weights=table_weights,
-            hash=hash,
-            seed=seed,
-            init_std=init_std,
-            dtype=dtype,
-            device=device,
-        )
-        key = {"mix": table_key(array.seed, table_id), "identity": first_row * embedding_dim}.get(hash, first_row)
-        self._lay_out(
-            array,
-            keys=[key],
-            num_embeddings=[num_embeddings],
-            embedding_dim=embedding_dim,
-            block_size=block_size,
-            sign=sign,
-            hash=hash,
-        )
         self.num_embeddings, self.padding_idx = num_embeddings, padding_idx
         self.table_id, self.first_row = table_id, first_row
 
@@ -196,7 +192,7 @@ class RobeEmbeddingBag(_RobeTable):
         elif offsets is None or offsets.dim() != 1:
             raise ValueError("offsets: expected a 1-D tensor with 1-D input")
         elif not self.include_last_offset:
-            offsets = torch.cat([offsets, offsets.new_tensor([input.shape[0]])])
+            offsets = torch.cat([offsets, offsets.new_full((1,), input.shape[0])])
         return torch.ops.robe.bag(
             self.array.weight, input, offsets, per_sample_weights, self.mode, *self._tables(self.padding_idx)
         ).squeeze(1)

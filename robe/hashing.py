@@ -16,9 +16,10 @@ Three hash versions. Each is frozen: trained weights mean nothing under another 
     offset = (hash * (m - Z + 1)) >> 64                         the high half of the 128-bit product
     sign   = +1 if the lowest bit of hash is 0, else -1         only where signs are asked for
 
-mix64 is the finaliser of SplitMix64 (Steele et al. 2014; constants: Stafford's "Mix13"), a bijection, so two rows of a
-table never share all their offsets by construction. With Z > d a block spans rows: x * d + i is the position along the
-table, its block number (x * d + i) // Z takes the place of x above, and ``block`` is 0.
+mix64 is the finaliser of SplitMix64 (Steele et al. 2014; constants: Stafford's "Mix13"), a bijection, so no two rows of
+a table have the same ``row``; their offsets are as good as independent, block by block. With Z > d a block spans rows:
+x * d + i is the position along the table, its block number (x * d + i) // Z takes the place of x above, and ``block``
+is 0.
 
 ``"linear"``: the formula of the authors' code, for weights trained with it. P = 2038074743, A = 871205356,
 B = 1825252241, C = 634329019; key is the number of rows in the tables before this one:
@@ -26,7 +27,8 @@ B = 1825252241, C = 634329019; key is the number of rows in the tables before th
     offset = ((A * (x + key) + B * block + C) mod P) mod (m - Z + 1)
 
 computed without overflow (so ids above ~1e10 are right here and are not there), with block = i // Z for Z > d too.
-The blocks of a row are a constant apart, so a row's first address fixes all of them. Sign: bit 0 of mix64(value mod P).
+The blocks of a row are a constant apart modulo P, so a row's first address all but fixes the others. The sign is the
+lowest bit of mix64 of the value before the last mod.
 
 ``"identity"``: every weight has its own slot, slot = key + x * d + i; the array is then the tables, one after another.
 """

@@ -55,6 +55,9 @@ def _check_tables(weight, table_keys, num_embeddings, embedding_dim, block_size,
     if hash != "identity" and weight.shape[0] < block_size:
         raise ValueError(f"weight: {weight.shape[0]} weights do not hold one block of {block_size}")
 
+    if table_keys.shape[0] == 0:
+        raise ValueError("table_keys: expected at least one feature")
+
 
 def _check_ids(name, ids, dim):
     if ids.dtype not in (torch.int32, torch.int64):
@@ -147,16 +150,16 @@ def _lookup_slots(weight, ids, table_keys, num_embeddings, *layout):
 def _lookup(weight, ids, *tables):
     slot, sign, kept = _lookup_slots(weight, ids, *tables)
     rows = _read(weight, slot, sign)
-    return rows if kept is None else rows * kept.unsqueeze(-1)
+    return rows if kept is None else rows.where(kept.unsqueeze(-1), 0)
 
 
 def _lookup_backward(grad, weight, ids, *tables):
     slot, sign, kept = _lookup_slots(weight, ids, *tables)
-    return _scatter(grad if kept is None else grad * kept.unsqueeze(-1), slot, sign, weight)
+    return _scatter(grad if kept is None else grad.where(kept.unsqueeze(-1), 0), slot, sign, weight)
 
 
 def _open_bags(weight, values, offsets, per_sample_weights, mode, table_keys, num_embeddings, *layout):
-    """What both directions need: of every value its bag, whether it counts, and its slots."""
+    """What both directions need, of every value that counts: its position, its bag, and its slots."""
     _check_bags(weight, values, offsets, per_sample_weights, mode, table_keys, num_embeddings, *layout)
     embedding_dim, block_size, hash, sign, padding_idx = layout
     offsets = offsets.long()
@@ -171,10 +174,10 @@ def _open_bags(weight, values, offsets, per_sample_weights, mode, table_keys, nu
     batch_size = counts.shape[0] // table_keys.shape[0]
     feature = torch.div(bag, max(batch_size, 1), rounding_mode="floor")
     _check_range(values, feature, num_embeddings, padding_idx)
-    kept = torch.ones_like(values, dtype=torch.bool)
+    position = torch.arange(values.shape[0], device=values.device)
     if padding_idx is not None:
-        kept = values != padding_idx
-        values = values.where(kept, 0)
+        position = (values != padding_idx).nonzero().squeeze(-1)
+        values, bag, feature = values[position], bag[position], feature[position]
     slot, signs = slots(
         values,
         table_keys[feature],
@@ -184,59 +187,54 @@ def _open_bags(weight, values, offsets, per_sample_weights, mode, table_keys, nu
         hash=hash,
         sign=sign,
     )
-    return bag, kept, slot, signs, counts.shape[0]
+    return position, bag, slot, signs, counts.shape[0]
 
 
-def _pool(rows, bag, kept, bags, per_sample_weights, mode):
+def _pool(rows, bag, bags, factors, mode):
     """(n, D) rows to (bags, D); an empty bag gives zeros."""
     if mode == "max":
         lowest = torch.full((bags, rows.shape[1]), -torch.inf, dtype=rows.dtype, device=rows.device)
-        index = bag[kept].unsqueeze(-1).expand(-1, rows.shape[1])
-        pooled = lowest.scatter_reduce(0, index, rows[kept], "amax")
-        return pooled.where(_count(bag, kept, bags).unsqueeze(-1) > 0, 0)
-    scale = kept.to(rows.dtype)
-    if per_sample_weights is not None:
-        scale = scale * per_sample_weights[: bag.shape[0]]
-    pooled = torch.zeros(bags, rows.shape[1], dtype=rows.dtype, device=rows.device)
-    pooled.index_add_(0, bag, rows * scale.unsqueeze(-1))
-    return pooled / _count(bag, kept, bags).clamp(min=1).unsqueeze(-1) if mode == "mean" else pooled
+        pooled = lowest.scatter_reduce(0, bag.unsqueeze(-1).expand_as(rows), rows, "amax")
+        return pooled.where(_count(bag, bags).unsqueeze(-1) > 0, 0)
+    if factors is not None:
+        rows = rows * factors.unsqueeze(-1)
+    pooled = torch.zeros(bags, rows.shape[1], dtype=rows.dtype, device=rows.device).index_add_(0, bag, rows)
+    return pooled / _count(bag, bags).clamp(min=1).unsqueeze(-1) if mode == "mean" else pooled
 
 
-def _count(bag, kept, bags):
-    return torch.zeros(bags, dtype=torch.long, device=bag.device).index_add_(0, bag, kept.long())
+def _count(bag, bags):
+    return torch.bincount(bag, minlength=bags)
 
 
 def _bag(weight, values, offsets, per_sample_weights, mode, table_keys, *tables):
-    bag, kept, slot, sign, bags = _open_bags(weight, values, offsets, per_sample_weights, mode, table_keys, *tables)
+    position, bag, slot, sign, bags = _open_bags(weight, values, offsets, per_sample_weights, mode, table_keys, *tables)
     rows = _read(weight, slot, sign).to(_accumulation_dtype(weight.dtype))
-    pooled = _pool(rows, bag, kept, bags, per_sample_weights, mode).to(weight.dtype)
+    factors = None if per_sample_weights is None else per_sample_weights[position]
+    pooled = _pool(rows, bag, bags, factors, mode).to(weight.dtype)
     features = table_keys.shape[0]
-    return pooled.view(features, bags // features, -1).transpose(0, 1).contiguous()
+    return pooled.view(features, bags // features, pooled.shape[1]).transpose(0, 1).contiguous()
 
 
 def _bag_backward(grad, weight, values, offsets, per_sample_weights, mode, table_keys, *tables):
-    bag, kept, slot, sign, bags = _open_bags(weight, values, offsets, per_sample_weights, mode, table_keys, *tables)
+    position, bag, slot, sign, bags = _open_bags(weight, values, offsets, per_sample_weights, mode, table_keys, *tables)
     rows = _read(weight, slot, sign).to(_accumulation_dtype(weight.dtype))
-    grad = grad.transpose(0, 1).reshape(bags, -1).to(rows.dtype)  # (B, F, D) -> (F * B, D)
+    grad = grad.transpose(0, 1).flatten(0, 1).to(rows.dtype)  # (B, F, D) -> (F * B, D)
     grad_rows = grad[bag]  # (n, D)
-    grad_weights = grad_rows.new_empty(0)
+    grad_weights = weight.new_empty(0)
     if mode == "max":
         # The first of equal maxima takes the gradient, as in nn.EmbeddingBag.
-        won = (rows == _pool(rows, bag, kept, bags, None, mode)[bag]) & kept.unsqueeze(-1)
-        position = torch.arange(bag.shape[0], device=bag.device).unsqueeze(-1).expand_as(won)
-        first = torch.full_like(grad, bag.shape[0], dtype=torch.long)
-        index = bag.unsqueeze(-1).expand_as(won)
-        first = first.scatter_reduce(0, index, position.where(won, bag.shape[0]), "amin")
-        grad_rows = grad_rows * (position == first[bag])
-    else:
-        scale = kept.to(rows.dtype)
-        if mode == "mean":
-            scale = scale / _count(bag, kept, bags).clamp(min=1)[bag]
-        if per_sample_weights is not None:
-            grad_weights = torch.zeros_like(per_sample_weights)
-            grad_weights[: bag.shape[0]] = ((grad_rows * rows).sum(-1) * scale).to(grad_weights.dtype)
-            scale = scale * per_sample_weights[: bag.shape[0]]
-        grad_rows = grad_rows * scale.unsqueeze(-1)
+        n = bag.shape[0]
+        order = torch.arange(n, device=bag.device).unsqueeze(-1).expand_as(rows)
+        won = rows == _pool(rows, bag, bags, None, mode)[bag]
+        first = torch.full_like(grad, n, dtype=torch.long)
+        first = first.scatter_reduce(0, bag.unsqueeze(-1).expand_as(rows), order.where(won, n), "amin")
+        grad_rows = grad_rows * (order == first[bag])
+    elif mode == "mean":
+        grad_rows = grad_rows / _count(bag, bags)[bag].unsqueeze(-1)
+    elif per_sample_weights is not None:
+        grad_weights = torch.zeros_like(per_sample_weights)
+        grad_weights[position] = (grad_rows * rows).sum(-1).to(grad_weights.dtype)
+        grad_rows = grad_rows * per_sample_weights[position].unsqueeze(-1)
     return _scatter(grad_rows, slot, sign, weight), grad_weights
 
 
@@ -270,7 +268,7 @@ def _(weight, values, offsets, per_sample_weights, mode, table_keys, num_embeddi
 
 @torch.library.register_fake("robe::bag_backward")
 def _(grad, weight, values, offsets, per_sample_weights, *_):
-    weights = grad.new_empty(0) if per_sample_weights is None else torch.empty_like(per_sample_weights)
+    weights = weight.new_empty(0) if per_sample_weights is None else torch.empty_like(per_sample_weights)
     return torch.empty_like(weight), weights
 
 
@@ -302,5 +300,11 @@ def _bag_autograd(ctx, grad):
     return tuple(gradients)
 
 
+def _no_second_derivative(ctx, *grads):
+    raise RuntimeError("robe: second derivatives are not supported")
+
+
+for _name in ("lookup_backward", "bag_backward"):
+    torch.library.register_autograd(f"robe::{_name}", _no_second_derivative)
 torch.library.register_autograd("robe::lookup", _lookup_autograd, setup_context=_save)
 torch.library.register_autograd("robe::bag", _bag_autograd, setup_context=_save)

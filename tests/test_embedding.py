@@ -428,6 +428,30 @@ def test_the_options_of_torch_that_ask_for_nothing_are_taken(kind):
     kind(ROWS, DIM, compression=10, max_norm=None, scale_grad_by_freq=False, sparse=False)
 
 
+def test_tables_do_not_begin_before_the_array():
+    with pytest.raises(ValueError, match="first_row: expected at least 0 with hash='identity', got -1"):
+        RobeEmbedding(ROWS, DIM, array=RobeArray(300), hash="identity", first_row=-1)
+
+
+def test_an_array_with_room_for_the_table_starts_with_it_whatever_first_row_says():
+    layer = RobeEmbedding(ROWS, DIM, compression=1, first_row=5)
+    assert layer.hash == "identity"
+    assert torch.equal(layer.full_weight().flatten(), layer.array.weight)
+
+
+def test_norm_type_is_accepted_as_torch_accepts_it_without_max_norm():
+    layer = RobeEmbedding(ROWS, DIM, compression=10, norm_type=1.0)
+    assert layer(torch.arange(3)).shape == (3, DIM)
+
+
+def test_second_derivatives_are_refused():
+    layer = RobeEmbedding(ROWS, DIM, compression=10)
+    weight = torch.ones(3, DIM, requires_grad=True)
+    (grad,) = torch.autograd.grad((layer(torch.arange(3)) * weight).sum(), layer.array.weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivatives are not supported"):
+        grad.square().sum().backward()
+
+
 @pytest.mark.parametrize("kind", [RobeEmbedding, RobeEmbeddingBag])
 def test_full_weight_of_an_unbounded_table_is_refused(kind):
     with pytest.raises(ValueError, match="full_weight: a table without num_embeddings has no end"):

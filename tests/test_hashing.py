@@ -19,6 +19,15 @@ int64 = st.integers(INT64_MIN, INT64_MAX)
 edge_ids = st.one_of(int64, st.integers(-50, 50), st.integers(0, 50).map(lambda k: INT64_MAX - k))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Threads that wait for each other take several times as long where other work has one of their cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def robe_slots(ids, *, sign=True, seed=0, table_id=0, first_row=0, **layout):
     """Slots and signs of rows from robe, in the arguments of the oracle."""
     key = {"mix": table_key(seed, table_id), "linear": first_row, "identity": first_row * layout["embedding_dim"]}
@@ -76,7 +85,7 @@ def test_mix64_is_undone_by_its_inverse():
 
 @pytest.mark.parametrize("bit", [0, 1, 31, 32, 62, 63])
 def test_mix64_moves_every_output_bit_half_of_the_time(bit):
-    inputs = torch.arange(10_000)
+    inputs = torch.arange(10_000) << 2  # none has one of the bits set, so that none stands for another
     changed = mix64(inputs) ^ mix64(inputs ^ signed(1 << bit))
     flips = ((changed.unsqueeze(1) >> torch.arange(64)) & 1).sum(0)
     assert ((flips - 5000).abs() < 5 * 50).all()  # 5 sigma of 10,000 coin flips
@@ -411,8 +420,8 @@ def test_linear_keeps_6_percent_of_the_kaggle_embeddings_distinct():
     cases = [[(shift - P * (start >= P - shift)) % choices for shift in shifts] for start in starts]
     packed = torch.tensor([(x * choices + y) * choices + z for x, y, z in cases]).sort().values
     seen = torch.zeros(4, choices, dtype=torch.bool)
-    for start in range(0, KAGGLE_ROWS, 1 << 19):
-        rows = torch.arange(start, min(start + (1 << 19), KAGGLE_ROWS))
+    for start in range(0, KAGGLE_ROWS, 1 << 16):
+        rows = torch.arange(start, min(start + (1 << 16), KAGGLE_ROWS))
         first, *others = offsets_of(rows, hash="linear", size=M, blocks=4, block_size=Z).unbind(1)
         x, y, z = (torch.where(other < first, other - first + choices, other - first) for other in others)
         key = (x * choices + y) * choices + z

@@ -118,7 +118,8 @@ def test_lookup_equals_a_loop(case, data):
     if data.draw(st.booleans()) and fits_int32(ids):
         ids = ids.int()
     weight = tables.weight()
-    output = torch.ops.robe.lookup(weight, ids, *tables.arguments)
+    array = uneven(weight) if data.draw(st.booleans()) else weight
+    output = torch.ops.robe.lookup(array, ids, *tables.arguments)
     upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     output.backward(uneven(upstream) if data.draw(st.booleans()) else upstream)
 
@@ -155,7 +156,8 @@ def test_bag_equals_a_loop(case, data):
         values, offsets, factors = uneven(values), uneven(offsets), uneven(factors)
     weight = tables.weight()
     factors = factors.detach().requires_grad_() if weighted else None
-    output = torch.ops.robe.bag(weight, values, offsets, factors, mode, *tables.arguments)
+    array = uneven(weight) if data.draw(st.booleans()) else weight
+    output = torch.ops.robe.bag(array, values, offsets, factors, mode, *tables.arguments)
     upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     output.backward(uneven(upstream) if data.draw(st.booleans()) else upstream)
 
@@ -226,6 +228,29 @@ def test_the_padding_id_needs_no_row_of_its_own():
     slots, _ = places([3], **tables.layouts[0])
     assert weight.grad.sum() == 5
     assert set(weight.grad.nonzero().flatten().tolist()) == set(slots.flatten().tolist())
+
+
+@pytest.mark.parametrize("mode", [None, *MODES])
+def test_padding_is_zeros_even_beside_weights_that_are_not_finite(mode):
+    """It is left out, not multiplied by zero: 0 * inf is nan. Only the row of id 3 is finite here."""
+    tables = Tables([4], hash="identity", padding_idx=1)
+    weight = torch.full((20,), torch.inf)
+    weight[15:] = 2.0
+    weight.requires_grad_()
+    factors = torch.tensor([1.0, 3.0, 1.0], requires_grad=True) if mode == "sum" else None
+    upstream = torch.ones(3, 1, 5)
+    if mode is None:
+        output = torch.ops.robe.lookup(weight, torch.tensor([[1], [3], [1]]), *tables.arguments)
+        upstream[0] = torch.inf  # must not reach a weight
+    else:
+        ids, offsets = torch.tensor([1, 3, 1]), torch.tensor([0, 1, 2, 3])
+        output = torch.ops.robe.bag(weight, ids, offsets, factors, mode, *tables.arguments)
+    output.backward(upstream)
+    scale = 3.0 if mode == "sum" else 1.0
+    assert output.tolist() == [[[0.0] * 5], [[2.0 * scale] * 5], [[0.0] * 5]]
+    assert weight.grad.tolist() == [0.0] * 15 + [scale] * 5
+    if factors is not None:
+        assert factors.grad.tolist() == [0.0, 10.0, 0.0]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -1,0 +1,180 @@
+"""RobeTables: what the layers have in common, an array and the places of virtual tables in it."""
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor, nn
+
+import robe.ops  # noqa: F401  (registers torch.ops.robe)
+from robe.array import RobeArray
+from robe.hashing import HASHES, table_key
+
+
+class RobeTables(nn.Module):
+    """An array, and where each feature's table lies in it. Subclasses pass ``*self._tables()`` on to an operator.
+
+    Args:
+        num_embeddings: rows of each table; None: unbounded.
+        embedding_dim: of all tables.
+        table_of_feature: for each feature the index of its table.
+        table_ids: of each table, for "mix".
+        first_rows: of each table, for "linear" and "identity".
+        array, robe_size, compression, block_size, sign, hash, seed, init_std, device, dtype: as in RobeEmbedding.
+    """
+
+    table_keys: Tensor
+    num_embeddings_per_feature: Tensor
+
+    def __init__(
+        self,
+        num_embeddings: Sequence[int | None],
+        embedding_dim: int,
+        *,
+        table_of_feature: Sequence[int],
+        table_ids: Sequence[int],
+        first_rows: Sequence[int],
+        array: RobeArray | None,
+        robe_size: int | None,
+        compression: float | None,
+        block_size: int | None,
+        sign: bool,
+        hash: str,
+        seed: int | None,
+        init_std: float | None,
+        device,
+        dtype,
+    ):
+        super().__init__()
+        block_size = embedding_dim if block_size is None else block_size
+        _check(num_embeddings, embedding_dim, block_size, hash)
+        rows = [n or 0 for n in num_embeddings]  # 0 stands for unbounded in the operators
+        table_weights = None if 0 in rows else sum(rows) * embedding_dim
+        array = _resolve_array(
+            array,
+            robe_size,
+            compression,
+            table_weights=table_weights,
+            seed=seed,
+            init_std=init_std,
+            dtype=dtype,
+            device=device,
+        )
+        own = robe_size is not None or compression is not None
+        if own and hash == "mix" and table_weights is not None and array.size >= table_weights:
+            # Room for every weight: no hash can do better than a slot for each.
+            hash, first_rows = "identity", [0, *accumulate(rows)][:-1]
+        if hash == "mix":
+            keys = [table_key(array.seed, table_id) for table_id in table_ids]
+        else:
+            keys = [first * embedding_dim if hash == "identity" else first for first in first_rows]
+        _check_room(array, keys, rows, embedding_dim, block_size, hash)
+
+        self.array = array
+        self.embedding_dim, self.block_size, self.sign, self.hash = embedding_dim, block_size, sign, hash
+        self._keys = [keys[table] for table in table_of_feature]
+        self._rows = [rows[table] for table in table_of_feature]
+        for name, values in (("table_keys", self._keys), ("num_embeddings_per_feature", self._rows)):
+            self.register_buffer(name, torch.tensor(values, device=array.weight.device), persistent=False)
+
+    def _tables(self, padding_idx: int | None = None) -> tuple:
+        rows = self.num_embeddings_per_feature
+        return self.table_keys, rows, self.embedding_dim, self.block_size, self.hash, self.sign, padding_idx
+
+    def _feature_rows(self, feature: int, padding_idx: int | None = None) -> Tensor:
+        """The virtual table of a feature, (num_embeddings, embedding_dim), with autograd."""
+        if not self._rows[feature]:
+            raise ValueError("full_weight: a table without num_embeddings has no end")
+        ids = torch.arange(self._rows[feature], device=self.array.weight.device).unsqueeze(1)
+        keys, rows, *layout = self._tables(padding_idx)
+        table = slice(feature, feature + 1)
+        return torch.ops.robe.lookup(self.array.weight, ids, keys[table], rows[table], *layout).squeeze(1)
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        # to_empty leaves buffers unset, and these are in no state_dict: other keys would silently read other rows.
+        self._fill_buffers()
+        return self
+
+    def _fill_buffers(self) -> None:
+        self.table_keys.copy_(torch.tensor(self._keys))
+        self.num_embeddings_per_feature.copy_(torch.tensor(self._rows))
+
+    def reset_parameters(self) -> None:
+        """Draw the array's initial values again."""
+        self.array.reset_parameters()
+
+
+def _check(num_embeddings: Sequence[int | None], embedding_dim: int, block_size: int, hash: str) -> None:
+    if embedding_dim < 1:
+        raise ValueError(f"embedding_dim: expected at least 1, got {embedding_dim}")
+    if block_size < 1:
+        raise ValueError(f"block_size: expected at least 1, got {block_size}")
+    for rows in num_embeddings:
+        if rows is not None and rows < 1:
+            raise ValueError(f"num_embeddings: expected at least 1, or None for any int64 id, got {rows}")
+    if hash not in HASHES:
+        raise ValueError(f"hash: expected one of {', '.join(HASHES)}, got {hash!r}")
+    if hash == "identity" and None in num_embeddings:
+        raise ValueError("hash='identity': every table needs num_embeddings")
+
+
+def _check_room(
+    array: RobeArray, keys: list[int], rows: list[int], embedding_dim: int, block_size: int, hash: str
+) -> None:
+    if hash == "identity":
+        last = max(key + n * embedding_dim for key, n in zip(keys, rows))
+        if min(keys) < 0:
+            raise ValueError(f"first_row: expected at least 0 with hash='identity', got {min(keys) // embedding_dim}")
+        if last > array.size:
+            raise ValueError(f"hash='identity': the tables take {last} slots, the array has {array.size}")
+    elif array.size < block_size:
+        raise ValueError(
+            f"block_size: an array of {array.size} weights does not hold one block of {block_size}; "
+            "take a larger array (share one between tables), or a smaller block"
+        )
+
+
+def _resolve_array(
+    array: RobeArray | None,
+    robe_size: int | None,
+    compression: float | None,
+    *,
+    table_weights: int | None,
+    seed: int | None,
+    init_std: float | None,
+    dtype,
+    device,
+) -> RobeArray:
+    """The array of a layer: exactly one of array, robe_size, compression is given.
+
+    Args:
+        table_weights: weights that the layer's tables would have; None where a table is unbounded.
+    """
+    given = {"array": array, "robe_size": robe_size, "compression": compression}
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) != 1:
+        raise ValueError(
+            "expected exactly one of array= (a RobeArray to share), robe_size= (number of weights) and compression= "
+            f"(times smaller than the tables), got {' and '.join(names) or 'none'}"
+        )
+    if array is not None:
+        if any(option is not None for option in (seed, init_std, dtype, device)):
+            raise ValueError(
+                "seed, init_std, dtype and device belong to the array: give them to RobeArray, not beside array="
+            )
+        return array
+    if compression is not None:
+        if not compression > 0:
+            raise ValueError(f"compression: expected a positive number, got {compression}")
+        if table_weights is None:
+            raise ValueError("compression: tables without num_embeddings have no size to compress; give robe_size=")
+        # At compression 1 or below, more slots than weights would stay empty.
+        robe_size = table_weights if compression <= 1 else int(table_weights / compression)
+        if robe_size < 1:
+            raise ValueError(
+                f"compression: {table_weights} weights compressed {compression} times leave none; "
+                "share one array= between the tables, or compress less"
+            )
+    assert robe_size is not None
+    return RobeArray(robe_size, seed=seed or 0, init_std=init_std, dtype=dtype, device=device)
