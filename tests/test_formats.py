@@ -40,7 +40,7 @@ def read(path, *args):
     return Batch.concatenate(list(CriteoTSV(path).read(*args)))
 
 
-@pytest.fixture(params=[1 << 24, 5000], ids=["one piece", "small pieces"])
+@pytest.fixture(params=[1 << 22, 5000], ids=["one piece", "small pieces"])
 def piece_bytes(request, monkeypatch):
     """Every test of content also runs with pieces that end in the middle of lines."""
     monkeypatch.setattr(data.formats, "_PIECE_BYTES", request.param)
