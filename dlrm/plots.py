@@ -12,7 +12,7 @@ def learning_curves(
     Args:
         path: of the PNG.
         runs: label -> history, as dlrm.trainer.train returns it.
-        best_possible: an AUC to draw as a line.
+        best_possible: the AUC of the true probabilities on the test rows, to draw as a line.
     """
     import matplotlib  # imported where it is used: it takes half a second
 
@@ -25,7 +25,7 @@ def learning_curves(
         left.plot(epochs, [point["auc"] for point in history], marker="o", markersize=3, label=label)
         right.plot(epochs, [point["train_loss"] for point in history], marker="o", markersize=3, label=label)
     if best_possible is not None:
-        left.axhline(best_possible, color="black", linestyle="--", linewidth=1, label="best possible")
+        left.axhline(best_possible, color="black", linestyle="--", linewidth=1, label="best possible, test rows")
     left.set(xlabel="epoch", ylabel="AUC", title="Validation AUC")
     right.set(xlabel="epoch", ylabel="log loss", title="Training loss, mean of the epoch so far")
     for axes in (left, right):
