@@ -17,8 +17,8 @@ from tqdm import tqdm
 from data.batches import in_background, rebatch
 from data.formats import CriteoTSV
 from dlrm import checkpoint
-from dlrm.metrics import predict, score
-from train import EVALUATION_BATCH, describe
+from dlrm.metrics import EVALUATION_BATCH, predict, score
+from dlrm.program import exit_code
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -36,15 +36,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
-    try:
-        args.run(args)
-    except (ValueError, OSError, MemoryError) as error:
-        print(f"error: {describe(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code(lambda: args.run(args))
 
 
 def run_predict(args: argparse.Namespace) -> None:

@@ -25,11 +25,11 @@ from data.formats import Batch, CriteoTSV, DataError
 from dlrm import DLRM, PRESETS, checkpoint
 from dlrm.config import EMBEDDINGS, OPTIMIZERS, DLRMConfig, TrainingConfig
 from dlrm.embeddings import build_embeddings
-from dlrm.metrics import environment, evaluate, peak_rss_bytes
+from dlrm.metrics import EVALUATION_BATCH, environment, evaluate, peak_rss_bytes
 from dlrm.plots import learning_curves
-from dlrm.trainer import TrainingError, train
+from dlrm.program import exit_code
+from dlrm.trainer import train
 
-EVALUATION_BATCH = 4096
 METRICS = "metrics.json"
 
 
@@ -64,24 +64,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    try:
-        run(parse(arguments))
-    except TrainingError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 3
-    except (ValueError, OSError, MemoryError) as error:
-        print(f"error: {describe(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
-
-
-def describe(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return str(error)
+    args = parse(arguments)
+    return exit_code(lambda: run(args))
 
 
 def run(args: argparse.Namespace) -> None:

@@ -12,6 +12,8 @@ import torch
 from sklearn.metrics import log_loss, roc_auc_score
 from torch import nn
 
+EVALUATION_BATCH = 4096  # rows; large enough for the MLPs' full speed
+
 
 def predict(model: nn.Module, batches: Iterable) -> Iterator[np.ndarray]:
     """Click probabilities, float32 (B,) for each batch; batches have ``dense`` and ``sparse`` as data.formats.Batch."""

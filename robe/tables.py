@@ -93,12 +93,9 @@ class RobeTables(nn.Module):
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
         # to_empty leaves buffers unset, and these are in no state_dict: other keys would silently read other rows.
-        self._fill_buffers()
-        return self
-
-    def _fill_buffers(self) -> None:
         self.table_keys.copy_(torch.tensor(self._keys))
         self.num_embeddings_per_feature.copy_(torch.tensor(self._rows))
+        return self
 
     def reset_parameters(self) -> None:
         """Draw the array's initial values again."""

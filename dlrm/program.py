@@ -1,0 +1,34 @@
+"""How the programs end: an exit code, and for an error one line on stderr."""
+
+import sys
+from collections.abc import Callable
+
+from dlrm.trainer import TrainingError
+
+
+def exit_code(program: Callable[[], None]) -> int:
+    """Run a program.
+
+    Returns:
+        0: done. 2: input, options or machine did not allow it. 3: training can't go on. 130: interrupted.
+    """
+    try:
+        program()
+    except TrainingError as error:
+        return _fail(str(error), 3)
+    except (ValueError, OSError, MemoryError) as error:
+        return _fail(_describe(error), 2)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    return 0
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+def _describe(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error)
