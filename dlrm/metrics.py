@@ -12,7 +12,7 @@ import torch
 from sklearn.metrics import log_loss, roc_auc_score
 from torch import nn
 
-EVALUATION_BATCH = 4096  # rows; large enough for the MLPs' full speed
+EVALUATION_BATCH = 2048  # rows; large enough for the full speed of the MLPs
 
 
 def predict(model: nn.Module, batches: Iterable) -> Iterator[np.ndarray]:
