@@ -1,14 +1,21 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup train test lint format
+KERNELS := robe/_cpu.abi3.so
+SANITIZED := build/sanitized/_cpu.so
 
-setup: .venv/installed
+.PHONY: setup train bench test test-sanitized lint format
+
+setup: .venv/installed $(KERNELS)
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
+
+# Without a compiler this only warns: robe then runs on its reference.
+$(KERNELS): .venv/installed setup.py $(wildcard robe/csrc/*)
+	$(BIN)/python setup.py --quiet build_ext --inplace
 
 # Generate rows with a known best AUC, train full tables and ROBE on them, compare.
 train: setup
@@ -17,6 +24,18 @@ train: setup
 # Each worker computes on one thread: as many workers as cores already.
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+# The kernels with every read and write checked, on the tests that call them.
+$(SANITIZED): .venv/installed $(wildcard robe/csrc/*)
+	mkdir -p $(@D)
+	torch=$$($(BIN)/python -c "import torch; print(torch.__path__[0])") && $(CXX) robe/csrc/robe_cpu.cpp -o $@ \
+	    -std=c++17 -O1 -g -shared -fPIC -ffp-contract=off -fsanitize=address,undefined -fno-sanitize-recover=undefined \
+	    -isystem $$torch/include -L$$torch/lib -ltorch_cpu
+
+test-sanitized: setup $(SANITIZED)
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	    ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 ROBE_KERNELS=$(SANITIZED) \
+	    $(BIN)/python -m pytest tests/test_native.py tests/test_optim.py
 
 lint: setup
 	$(BIN)/ruff format --check .

@@ -1,12 +1,49 @@
-"""Packaging. `pip install .` brings torch and numpy and gives `import robe`; the rest of the project is in extras."""
+"""Packaging. `pip install .` brings torch and numpy and gives `import robe`; the rest of the project is in extras.
 
+The CPU kernels are compiled on the way, against the headers of the torch that is installed. Without a compiler or
+without torch the package installs all the same, and robe runs on its reference in plain torch; robe.backend() tells.
+"""
+
+import sys
+import sysconfig
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+
+def torch_folder() -> Path | None:
+    """Where torch is installed, seen from a build's own isolated environment too; None where it is not."""
+    places = [*sys.path, *(sysconfig.get_path(name) for name in ("purelib", "platlib"))]
+    return next((Path(place) / "torch" for place in places if (Path(place) / "torch" / "include").is_dir()), None)
+
+
+class BuildKernels(build_ext):
+    """Compiles the kernels if that is possible."""
+
+    def build_extension(self, extension: Extension) -> None:
+        torch = torch_folder()
+        if torch is None:
+            self.warn("robe: no torch found, so the CPU kernels are not built; install torch first to have them")
+            return
+        extension.include_dirs = [str(torch / "include")]
+        extension.library_dirs = [str(torch / "lib")]
+        extension.libraries = ["torch_cpu"]
+        try:
+            super().build_extension(extension)
+        except Exception as error:
+            self.warn(f"robe: the CPU kernels can't be built, the reference will run instead: {error}")
+
+    def copy_extensions_to_source(self) -> None:
+        built = [extension for extension in self.extensions if Path(self.get_ext_fullpath(extension.name)).exists()]
+        built += [e for e in self.extensions if (Path(self.build_lib) / self.get_ext_filename(e.name)).exists()]
+        if built:
+            super().copy_extensions_to_source()
+
 
 setup(
     name="robe-dlrm",
-    version="0.1.0",
+    version="0.2.0",
     description="Embedding tables of any size on one small shared array (ROBE), and a DLRM built on it",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
@@ -16,5 +53,18 @@ setup(
     extras_require={
         "train": ["polars>=1.0", "scikit-learn>=1.4", "tqdm>=4.60", "safetensors>=0.4", "matplotlib>=3.8"],
         "dev": ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6", "ruff>=0.8", "mypy>=1.10"],
+        "bench": ["fbgemm-gpu-cpu==1.8.0"],
     },
+    ext_modules=[
+        Extension(
+            "robe._cpu",
+            ["robe/csrc/robe_cpu.cpp"],
+            depends=["robe/csrc/job.h", "robe/csrc/kernels.h"],
+            # No product is fused with a sum: every instruction set then gives the same bits.
+            extra_compile_args=["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-g0"],
+            language="c++",
+            py_limited_api=True,  # the library holds no Python at all
+        )
+    ],
+    cmdclass={"build_ext": BuildKernels},
 )

@@ -1,7 +1,18 @@
 """ROBE embeddings: tables of any size on one small shared array of weights."""
 
-from robe.array import RobeArray
+from robe import optim
+from robe.array import Int8RobeArray, RobeArray
 from robe.collection import EmbeddingBagConfig, RobeEmbeddingBagCollection
 from robe.embedding import RobeEmbedding, RobeEmbeddingBag
+from robe.native import backend
 
-__all__ = ["EmbeddingBagConfig", "RobeArray", "RobeEmbedding", "RobeEmbeddingBag", "RobeEmbeddingBagCollection"]
+__all__ = [
+    "EmbeddingBagConfig",
+    "Int8RobeArray",
+    "RobeArray",
+    "RobeEmbedding",
+    "RobeEmbeddingBag",
+    "RobeEmbeddingBagCollection",
+    "backend",
+    "optim",
+]

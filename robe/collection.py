@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
-import torch
 from torch import Tensor
 
 from robe.array import RobeArray
@@ -88,7 +87,14 @@ class RobeEmbeddingBagCollection(RobeTables):
         self.feature_names = [name for table in tables for name in (table.feature_names or [table.name])]
         self.pooling = tables[0].pooling
 
-    def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        input: Tensor,
+        offsets: Tensor | None = None,
+        per_sample_weights: Tensor | None = None,
+        *,
+        out: Tensor | None = None,
+    ) -> Tensor:
         """The embeddings of a batch.
 
         Args:
@@ -96,9 +102,10 @@ class RobeEmbeddingBagCollection(RobeTables):
                 major: first the bags of feature 0, example by example.
             offsets: (F * B + 1,), where each bag begins and the last one ends (KeyedJaggedTensor's offsets).
             per_sample_weights: (n,) factors of the rows, dtype of the array; with offsets and pooling "sum" only.
+            out: (B, F, D) to write into, such as ``vectors[:, 1:]``; without autograd only.
 
         Returns:
-            (B, F, D) in the array's dtype.
+            (B, F, D) in the array's dtype; out where it is given.
 
         Raises:
             ValueError: shapes, types or offsets that do not fit.
@@ -107,8 +114,8 @@ class RobeEmbeddingBagCollection(RobeTables):
         if offsets is None:
             if per_sample_weights is not None:
                 raise ValueError("per_sample_weights: expected with offsets; (B, F) input has one id per feature")
-            return torch.ops.robe.lookup(self.array.weight, input, *self._tables())
-        return torch.ops.robe.bag(self.array.weight, input, offsets, per_sample_weights, self.pooling, *self._tables())
+            return self._lookup(input, out=out)
+        return self._bag(input, offsets, per_sample_weights, self.pooling, out=out)
 
     def full_weight(self, feature: str) -> Tensor:
         """The virtual table of a feature, (num_embeddings, D). For tests and small tables.

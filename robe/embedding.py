@@ -124,7 +124,7 @@ class RobeEmbedding(_RobeTable):
         Raises:
             IndexError: an id outside num_embeddings.
         """
-        rows = torch.ops.robe.lookup(self.array.weight, input.reshape(-1, 1), *self._tables(self.padding_idx))
+        rows = self._lookup(input.reshape(-1, 1), self.padding_idx)
         return rows.view(*input.shape, self.embedding_dim)
 
 
@@ -193,9 +193,7 @@ class RobeEmbeddingBag(_RobeTable):
             raise ValueError("offsets: expected a 1-D tensor with 1-D input")
         elif not self.include_last_offset:
             offsets = torch.cat([offsets, offsets.new_full((1,), input.shape[0])])
-        return torch.ops.robe.bag(
-            self.array.weight, input, offsets, per_sample_weights, self.mode, *self._tables(self.padding_idx)
-        ).squeeze(1)
+        return self._bag(input, offsets, per_sample_weights, self.mode, self.padding_idx).squeeze(1)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, mode={self.mode!r}"

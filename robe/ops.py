@@ -2,12 +2,21 @@
 
     lookup(weight, ids (B, F)) -> (B, F, D)                   one id per feature
     bag(weight, values (n,), offsets (F*B + 1,)) -> (B, F, D)  a bag of ids per feature, pooled
+    lookup_forward, bag_forward                                the same without autograd, which costs more than a small batch
+    lookup_out, bag_out                                        the same, written into a tensor
+    update_(weight, ...)                                       an optimizer's rule on the slots that lookups touched
 
 B examples, F features, D = embedding_dim, m = number of weights. Values are features major: feature f of example b is
 bag k = f * B + b, values[offsets[k] : offsets[k + 1]]. Both take, per feature, the table's hash key (``hashing.slots``)
 and its number of rows (0: unbounded), so that any number of tables costs one call.
 
 Autograd keeps ids and the weight, never an index: the backward operators hash again.
+
+weight is a vector (m,) of floats; or of int8 with ``scale``, float32, one factor for each group of weights. Groups are
+runs of G weights, G the smallest power of two with which the scales cover the array; the embeddings are then float32.
+
+On a CPU the bodies in csrc/robe_cpu.cpp take over where ``backend`` could load them; those here are their
+specification.
 """
 
 import torch
@@ -16,33 +25,51 @@ from robe.hashing import HASHES, slots
 
 MODES = ("sum", "mean", "max")
 
-_TABLES = (
-    "Tensor table_keys, Tensor num_embeddings, int embedding_dim, int block_size, str hash, bool sign, int? padding_idx"
-)
+_LAYOUT = "int embedding_dim, int block_size, str hash, bool sign, int? padding_idx"
+_TABLES = f"Tensor table_keys, Tensor num_embeddings, {_LAYOUT}"
 _BAGS = "Tensor values, Tensor offsets, Tensor? per_sample_weights, str mode"
-torch.library.define(
-    "robe::lookup", f"(Tensor weight, Tensor ids, {_TABLES}) -> Tensor", tags=torch.Tag.pt2_compliant_tag
-)
-torch.library.define(
-    "robe::lookup_backward",
-    f"(Tensor grad, Tensor weight, Tensor ids, {_TABLES}) -> Tensor",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-torch.library.define("robe::bag", f"(Tensor weight, {_BAGS}, {_TABLES}) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
-torch.library.define(
-    "robe::bag_backward",
-    f"(Tensor grad, Tensor weight, {_BAGS}, {_TABLES}) -> (Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
+_LISTS = ("grads", "ids", "offsets", "per_sample_weights", "table_keys", "num_embeddings")
+for _schema in (
+    f"lookup(Tensor weight, Tensor ids, {_TABLES}, Tensor? scale=None) -> Tensor",
+    f"lookup_forward(Tensor weight, Tensor ids, {_TABLES}, Tensor? scale=None) -> Tensor",
+    f"lookup_out(Tensor weight, Tensor ids, {_TABLES}, Tensor? scale, Tensor(a!) out) -> ()",
+    f"lookup_backward(Tensor grad, Tensor weight, Tensor ids, {_TABLES}) -> Tensor",
+    f"bag(Tensor weight, {_BAGS}, {_TABLES}, Tensor? scale=None) -> Tensor",
+    f"bag_forward(Tensor weight, {_BAGS}, {_TABLES}, Tensor? scale=None) -> Tensor",
+    f"bag_out(Tensor weight, {_BAGS}, {_TABLES}, Tensor? scale, Tensor(a!) out) -> ()",
+    f"bag_backward(Tensor grad, Tensor weight, {_BAGS}, {_TABLES}) -> Tensor",
+    f"bag_weights_backward(Tensor grad, Tensor weight, {_BAGS}, {_TABLES}) -> Tensor",
+    "update_(Tensor(a!) weight, Tensor(b!)[] state, str rule, float[] options, "
+    f"{', '.join(f'Tensor[] {name}' for name in _LISTS)}, int[] layouts) -> ()",
+):
+    torch.library.define(f"robe::{_schema.split('(')[0]}", _schema[_schema.index("(") :], tags=torch.Tag.pt2_compliant_tag)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Checks of shape and type: run by the fakes and by the bodies alike
 
 
-def _check_tables(weight, table_keys, num_embeddings, embedding_dim, block_size, hash, sign, padding_idx):
-    if weight.dim() != 1 or not weight.is_floating_point():
+_TABLE_ARGUMENTS = 7
+
+
+def _split(arguments):
+    """The arguments of the tables, and scale, which torch leaves out where it is None."""
+    return arguments[:_TABLE_ARGUMENTS], dict(enumerate(arguments)).get(_TABLE_ARGUMENTS)
+
+
+def _check_array(weight, scale=None):
+    if weight.dim() != 1 or not (weight.is_floating_point() or weight.dtype == torch.int8):
         raise ValueError(f"weight: expected a floating-point vector (m,), got {weight.dtype} {tuple(weight.shape)}")
+    if (scale is not None) != (weight.dtype == torch.int8):
+        raise ValueError("scale: expected with an int8 weight, and only with one")
+    if scale is not None and (scale.dim() != 1 or scale.dtype != torch.float32 or scale.shape[0] == 0):
+        raise ValueError(
+            "scale: expected a float32 vector, one entry per group of weights, "
+            f"got {scale.dtype} {tuple(scale.shape)}"
+        )
+
+
+def _check_tables(weight, table_keys, num_embeddings, embedding_dim, block_size, hash, sign, padding_idx):
     if table_keys.dim() != 1 or table_keys.shape != num_embeddings.shape:
         raise ValueError(
             "table_keys and num_embeddings: expected one entry per feature in each, got shapes "
@@ -86,9 +113,10 @@ def _check_bags(weight, values, offsets, per_sample_weights, mode, table_keys, *
         return
     if mode != "sum":
         raise ValueError(f"per_sample_weights: supported by mode 'sum' only, got mode {mode!r}")
-    if per_sample_weights.shape != values.shape or per_sample_weights.dtype != weight.dtype:
+    dtype = _embedding_dtype(weight)
+    if per_sample_weights.shape != values.shape or per_sample_weights.dtype != dtype:
         raise ValueError(
-            f"per_sample_weights: expected {weight.dtype} {tuple(values.shape)} as the weights and values, "
+            f"per_sample_weights: expected {dtype} {tuple(values.shape)} as the weights and values, "
             f"got {per_sample_weights.dtype} {tuple(per_sample_weights.shape)}"
         )
 
@@ -112,23 +140,30 @@ def _check_range(ids, features, num_embeddings, padding_idx):
         )
 
 
+def _embedding_dtype(weight):
+    return torch.float32 if weight.dtype == torch.int8 else weight.dtype
+
+
 def _accumulation_dtype(dtype):
     """Sums of half-precision values are taken in float32, as torch's own kernels do."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
-def _read(weight, slot, sign):
+def _read(weight, slot, sign, scale=None):
     rows = weight.index_select(0, slot.flatten()).view(slot.shape)
+    if scale is not None:
+        group = 1
+        while scale.shape[0] * group < weight.shape[0]:
+            group *= 2
+        rows = rows * scale[slot // group]
     return rows if sign is None else rows * sign
 
 
-def _scatter(grad_rows, slot, sign, weight):
-    """The dense gradient (m,) of the array from that of the rows read from it."""
-    if sign is not None:
-        grad_rows = grad_rows * sign
+def _scatter(slot, value, weight):
+    """The dense gradient (m,) of the array from the values that go to its slots."""
     total = torch.zeros(weight.shape, dtype=_accumulation_dtype(weight.dtype), device=weight.device)
     # On a CPU scatter_add_ runs in order over a vector: the same bits on every run.
-    return total.scatter_add_(0, slot.flatten(), grad_rows.to(total.dtype).flatten()).to(weight.dtype)
+    return total.scatter_add_(0, slot.flatten(), value.to(total.dtype).flatten()).to(weight.dtype)
 
 
 def _lookup_slots(weight, ids, table_keys, num_embeddings, *layout):
@@ -147,15 +182,24 @@ def _lookup_slots(weight, ids, table_keys, num_embeddings, *layout):
     return slot, signs, kept
 
 
-def _lookup(weight, ids, *tables):
+def _lookup(weight, ids, *tables_and_scale):
+    tables, scale = _split(tables_and_scale)
+    _check_array(weight, scale)
     slot, sign, kept = _lookup_slots(weight, ids, *tables)
-    rows = _read(weight, slot, sign)
+    rows = _read(weight, slot, sign, scale)
     return rows if kept is None else rows.where(kept.unsqueeze(-1), 0)
 
 
-def _lookup_backward(grad, weight, ids, *tables):
+def _lookup_gradients(grad, weight, ids, *tables):
+    """The slots that the gradient goes to, (n, D), and its values there."""
+    _check_array(weight)
     slot, sign, kept = _lookup_slots(weight, ids, *tables)
-    return _scatter(grad if kept is None else grad.where(kept.unsqueeze(-1), 0), slot, sign, weight)
+    value = grad if sign is None else grad * sign
+    return (slot, value) if kept is None else (slot[kept], value[kept])
+
+
+def _lookup_backward(grad, weight, ids, *tables):
+    return _scatter(*_lookup_gradients(grad, weight, ids, *tables), weight)
 
 
 def _open_bags(weight, values, offsets, per_sample_weights, mode, table_keys, num_embeddings, *layout):
@@ -206,42 +250,127 @@ def _count(bag, bags):
     return torch.bincount(bag, minlength=bags)
 
 
-def _bag(weight, values, offsets, per_sample_weights, mode, table_keys, *tables):
-    position, bag, slot, sign, bags = _open_bags(weight, values, offsets, per_sample_weights, mode, table_keys, *tables)
-    rows = _read(weight, slot, sign).to(_accumulation_dtype(weight.dtype))
+def _bag(weight, values, offsets, per_sample_weights, mode, *tables_and_scale):
+    tables, scale = _split(tables_and_scale)
+    _check_array(weight, scale)
+    position, bag, slot, sign, bags = _open_bags(weight, values, offsets, per_sample_weights, mode, *tables)
+    dtype = _embedding_dtype(weight)
+    rows = _read(weight, slot, sign, scale).to(_accumulation_dtype(dtype))
     factors = None if per_sample_weights is None else per_sample_weights[position]
-    pooled = _pool(rows, bag, bags, factors, mode).to(weight.dtype)
-    features = table_keys.shape[0]
+    pooled = _pool(rows, bag, bags, factors, mode).to(dtype)
+    features = tables[0].shape[0]
     return pooled.view(features, bags // features, pooled.shape[1]).transpose(0, 1).contiguous()
 
 
-def _bag_backward(grad, weight, values, offsets, per_sample_weights, mode, table_keys, *tables):
+def _bag_gradients(grad, weight, values, offsets, per_sample_weights, mode, table_keys, *tables):
+    """The slots that the gradient goes to, (n, D) or flat, and its values there."""
+    _check_array(weight)
     position, bag, slot, sign, bags = _open_bags(weight, values, offsets, per_sample_weights, mode, table_keys, *tables)
-    rows = _read(weight, slot, sign).to(_accumulation_dtype(weight.dtype))
-    grad = grad.transpose(0, 1).flatten(0, 1).to(rows.dtype)  # (B, F, D) -> (F * B, D)
-    grad_rows = grad[bag]  # (n, D)
-    grad_weights = weight.new_empty(0)
+    grad = grad.transpose(0, 1).flatten(0, 1).to(_accumulation_dtype(weight.dtype))  # (B, F, D) -> (F * B, D)
+    value = grad[bag] if sign is None else grad[bag] * sign  # (n, D)
     if mode == "max":
         # The first of equal maxima takes the gradient, as in nn.EmbeddingBag.
+        rows = _read(weight, slot, sign).to(value.dtype)
         n = bag.shape[0]
         order = torch.arange(n, device=bag.device).unsqueeze(-1).expand_as(rows)
-        won = rows == _pool(rows, bag, bags, None, mode)[bag]
+        equal = rows == _pool(rows, bag, bags, None, mode)[bag]
         first = torch.full_like(grad, n, dtype=torch.long)
-        first = first.scatter_reduce(0, bag.unsqueeze(-1).expand_as(rows), order.where(won, n), "amin")
-        grad_rows = grad_rows * (order == first[bag])
-    elif mode == "mean":
-        grad_rows = grad_rows / _count(bag, bags)[bag].unsqueeze(-1)
+        first = first.scatter_reduce(0, bag.unsqueeze(-1).expand_as(rows), order.where(equal, n), "amin")
+        won = order == first[bag]
+        return slot[won], value[won]
+    if mode == "mean":
+        value = value / _count(bag, bags)[bag].unsqueeze(-1)
     elif per_sample_weights is not None:
-        grad_weights = torch.zeros_like(per_sample_weights)
-        grad_weights[position] = (grad_rows * rows).sum(-1).to(grad_weights.dtype)
-        grad_rows = grad_rows * per_sample_weights[position].unsqueeze(-1)
-    return _scatter(grad_rows, slot, sign, weight), grad_weights
+        value = value * per_sample_weights[position].unsqueeze(-1)
+    return slot, value
 
 
-torch.library.impl("robe::lookup", "CompositeExplicitAutograd", _lookup)
-torch.library.impl("robe::lookup_backward", "CompositeExplicitAutograd", _lookup_backward)
-torch.library.impl("robe::bag", "CompositeExplicitAutograd", _bag)
-torch.library.impl("robe::bag_backward", "CompositeExplicitAutograd", _bag_backward)
+def _bag_backward(grad, weight, values, *bags_and_tables):
+    return _scatter(*_bag_gradients(grad, weight, values, *bags_and_tables), weight)
+
+
+def _bag_weights_backward(grad, weight, values, offsets, per_sample_weights, mode, table_keys, *tables):
+    _check_array(weight)
+    position, bag, slot, sign, _ = _open_bags(weight, values, offsets, per_sample_weights, mode, table_keys, *tables)
+    rows = _read(weight, slot, sign).to(_accumulation_dtype(weight.dtype))
+    grad = grad.transpose(0, 1).flatten(0, 1).to(rows.dtype)
+    result = torch.zeros_like(per_sample_weights)
+    result[position] = (grad[bag] * rows).sum(-1).to(result.dtype)
+    return result
+
+
+LAYOUT_ENTRIES = 7  # mode (0: lookup, else 1 + its place in MODES), D, Z, hash (its place in HASHES), sign, padded, id
+
+
+def _update(weight, state, rule, options, grads, ids, offsets, per_sample_weights, table_keys, num_embeddings, layouts):
+    slot, value = [], []
+    for k, grad in enumerate(grads):
+        mode, embedding_dim, block_size, hash, sign, padded, padding_idx = layouts[LAYOUT_ENTRIES * k :][:LAYOUT_ENTRIES]
+        tables = (table_keys[k], num_embeddings[k], embedding_dim, block_size, HASHES[hash], bool(sign))
+        tables += (padding_idx if padded else None,)
+        if mode == 0:
+            places, values = _lookup_gradients(grad, weight, ids[k], *tables)
+        else:
+            factors = per_sample_weights[k] if mode == 1 and len(per_sample_weights[k]) else None
+            places, values = _bag_gradients(grad, weight, ids[k], offsets[k], factors, MODES[mode - 1], *tables)
+        slot.append(places.flatten())
+        value.append(values.flatten())
+    if not slot:
+        return
+    dtype = _accumulation_dtype(weight.dtype)
+    touched, inverse = torch.cat(slot).unique(return_inverse=True)
+    grad = torch.zeros(touched.shape, dtype=dtype, device=weight.device)
+    grad.index_add_(0, inverse, torch.cat(value).to(dtype))
+    w, *s = (tensor[touched].to(dtype) for tensor in (weight, *state))
+    rate, decay, *options = options
+    grad = grad + decay * w
+    if rule == "sgd":
+        (momentum, *_) = options
+        if momentum:
+            grad = s[0] = momentum * s[0] + grad
+        w = w - rate * grad
+    elif rule == "adagrad":
+        (eps, *_) = options
+        s[0] = s[0] + grad * grad
+        w = w - rate * grad / (s[0].sqrt() + eps)
+    elif rule == "adam":
+        beta1, beta2, eps = options
+        s[0] = beta1 * s[0] + (1 - beta1) * grad
+        s[1] = beta2 * s[1] + (1 - beta2) * grad * grad
+        w = w - rate * s[0] / (s[1].sqrt() + eps)
+    else:
+        raise ValueError(f"rule: expected one of sgd, adagrad, adam, got {rule!r}")
+    for tensor, values in zip((weight, *state), (w, *s)):
+        tensor[touched] = values.to(tensor.dtype)
+
+
+def _out(body):
+    def write(*arguments):
+        *arguments, out = arguments
+        embeddings = body(*arguments)
+        if out.shape != embeddings.shape or out.dtype != embeddings.dtype:
+            raise ValueError(
+                f"out: expected {embeddings.dtype} {tuple(embeddings.shape)}, got {out.dtype} {tuple(out.shape)}"
+            )
+        out.copy_(embeddings)
+
+    return write
+
+
+REFERENCE = {
+    "lookup": _lookup,
+    "lookup_forward": _lookup,
+    "lookup_out": _out(_lookup),
+    "lookup_backward": _lookup_backward,
+    "bag": _bag,
+    "bag_forward": _bag,
+    "bag_out": _out(_bag),
+    "bag_backward": _bag_backward,
+    "bag_weights_backward": _bag_weights_backward,
+    "update_": _update,
+}
+for _name, _body in REFERENCE.items():
+    torch.library.impl(f"robe::{_name}", "CompositeExplicitAutograd", _body)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -249,27 +378,41 @@ torch.library.impl("robe::bag_backward", "CompositeExplicitAutograd", _bag_backw
 
 
 @torch.library.register_fake("robe::lookup")
-def _(weight, ids, table_keys, num_embeddings, embedding_dim, *layout):
-    _check_lookup(weight, ids, table_keys, num_embeddings, embedding_dim, *layout)
-    return weight.new_empty(*ids.shape, embedding_dim)
-
-
-@torch.library.register_fake("robe::lookup_backward")
-def _(grad, weight, ids, *tables):
-    return torch.empty_like(weight)
+@torch.library.register_fake("robe::lookup_forward")
+def _(weight, ids, *tables_and_scale):
+    tables, scale = _split(tables_and_scale)
+    _check_array(weight, scale)
+    _check_lookup(weight, ids, *tables)
+    return weight.new_empty(*ids.shape, tables[2], dtype=_embedding_dtype(weight))
 
 
 @torch.library.register_fake("robe::bag")
-def _(weight, values, offsets, per_sample_weights, mode, table_keys, num_embeddings, embedding_dim, *layout):
-    _check_bags(weight, values, offsets, per_sample_weights, mode, table_keys, num_embeddings, embedding_dim, *layout)
-    features = table_keys.shape[0]
-    return weight.new_empty((offsets.shape[0] - 1) // features, features, embedding_dim)
+@torch.library.register_fake("robe::bag_forward")
+def _(weight, values, offsets, factors, mode, *tables_and_scale):
+    tables, scale = _split(tables_and_scale)
+    _check_array(weight, scale)
+    _check_bags(weight, values, offsets, factors, mode, *tables)
+    features, embedding_dim = tables[0].shape[0], tables[2]
+    shape = (offsets.shape[0] - 1) // features, features, embedding_dim
+    return weight.new_empty(shape, dtype=_embedding_dtype(weight))
 
 
+@torch.library.register_fake("robe::lookup_backward")
 @torch.library.register_fake("robe::bag_backward")
+def _(grad, weight, *_):
+    return torch.empty_like(weight)
+
+
+@torch.library.register_fake("robe::bag_weights_backward")
 def _(grad, weight, values, offsets, per_sample_weights, *_):
-    weights = weight.new_empty(0) if per_sample_weights is None else torch.empty_like(per_sample_weights)
-    return torch.empty_like(weight), weights
+    return torch.empty_like(per_sample_weights)
+
+
+@torch.library.register_fake("robe::lookup_out")
+@torch.library.register_fake("robe::bag_out")
+@torch.library.register_fake("robe::update_")
+def _(*_, **__):
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -287,16 +430,17 @@ def _arguments(ctx):
 
 
 def _lookup_autograd(ctx, grad):
-    arguments = _arguments(ctx)
-    return torch.ops.robe.lookup_backward(grad, *arguments), *[None] * (len(arguments) - 1)
+    *arguments, _scale = _arguments(ctx)
+    return torch.ops.robe.lookup_backward(grad, *arguments), *[None] * len(arguments)
 
 
 def _bag_autograd(ctx, grad):
-    arguments = _arguments(ctx)
-    grad_weight, grad_per_sample_weights = torch.ops.robe.bag_backward(grad, *arguments)
-    gradients = [grad_weight] + [None] * (len(arguments) - 1)
-    if arguments[3] is not None:
-        gradients[3] = grad_per_sample_weights
+    *arguments, _scale = _arguments(ctx)
+    gradients = [None] * (len(arguments) + 1)
+    if ctx.needs_input_grad[0]:
+        gradients[0] = torch.ops.robe.bag_backward(grad, *arguments)
+    if ctx.needs_input_grad[3]:
+        gradients[3] = torch.ops.robe.bag_weights_backward(grad, *arguments)
     return tuple(gradients)
 
 
@@ -304,7 +448,9 @@ def _no_second_derivative(ctx, *grads):
     raise RuntimeError("robe: second derivatives are not supported")
 
 
-for _name in ("lookup_backward", "bag_backward"):
+for _name in ("lookup_backward", "bag_backward", "bag_weights_backward"):
     torch.library.register_autograd(f"robe::{_name}", _no_second_derivative)
 torch.library.register_autograd("robe::lookup", _lookup_autograd, setup_context=_save)
 torch.library.register_autograd("robe::bag", _bag_autograd, setup_context=_save)
+
+import robe.native  # noqa: E402, F401  (the CPU kernels, now that the operators are there)

@@ -11,6 +11,11 @@ from robe.array import RobeArray
 from robe.hashing import HASHES, table_key
 
 
+_WITH_AUTOGRAD = {"lookup": torch.ops.robe.lookup.default, "bag": torch.ops.robe.bag.default}
+_FORWARD = {"lookup": torch.ops.robe.lookup_forward.default, "bag": torch.ops.robe.bag_forward.default}
+_OUT = {"lookup": torch.ops.robe.lookup_out.default, "bag": torch.ops.robe.bag_out.default}
+
+
 class RobeTables(nn.Module):
     """An array, and where each feature's table lies in it. Subclasses pass ``*self._tables()`` on to an operator.
 
@@ -78,17 +83,53 @@ class RobeTables(nn.Module):
             self.register_buffer(name, torch.tensor(values, device=array.weight.device), persistent=False)
 
     def _tables(self, padding_idx: int | None = None) -> tuple:
-        rows = self.num_embeddings_per_feature
-        return self.table_keys, rows, self.embedding_dim, self.block_size, self.hash, self.sign, padding_idx
+        buffers = self._buffers  # past nn.Module.__getattr__, which costs as much as reading a batch of one
+        keys, rows = buffers["table_keys"], buffers["num_embeddings_per_feature"]
+        return keys, rows, self.embedding_dim, self.block_size, self.hash, self.sign, padding_idx
+
+    def _lookup(self, ids: Tensor, padding_idx: int | None = None, out: Tensor | None = None) -> Tensor:
+        """(B, F) ids, one per feature, to (B, F, D)."""
+        return self._read("lookup", (ids,), padding_idx, out)
+
+    def _bag(
+        self,
+        values: Tensor,
+        offsets: Tensor,
+        per_sample_weights: Tensor | None,
+        mode: str,
+        padding_idx: int | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Bags of ids, features major, to (B, F, D)."""
+        return self._read("bag", (values, offsets, per_sample_weights, mode), padding_idx, out)
+
+    def _read(self, name: str, ids: tuple, padding_idx: int | None, out: Tensor | None) -> Tensor:
+        array = self._modules["array"]
+        weight, scale = array.read()  # type: ignore[union-attr, operator]
+        arguments = (*ids, *self._tables(padding_idx))
+        graph = torch.is_grad_enabled() and (
+            weight.requires_grad or (len(ids) > 2 and ids[2] is not None and ids[2].requires_grad)
+        )
+        if out is not None:
+            if graph:
+                raise RuntimeError(
+                    "out: has no gradient, and the array or the per_sample_weights require one; use torch.no_grad()"
+                )
+            _OUT[name](weight, *arguments, scale, out)
+            return out
+        if graph and weight.requires_grad and (optimizer := array._optimizer and array._optimizer()):  # type: ignore
+            return optimizer.record(name, weight, arguments)
+        return (_WITH_AUTOGRAD if graph or torch.compiler.is_compiling() else _FORWARD)[name](weight, *arguments, scale)
 
     def _feature_rows(self, feature: int, padding_idx: int | None = None) -> Tensor:
         """The virtual table of a feature, (num_embeddings, embedding_dim), with autograd."""
         if not self._rows[feature]:
             raise ValueError("full_weight: a table without num_embeddings has no end")
-        ids = torch.arange(self._rows[feature], device=self.array.weight.device).unsqueeze(1)
+        weight, scale = self.array.read()
+        ids = torch.arange(self._rows[feature], device=weight.device).unsqueeze(1)
         keys, rows, *layout = self._tables(padding_idx)
         table = slice(feature, feature + 1)
-        return torch.ops.robe.lookup(self.array.weight, ids, keys[table], rows[table], *layout).squeeze(1)
+        return torch.ops.robe.lookup(weight, ids, keys[table], rows[table], *layout, scale).squeeze(1)
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)

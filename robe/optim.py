@@ -1,0 +1,235 @@
+"""Optimizers of RobeArrays that never build the array's gradient: SGD, Adagrad and Adam on the slots that were read.
+
+    array = model.embeddings.array
+    optimizer = robe.optim.Adam(array, lr=1e-3)          # the other parameters get an optimizer of their own
+    ...
+    optimizer.zero_grad(); loss.backward(); optimizer.step()
+
+A dense gradient is as large as the array, and torch's optimizers go through all of it in every step. Here the backward
+keeps the gradient of the embeddings, (B, F, D), as it comes; ``step`` sums what goes to each slot and applies the rule
+to the slots touched since the last ``zero_grad``, and to no others. ``weight.grad`` stays None.
+
+The order of the sums does not depend on the number of threads, so neither does a bit of the result: gradients are sorted
+by the segment of the array they go to, in the order of the ids within a segment, and a segment is summed and updated by
+one thread.
+
+What differs from torch's optimizers on a dense gradient: weight decay, momentum and Adam's moments act on a slot only in
+steps that touch it, as in torch.optim.SparseAdam; Adam's bias correction counts all steps. Without these (SGD, or
+Adagrad, without decay) the results are the same but for rounding. Slots of bf16 and fp16 arrays are updated in float32.
+"""
+
+import math
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import robe.ops
+from robe.array import RobeArray
+from robe.hashing import HASHES
+
+
+class _Recorded(torch.autograd.Function):
+    """A lookup or bag whose gradient goes to an optimizer, not to weight.grad."""
+
+    @staticmethod
+    def forward(ctx, weight, per_sample_weights, optimizer, name, arguments):
+        ctx.optimizer, ctx.name = optimizer, name
+        ctx.save_for_backward(weight, *(x for x in arguments if isinstance(x, Tensor)))
+        ctx.arguments = [None if isinstance(x, Tensor) else (x,) for x in arguments]
+        return getattr(torch.ops.robe, f"{name}_forward").default(weight, *arguments)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        weight, *saved = ctx.saved_tensors
+        tensors = iter(saved)
+        arguments = tuple(next(tensors) if constant is None else constant[0] for constant in ctx.arguments)
+        ctx.optimizer._pending.setdefault(weight, []).append((ctx.name, grad, arguments))
+        grad_weights = None
+        if ctx.needs_input_grad[1]:
+            grad_weights = torch.ops.robe.bag_weights_backward(grad, weight, *arguments)
+        return None, grad_weights, None, None, None
+
+
+class _TouchedSlots(torch.optim.Optimizer):
+    """What the optimizers have in common: which arrays, and the gradients that wait for ``step``."""
+
+    _rule: str
+    _state_names: tuple[str, ...]
+
+    def __init__(self, arrays: nn.Module | Iterable, defaults: dict[str, Any]):
+        for name in ("lr", "weight_decay", "eps", "momentum", "lr_decay", "initial_accumulator_value"):
+            if not 0 <= defaults.get(name, 0) < math.inf:
+                raise ValueError(f"{name}: expected at least 0, got {defaults[name]}")
+        self._pending: dict[Tensor, list[tuple]] = {}
+        self._arrays: list[RobeArray] = []
+        groups = [arrays] if isinstance(arrays, nn.Module) else list(arrays)
+        if not any(isinstance(group, dict) for group in groups):
+            groups = [{"params": groups}]
+        super().__init__([group | {"params": self._weights(group["params"])} for group in groups], defaults)
+        # Last, so that an optimizer that could not be made takes no gradients.
+        for array in self._arrays:
+            array._optimizer = weakref.ref(self)
+
+    def _weights(self, modules: nn.Module | Iterable[nn.Module]) -> list[nn.Parameter]:
+        modules = [modules] if isinstance(modules, nn.Module) else list(modules)
+        for module in modules:
+            if not isinstance(module, nn.Module):
+                raise ValueError(
+                    f"arrays: expected RobeArrays, or modules that hold some, got {type(module).__name__}; parameters "
+                    "that are not an array's need an optimizer of torch.optim"
+                )
+        found = {id(m): m for module in modules for m in module.modules() if isinstance(m, RobeArray)}
+        if not found:
+            raise ValueError("arrays: expected RobeArrays, or modules that hold some; there is none in what was given")
+        self._arrays += found.values()
+        return [array.weight for array in found.values()]
+
+    def record(self, name: str, weight: Tensor, arguments: tuple) -> Tensor:
+        """The embeddings of a lookup or bag; their gradient will come to this optimizer. Called by the layers."""
+        if torch.compiler.is_compiling():
+            torch._dynamo.graph_break()
+        per_sample_weights = arguments[2] if name == "bag" else None
+        return _Recorded.apply(weight, per_sample_weights, self, name, arguments)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients since the last step."""
+        self._pending.clear()
+        super().zero_grad(set_to_none)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None):  # type: ignore[override]
+        """Update the slots touched since the last step or zero_grad. The gradients are used up."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for weight in group["params"]:
+                calls = self._pending.pop(weight, None)
+                if not calls:
+                    continue
+                state = self.state[weight]
+                if not state:
+                    state["step"] = 0
+                    for name in self._state_names:
+                        state[name] = torch.full_like(weight, group.get("initial_accumulator_value", 0))
+                state["step"] += 1
+                options = self._options(group, state["step"])
+                tensors = [state[name] for name in self._state_names]
+                torch.ops.robe.update_(weight, tensors, self._rule, options, *_lists(calls))
+        return loss
+
+    def _options(self, group: dict[str, Any], step: int) -> list[float]:
+        """The five numbers of the rule: its rate, weight decay, and three of its own."""
+        raise NotImplementedError
+
+
+def _lists(calls: list[tuple]) -> tuple:
+    """The arguments of ``update_`` from (name, gradient, arguments of the operator)."""
+    grads, ids, offsets, factors, keys, rows, layouts = [], [], [], [], [], [], []
+    for name, grad, arguments in calls:
+        count = 1 if name == "lookup" else 4
+        mode = 0 if name == "lookup" else 1 + robe.ops.MODES.index(arguments[3])
+        table_keys, num_embeddings, embedding_dim, block_size, hash, sign, padding_idx = arguments[count:]
+        none = grad.new_empty(0)
+        grads.append(grad)
+        ids.append(arguments[0])
+        offsets.append(arguments[1] if mode else none)
+        factors.append(arguments[2] if mode and arguments[2] is not None else none)
+        keys.append(table_keys)
+        rows.append(num_embeddings)
+        padded = padding_idx is not None
+        layouts += [mode, embedding_dim, block_size, HASHES.index(hash), int(sign), int(padded), padding_idx or 0]
+    return grads, ids, offsets, factors, keys, rows, layouts
+
+
+class SGD(_TouchedSlots):
+    """torch.optim.SGD on touched slots: v = momentum * v + g, w -= lr * v, with g = gradient + weight_decay * w.
+
+    Args:
+        arrays: a RobeArray, a module that holds some, an iterable of these, or of param groups as in torch, with such
+            an iterable as "params".
+        lr: learning rate; a scheduler may change it.
+        momentum, weight_decay: as in torch, but of the slots that a step touches.
+
+    Raises:
+        ValueError: a number out of range, or no RobeArray in arrays.
+    """
+
+    _rule = "sgd"
+
+    def __init__(self, arrays, lr: float = 1e-3, momentum: float = 0.0, *, weight_decay: float = 0.0):
+        super().__init__(arrays, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @property
+    def _state_names(self) -> tuple[str, ...]:  # type: ignore[override]
+        return ("momentum_buffer",) if any(group["momentum"] for group in self.param_groups) else ()
+
+    def _options(self, group: dict[str, Any], step: int) -> list[float]:
+        return [group["lr"], group["weight_decay"], group["momentum"], 0.0, 0.0]
+
+
+class Adagrad(_TouchedSlots):
+    """torch.optim.Adagrad on touched slots: s += g * g, w -= lr / (1 + (step - 1) * lr_decay) * g / (sqrt(s) + eps).
+
+    Args:
+        arrays, lr: as in SGD.
+        lr_decay, weight_decay, initial_accumulator_value, eps: as in torch.
+    """
+
+    _rule = "adagrad"
+    _state_names = ("sum",)
+
+    def __init__(
+        self,
+        arrays,
+        lr: float = 1e-2,
+        lr_decay: float = 0.0,
+        weight_decay: float = 0.0,
+        initial_accumulator_value: float = 0.0,
+        eps: float = 1e-10,
+    ):
+        options = {"lr": lr, "lr_decay": lr_decay, "weight_decay": weight_decay, "eps": eps}
+        super().__init__(arrays, options | {"initial_accumulator_value": initial_accumulator_value})
+
+    def _options(self, group: dict[str, Any], step: int) -> list[float]:
+        rate = group["lr"] / (1 + (step - 1) * group["lr_decay"])
+        return [rate, group["weight_decay"], group["eps"], 0.0, 0.0]
+
+
+class Adam(_TouchedSlots):
+    """torch.optim.SparseAdam's rule on touched slots: the moments of a slot move only in steps that touch it.
+
+    m = b1 * m + (1 - b1) * g, v = b2 * v + (1 - b2) * g * g, and with t steps taken in all,
+    w -= lr * m / (1 - b1**t) / (sqrt(v / (1 - b2**t)) + eps).
+
+    Args:
+        arrays, lr: as in SGD.
+        betas, eps, weight_decay: as in torch.optim.Adam.
+    """
+
+    _rule = "adam"
+    _state_names = ("exp_avg", "exp_avg_sq")
+
+    def __init__(
+        self,
+        arrays,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ):
+        for i, beta in enumerate(betas):
+            if not 0 <= beta < 1:
+                raise ValueError(f"betas[{i}]: expected at least 0 and below 1, got {beta}")
+        super().__init__(arrays, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    def _options(self, group: dict[str, Any], step: int) -> list[float]:
+        beta1, beta2 = group["betas"]
+        # sqrt(v / c) + eps = (sqrt(v) + eps * sqrt(c)) / sqrt(c): both corrections go into the numbers.
+        correction = math.sqrt(1 - beta2**step)
+        return [group["lr"] * correction / (1 - beta1**step), group["weight_decay"], beta1, beta2, group["eps"] * correction]
