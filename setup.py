@@ -59,9 +59,16 @@ setup(
         Extension(
             "robe._cpu",
             ["robe/csrc/robe_cpu.cpp"],
-            depends=["robe/csrc/job.h", "robe/csrc/kernels.h"],
+            depends=["robe/csrc/job.h", "robe/csrc/kernels.h", "robe/csrc/interaction.h"],
             # No product is fused with a sum: every instruction set then gives the same bits.
-            extra_compile_args=["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-g0"],
+            extra_compile_args=[
+                "-std=c++17",
+                "-O3",
+                "-ffp-contract=off",
+                "-fno-math-errno",
+                "-fno-trapping-math",
+                "-g0",
+            ],
             language="c++",
             py_limited_api=True,  # the library holds no Python at all
         )

@@ -35,23 +35,14 @@ class MLP(nn.Sequential):
 
 
 class DotInteraction(nn.Module):
-    """The dot products of all pairs of N vectors: strictly lower triangle, row by row, as in facebookresearch/dlrm.
+    """The dot products of all pairs of N = F + 1 vectors.
 
-    Args:
-        vectors: N.
+    Strictly lower triangle, row by row, as in facebookresearch/dlrm.
     """
 
-    pairs: Tensor
-
-    def __init__(self, vectors: int):
-        super().__init__()
-        row, column = torch.tril_indices(vectors, vectors, offset=-1)
-        self.register_buffer("pairs", row * vectors + column, persistent=False)
-
-    def forward(self, vectors: Tensor) -> Tensor:
-        """(B, N, D) -> (B, N * (N - 1) / 2)."""
-        dots = torch.bmm(vectors, vectors.transpose(1, 2))  # (B, N, N)
-        return dots.flatten(1).index_select(1, self.pairs)
+    def forward(self, dense: Tensor, embeddings: Tensor) -> Tensor:
+        """dense (B, D) and embeddings (B, F, D) -> (B, D + N * (N - 1) / 2): dense, then the products."""
+        return torch.ops.robe.dot_interaction(dense, embeddings)
 
 
 class DLRM(nn.Module):
@@ -68,7 +59,7 @@ class DLRM(nn.Module):
         self.embeddings = build_embeddings(config) if embeddings is None else embeddings
         vectors = len(config.table_rows) + 1
         self.bottom = MLP((config.num_dense, *config.bottom_mlp), relu_last=True)
-        self.interaction = DotInteraction(vectors)
+        self.interaction = DotInteraction()
         self.top = MLP((config.embedding_dim + vectors * (vectors - 1) // 2, *config.top_mlp), relu_last=False)
 
     def forward(self, dense: Tensor, sparse: Tensor) -> Tensor:
@@ -82,5 +73,4 @@ class DLRM(nn.Module):
             (B,) float.
         """
         x = self.bottom(dense)  # (B, D)
-        vectors = torch.cat([x.unsqueeze(1), self.embeddings(sparse)], dim=1)  # (B, N, D)
-        return self.top(torch.cat([x, self.interaction(vectors)], dim=1)).squeeze(1)
+        return self.top(self.interaction(x, self.embeddings(sparse))).squeeze(1)

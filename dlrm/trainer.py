@@ -10,8 +10,10 @@ from torch import nn
 from torch.nn import functional
 from tqdm import tqdm
 
+import robe.optim
 from dlrm.config import TrainingConfig
 from dlrm.embeddings import Tables
+from robe import RobeArray
 
 # Adam goes on moving a row by its momentum in the steps after it was read; SparseAdam does not, and needs larger steps
 # to get as far: see docs/accuracy.md.
@@ -24,9 +26,16 @@ class TrainingError(RuntimeError):
 
 
 def make_optimizers(model: nn.Module, config: TrainingConfig) -> list[torch.optim.Optimizer]:
-    """The optimizers of a config. Tables have sparse gradients, for which Adam is a class of its own (SparseAdam)."""
+    """The optimizers of a config.
+
+    Tables have sparse gradients, for which Adam is a class of its own (SparseAdam). ROBE arrays are updated by
+    robe.optim, which never builds their dense gradient; but with Adam, whose moments go on moving weights that are not
+    read, by torch's.
+    """
     tables = [p for module in model.modules() if isinstance(module, Tables) for p in module.parameters()]
-    rest = [p for p in model.parameters() if all(p is not table for table in tables)]
+    arrays = [m for m in model.modules() if isinstance(m, RobeArray)] if config.optimizer != "adam" else []
+    apart = tables + [array.weight for array in arrays]
+    rest = [p for p in model.parameters() if all(p is not other for other in apart)]
     if tables:
         # torch asks for a decision before its optimizers build sparse tensors; they build valid ones.
         torch.sparse.check_sparse_tensor_invariants.disable()
@@ -35,8 +44,10 @@ def make_optimizers(model: nn.Module, config: TrainingConfig) -> list[torch.opti
         dense: list[torch.optim.Optimizer] = [torch.optim.Adam(rest, lr=lr)]
         return dense + [torch.optim.SparseAdam(tables, lr=SPARSE_ADAM_RATE * lr)] if tables else dense
     if config.optimizer == "adagrad":
-        return [torch.optim.Adagrad(rest + tables, lr=lr)]
-    return [torch.optim.SGD(rest + tables, lr=lr)]
+        optimizers: list[torch.optim.Optimizer] = [torch.optim.Adagrad(rest + tables, lr=lr)]
+        return optimizers + [robe.optim.Adagrad(arrays, lr=lr)] if arrays else optimizers
+    optimizers = [torch.optim.SGD(rest + tables, lr=lr)]
+    return optimizers + [robe.optim.SGD(arrays, lr=lr)] if arrays else optimizers
 
 
 def train(

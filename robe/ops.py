@@ -2,9 +2,10 @@
 
     lookup(weight, ids (B, F)) -> (B, F, D)                   one id per feature
     bag(weight, values (n,), offsets (F*B + 1,)) -> (B, F, D)  a bag of ids per feature, pooled
-    lookup_forward, bag_forward                                the same without autograd, which costs more than a small batch
+    lookup_forward, bag_forward                                the same, quicker to call: they have no autograd
     lookup_out, bag_out                                        the same, written into a tensor
     update_(weight, ...)                                       an optimizer's rule on the slots that lookups touched
+    dot_interaction(dense (B, D), embeddings (B, F, D)) -> (B, D + (F + 1) * F / 2)    what a DLRM does with them
 
 B examples, F features, D = embedding_dim, m = number of weights. Values are features major: feature f of example b is
 bag k = f * B + b, values[offsets[k] : offsets[k + 1]]. Both take, per feature, the table's hash key (``hashing.slots``)
@@ -39,10 +40,14 @@ for _schema in (
     f"bag_out(Tensor weight, {_BAGS}, {_TABLES}, Tensor? scale, Tensor(a!) out) -> ()",
     f"bag_backward(Tensor grad, Tensor weight, {_BAGS}, {_TABLES}) -> Tensor",
     f"bag_weights_backward(Tensor grad, Tensor weight, {_BAGS}, {_TABLES}) -> Tensor",
+    "dot_interaction(Tensor dense, Tensor embeddings) -> Tensor",
+    "dot_interaction_backward(Tensor grad, Tensor dense, Tensor embeddings) -> (Tensor, Tensor)",
     "update_(Tensor(a!) weight, Tensor(b!)[] state, str rule, float[] options, "
     f"{', '.join(f'Tensor[] {name}' for name in _LISTS)}, int[] layouts) -> ()",
 ):
-    torch.library.define(f"robe::{_schema.split('(')[0]}", _schema[_schema.index("(") :], tags=torch.Tag.pt2_compliant_tag)
+    torch.library.define(
+        f"robe::{_schema.split('(')[0]}", _schema[_schema.index("(") :], tags=torch.Tag.pt2_compliant_tag
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -64,8 +69,7 @@ def _check_array(weight, scale=None):
         raise ValueError("scale: expected with an int8 weight, and only with one")
     if scale is not None and (scale.dim() != 1 or scale.dtype != torch.float32 or scale.shape[0] == 0):
         raise ValueError(
-            "scale: expected a float32 vector, one entry per group of weights, "
-            f"got {scale.dtype} {tuple(scale.shape)}"
+            f"scale: expected a float32 vector, one entry per group of weights, got {scale.dtype} {tuple(scale.shape)}"
         )
 
 
@@ -199,7 +203,8 @@ def _lookup_gradients(grad, weight, ids, *tables):
 
 
 def _lookup_backward(grad, weight, ids, *tables):
-    return _scatter(*_lookup_gradients(grad, weight, ids, *tables), weight)
+    slot, value = _lookup_gradients(grad, weight, ids, *tables)
+    return _scatter(slot, value, weight)
 
 
 def _open_bags(weight, values, offsets, per_sample_weights, mode, table_keys, num_embeddings, *layout):
@@ -286,7 +291,8 @@ def _bag_gradients(grad, weight, values, offsets, per_sample_weights, mode, tabl
 
 
 def _bag_backward(grad, weight, values, *bags_and_tables):
-    return _scatter(*_bag_gradients(grad, weight, values, *bags_and_tables), weight)
+    slot, value = _bag_gradients(grad, weight, values, *bags_and_tables)
+    return _scatter(slot, value, weight)
 
 
 def _bag_weights_backward(grad, weight, values, offsets, per_sample_weights, mode, table_keys, *tables):
@@ -305,9 +311,11 @@ LAYOUT_ENTRIES = 7  # mode (0: lookup, else 1 + its place in MODES), D, Z, hash 
 def _update(weight, state, rule, options, grads, ids, offsets, per_sample_weights, table_keys, num_embeddings, layouts):
     slot, value = [], []
     for k, grad in enumerate(grads):
-        mode, embedding_dim, block_size, hash, sign, padded, padding_idx = layouts[LAYOUT_ENTRIES * k :][:LAYOUT_ENTRIES]
-        tables = (table_keys[k], num_embeddings[k], embedding_dim, block_size, HASHES[hash], bool(sign))
-        tables += (padding_idx if padded else None,)
+        mode, embedding_dim, block_size, hash, sign, padded, padding_idx = layouts[LAYOUT_ENTRIES * k :][
+            :LAYOUT_ENTRIES
+        ]
+        layout = (embedding_dim, block_size, HASHES[hash], bool(sign), padding_idx if padded else None)
+        tables = (table_keys[k], num_embeddings[k], *layout)
         if mode == 0:
             places, values = _lookup_gradients(grad, weight, ids[k], *tables)
         else:
@@ -344,10 +352,35 @@ def _update(weight, state, rule, options, grads, ids, offsets, per_sample_weight
         tensor[touched] = values.to(tensor.dtype)
 
 
+def _vectors(dense, embeddings):
+    if dense.dim() != 2 or embeddings.dim() != 3 or dense.shape != embeddings.select(1, 0).shape:
+        raise ValueError(
+            "dense and embeddings: expected (B, D) and (B, F, D), "
+            f"got {tuple(dense.shape)} and {tuple(embeddings.shape)}"
+        )
+    count = embeddings.shape[1] + 1
+    rows, columns = torch.tril_indices(count, count, offset=-1, device=dense.device)
+    return torch.cat([dense.unsqueeze(1), embeddings], dim=1), rows, columns  # (B, F + 1, D)
+
+
+def _dot_interaction(dense, embeddings):
+    vectors, rows, columns = _vectors(dense, embeddings)
+    dots = torch.bmm(vectors, vectors.transpose(1, 2))
+    return torch.cat([dense, dots[:, rows, columns]], dim=1)
+
+
+def _dot_interaction_backward(grad, dense, embeddings):
+    vectors, rows, columns = _vectors(dense, embeddings)
+    dots = vectors.new_zeros(len(vectors), vectors.shape[1], vectors.shape[1])
+    dots[:, rows, columns] = grad[:, dense.shape[1] :]
+    grad_vectors = torch.bmm(dots + dots.transpose(1, 2), vectors)
+    return grad_vectors[:, 0] + grad[:, : dense.shape[1]], grad_vectors[:, 1:].contiguous()
+
+
 def _out(body):
     def write(*arguments):
-        *arguments, out = arguments
-        embeddings = body(*arguments)
+        *inputs, out = arguments
+        embeddings = body(*inputs)
         if out.shape != embeddings.shape or out.dtype != embeddings.dtype:
             raise ValueError(
                 f"out: expected {embeddings.dtype} {tuple(embeddings.shape)}, got {out.dtype} {tuple(out.shape)}"
@@ -368,6 +401,8 @@ REFERENCE = {
     "bag_backward": _bag_backward,
     "bag_weights_backward": _bag_weights_backward,
     "update_": _update,
+    "dot_interaction": _dot_interaction,
+    "dot_interaction_backward": _dot_interaction_backward,
 }
 for _name, _body in REFERENCE.items():
     torch.library.impl(f"robe::{_name}", "CompositeExplicitAutograd", _body)
@@ -406,6 +441,17 @@ def _(grad, weight, *_):
 @torch.library.register_fake("robe::bag_weights_backward")
 def _(grad, weight, values, offsets, per_sample_weights, *_):
     return torch.empty_like(per_sample_weights)
+
+
+@torch.library.register_fake("robe::dot_interaction")
+def _(dense, embeddings):
+    count = embeddings.shape[1] + 1
+    return dense.new_empty(dense.shape[0], dense.shape[1] + count * (count - 1) // 2)
+
+
+@torch.library.register_fake("robe::dot_interaction_backward")
+def _(grad, dense, embeddings):
+    return dense.new_empty(dense.shape), embeddings.new_empty(embeddings.shape)
 
 
 @torch.library.register_fake("robe::lookup_out")
@@ -448,9 +494,18 @@ def _no_second_derivative(ctx, *grads):
     raise RuntimeError("robe: second derivatives are not supported")
 
 
-for _name in ("lookup_backward", "bag_backward", "bag_weights_backward"):
+def _save_all(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _dot_interaction_autograd(ctx, grad):
+    return torch.ops.robe.dot_interaction_backward(grad, *ctx.saved_tensors)
+
+
+for _name in ("lookup_backward", "bag_backward", "bag_weights_backward", "dot_interaction_backward"):
     torch.library.register_autograd(f"robe::{_name}", _no_second_derivative)
 torch.library.register_autograd("robe::lookup", _lookup_autograd, setup_context=_save)
 torch.library.register_autograd("robe::bag", _bag_autograd, setup_context=_save)
+torch.library.register_autograd("robe::dot_interaction", _dot_interaction_autograd, setup_context=_save_all)
 
 import robe.native  # noqa: E402, F401  (the CPU kernels, now that the operators are there)

@@ -9,13 +9,15 @@ A dense gradient is as large as the array, and torch's optimizers go through all
 keeps the gradient of the embeddings, (B, F, D), as it comes; ``step`` sums what goes to each slot and applies the rule
 to the slots touched since the last ``zero_grad``, and to no others. ``weight.grad`` stays None.
 
-The order of the sums does not depend on the number of threads, so neither does a bit of the result: gradients are sorted
-by the segment of the array they go to, in the order of the ids within a segment, and a segment is summed and updated by
-one thread.
+The order of the sums does not depend on the number of threads, so neither does a bit of the result: gradients are
+sorted by the segment of the array they go to, in the order of the ids within a segment, and a segment is summed and
+updated by one thread.
 
-What differs from torch's optimizers on a dense gradient: weight decay, momentum and Adam's moments act on a slot only in
-steps that touch it, as in torch.optim.SparseAdam; Adam's bias correction counts all steps. Without these (SGD, or
+What differs from torch's optimizers on a dense gradient: weight decay, momentum and Adam's moments act on a slot only
+in steps that touch it, as in torch.optim.SparseAdam; Adam's bias correction counts all steps. Without these (SGD, or
 Adagrad, without decay) the results are the same but for rounding. Slots of bf16 and fp16 arrays are updated in float32.
+
+A model that torch.compile has compiled whole can't hand gradients over like this; there the layers break the graph.
 """
 
 import math
@@ -66,10 +68,9 @@ class _TouchedSlots(torch.optim.Optimizer):
                 raise ValueError(f"{name}: expected at least 0, got {defaults[name]}")
         self._pending: dict[Tensor, list[tuple]] = {}
         self._arrays: list[RobeArray] = []
-        groups = [arrays] if isinstance(arrays, nn.Module) else list(arrays)
-        if not any(isinstance(group, dict) for group in groups):
-            groups = [{"params": groups}]
-        super().__init__([group | {"params": self._weights(group["params"])} for group in groups], defaults)
+        given: list[Any] = [arrays] if isinstance(arrays, nn.Module) else list(arrays)
+        groups = given if any(isinstance(group, dict) for group in given) else [{"params": given}]
+        super().__init__([{**group, "params": self._weights(group["params"])} for group in groups], defaults)
         # Last, so that an optimizer that could not be made takes no gradients.
         for array in self._arrays:
             array._optimizer = weakref.ref(self)
@@ -101,7 +102,7 @@ class _TouchedSlots(torch.optim.Optimizer):
         super().zero_grad(set_to_none)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None):  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None):
         """Update the slots touched since the last step or zero_grad. The gradients are used up."""
         loss = None
         if closure is not None:
@@ -232,4 +233,10 @@ class Adam(_TouchedSlots):
         beta1, beta2 = group["betas"]
         # sqrt(v / c) + eps = (sqrt(v) + eps * sqrt(c)) / sqrt(c): both corrections go into the numbers.
         correction = math.sqrt(1 - beta2**step)
-        return [group["lr"] * correction / (1 - beta1**step), group["weight_decay"], beta1, beta2, group["eps"] * correction]
+        return [
+            group["lr"] * correction / (1 - beta1**step),
+            group["weight_decay"],
+            beta1,
+            beta2,
+            group["eps"] * correction,
+        ]

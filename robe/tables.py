@@ -10,7 +10,6 @@ import robe.ops  # noqa: F401  (registers torch.ops.robe)
 from robe.array import RobeArray
 from robe.hashing import HASHES, table_key
 
-
 _WITH_AUTOGRAD = {"lookup": torch.ops.robe.lookup.default, "bag": torch.ops.robe.bag.default}
 _FORWARD = {"lookup": torch.ops.robe.lookup_forward.default, "bag": torch.ops.robe.bag_forward.default}
 _OUT = {"lookup": torch.ops.robe.lookup_out.default, "bag": torch.ops.robe.bag_out.default}

@@ -43,9 +43,10 @@ def test_interaction_order():
     """Row-wise strictly lower triangle: (1,0), (2,0), (2,1), (3,0) ... - trained top layers depend on it."""
     vectors = torch.eye(4).unsqueeze(0) * torch.tensor([1.0, 2.0, 3.0, 5.0])
     mixed = vectors + vectors.flip(1)
-    dots = DotInteraction(4)(mixed)[0].tolist()
+    joined = DotInteraction()(mixed[:, 0], mixed[:, 1:])[0].tolist()
     gram = (mixed[0] @ mixed[0].T).tolist()
-    assert dots == [gram[1][0], gram[2][0], gram[2][1], gram[3][0], gram[3][1], gram[3][2]]
+    assert joined[:4] == mixed[0, 0].tolist()
+    assert joined[4:] == [gram[1][0], gram[2][0], gram[2][1], gram[3][0], gram[3][1], gram[3][2]]
 
 
 def test_initial_values_have_the_published_scales():

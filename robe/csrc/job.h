@@ -72,6 +72,18 @@ struct Update {
   double options[5];
 };
 
+// The pairwise dot products of dense (B, D) and rows (B, F, D), behind dense itself: out (B, D + (F + 1) * F / 2). In the
+// backward, out is the gradient. Gradients of dense and rows are contiguous.
+struct Interaction {
+  bool wide;  // float64, else float32
+  int64_t batch, features, dim;
+  const void *dense, *rows;
+  int64_t dense_stride, example_stride, feature_stride;
+  void* out;
+  int64_t out_stride;
+  void *dense_grad, *rows_grad;
+};
+
 // The kernels of one instruction set.
 struct Kernels {
   const char* name;
@@ -86,6 +98,9 @@ struct Kernels {
   // Sum the records of a segment into the dense gradient, or sum them and apply the update.
   void (*gradient)(Dtype, const Segments&, int64_t segment, void* scratch, void* out);
   void (*update)(Dtype, const Segments&, int64_t segment, void* scratch, void* weight, const Update&);
+  // Examples begin .. end of an interaction, and of its gradient.
+  void (*interact)(const Interaction&, int64_t begin, int64_t end);
+  void (*interact_grad)(const Interaction&, int64_t begin, int64_t end);
 };
 
 // The finaliser of SplitMix64; see robe/hashing.py, which this file must agree with bit for bit.

@@ -1,6 +1,8 @@
-// The kernels. Included once per instruction set, each time with another ROBE_ISA, the namespace of that set; what is
+// The kernels of the array. Included once per instruction set, each time with another ROBE_ISA, the namespace of that set; what is
 // here is plain C++ that the compiler vectorises for it. Products are never fused with sums (-ffp-contract=off), so
 // every set gives the same bits.
+
+#include "interaction.h"
 
 namespace robe {
 namespace ROBE_ISA {
@@ -146,14 +148,18 @@ constexpr int64_t kTileBlocks = 128;
 
 // The offsets of the blocks of n rows, row by row, for the commonest tables: "mix", whole blocks, no signs. Loops that
 // vectorise; first holds key + id * G of each row.
-ROBE_INLINE void hash_rows(const Job& job, int64_t n, int64_t per_row, const uint64_t* __restrict__ first,
+ROBE_INLINE void hash_rows(const Job& job, int64_t n, int64_t per_row, uint64_t* __restrict__ first,
                            uint64_t* __restrict__ hashed, int64_t* __restrict__ offsets) {
+  for (int64_t r = 0; r < n; ++r) first[r] = mix64(first[r]);
   if (per_row == 1) {
-    for (int64_t r = 0; r < n; ++r) hashed[r] = mix64(mix64(first[r]));
+    for (int64_t r = 0; r < n; ++r) hashed[r] = mix64(first[r]);
   } else {
-    for (int64_t r = 0; r < n; ++r) {
-      const uint64_t row = mix64(first[r]);
-      for (int64_t k = 0; k < per_row; ++k) hashed[r * per_row + k] = row + static_cast<uint64_t>(k) * kGolden;
+    if (per_row <= 4) {  // the longer loop goes inside
+      for (int64_t k = 0; k < per_row; ++k)
+        for (int64_t r = 0; r < n; ++r) hashed[r * per_row + k] = first[r] + static_cast<uint64_t>(k) * kGolden;
+    } else {
+      for (int64_t r = 0; r < n; ++r)
+        for (int64_t k = 0; k < per_row; ++k) hashed[r * per_row + k] = first[r] + static_cast<uint64_t>(k) * kGolden;
     }
     for (int64_t i = 0; i < n * per_row; ++i) hashed[i] = mix64(hashed[i]);
   }
@@ -170,14 +176,17 @@ ROBE_INLINE void hash_rows(const Job& job, int64_t n, int64_t per_row, const uin
 
 ROBE_INLINE bool uniform(const Job& job) { return job.hash == Hash::mix && !job.sign && job.dim % job.block == 0; }
 
-// Where a tile's blocks are kept: any blocks as they are, or for uniform tables their offsets alone.
+// Where a tile's blocks are kept: any blocks as they are, or for uniform tables their offsets alone. full: every row
+// counts, so there is no block of zeros among them.
 struct AnyBlocks {
   const Block* at;
+  bool full;
   ROBE_INLINE Block next() { return *at++; }
 };
 
 struct UniformBlocks {
   const int64_t* at;
+  bool full;
   int32_t length;
   ROBE_INLINE Block next() { return {*at++, length, 0}; }
 };
@@ -201,14 +210,15 @@ ROBE_INLINE bool read_ahead(const Job& job, int64_t rows, int64_t item, Ids ids,
   int64_t features[kTileBlocks], id[kTileBlocks];
   uint64_t first[kTileBlocks];
   const char* const weight = static_cast<const char*>(job.weight);
-  bool outside = false;
+  bool outside = false, full[2] = {false, false};
   const auto prefetch = [&](int64_t offset, int64_t length) {
     const char* line = weight + offset * item;
     const char* const last = line + length * item - 1;
     for (; line < last; line += 64) __builtin_prefetch(line, 0, 2);
     __builtin_prefetch(last, 0, 2);
   };
-  const auto fill = [&](Entry* out, int64_t n) {
+  const auto fill = [&](int64_t turn, int64_t n) {
+    Entry* out = half[turn];
     ids(n, features, id);
     if constexpr (is_uniform) {
       bool all = !job.padded;
@@ -219,6 +229,7 @@ ROBE_INLINE bool read_ahead(const Job& job, int64_t rows, int64_t item, Ids ids,
       }
       hash_rows(job, n, per_row, first, hashed, out);
       for (int64_t i = 0; i < n * per_row; ++i) prefetch(out[i], job.block);
+      full[turn] = all;
       if (!all)
         for (int64_t r = 0; r < n; ++r)
           if (!counts(job, features[r], id[r], outside))
@@ -237,15 +248,15 @@ ROBE_INLINE bool read_ahead(const Job& job, int64_t rows, int64_t item, Ids ids,
     }
   };
   int64_t ahead = rows < tile ? rows : tile;
-  fill(half[0], ahead);
+  fill(0, ahead);
   for (int64_t done = 0, turn = 0; done < rows; turn ^= 1) {
     const int64_t now = ahead;
     ahead = rows - done - now < tile ? rows - done - now : tile;
-    fill(half[turn ^ 1], ahead);
+    fill(turn ^ 1, ahead);
     if constexpr (is_uniform)
-      consume(UniformBlocks{half[turn], static_cast<int32_t>(job.block)}, now);
+      consume(UniformBlocks{half[turn], full[turn], static_cast<int32_t>(job.block)}, now);
     else
-      consume(AnyBlocks{half[turn]}, now);
+      consume(AnyBlocks{half[turn], false}, now);
     done += now;
   }
   if (!small) {
@@ -327,6 +338,23 @@ bool read_one(const Job& job, int64_t begin, int64_t end, int64_t item, int64_t 
   const int64_t row_bytes = job.dim * out_item;
   char* row = data + example * example_bytes + feature * feature_bytes;
   const auto consume = [&](auto blocks, int64_t rows) {
+    if constexpr (is_uniform) {
+      if (blocks.full) {
+        const int64_t* offset = blocks.at;
+        const int64_t block_bytes = job.block * out_item, row_blocks = job.dim / job.block;
+        char* to = row;
+        int64_t column = f;
+        for (int64_t r = 0; r < rows; ++r) {
+          for (int64_t k = 0; k < row_blocks; ++k, ++offset)
+            Copy::block(job, weight + *offset * item, {*offset, blocks.length, 0}, to + k * block_bytes);
+          to += feature_bytes;
+          if (++column == features) column = 0, to = data + ++row_example * example_bytes;
+        }
+        row = to;
+        f = column;
+        return;
+      }
+    }
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t i = 0; i < row_bytes;) {
         const Block block = blocks.next();
@@ -742,7 +770,7 @@ void factor_grad(const Job& job, int64_t begin, int64_t end, void* out) {
 }
 
 extern const Kernels kernels;
-const Kernels kernels = {ROBE_ISA_NAME, read, factor_grad, count, fill, gradient, update};
+const Kernels kernels = {ROBE_ISA_NAME, read, factor_grad, count, fill, gradient, update, interact, interact_grad};
 
 }  // namespace ROBE_ISA
 }  // namespace robe

@@ -47,6 +47,7 @@
 #endif
 
 ROBE_TARGET_AVX2
+#define ROBE_FMA
 #define ROBE_ISA avx2
 #define ROBE_ISA_NAME "avx2"
 #include "kernels.h"
@@ -383,7 +384,7 @@ void each_part(int64_t parts, Use use) {
 }
 
 constexpr int64_t kStreamBytes = 16 << 20;  // embeddings that no cache keeps until they are read
-constexpr int64_t kReadGrain = 64 << 10, kWriteGrain = 16 << 10;  // bytes of embeddings that are worth a thread
+constexpr int64_t kReadGrain = 32 << 10, kWriteGrain = 16 << 10;  // bytes of embeddings that are worth a thread
 
 void read(Call& call) {
   Job& job = call.job;
@@ -610,7 +611,77 @@ void update(StableIValue* stack, uint64_t, uint64_t) {
   });
 }
 
+// dot_interaction(dense, embeddings) and its backward(grad, dense, embeddings).
+struct InteractionCall {
+  Tensor dense, embeddings, out;
+  ScalarType type;
+  Interaction x{};
+
+  static Tensor wide(const Tensor& t, bool keep) {
+    return dense_rows(keep || t.scalar_type() == ScalarType::Float ? t : torch::stable::to(t, ScalarType::Float));
+  }
+
+  InteractionCall(const Tensor& d, const Tensor& e) : type(d.scalar_type()) {
+    EXPECT(d.dim() == 2 && e.dim() == 3 && d.size(0) == e.size(0) && d.size(1) == e.size(2),
+           "dense and embeddings: expected (B, D) and (B, F, D), got " + shape(d) + " and " + shape(e));
+    EXPECT(type == e.scalar_type() && (type == ScalarType::Float || type == ScalarType::Double ||
+                                       type == ScalarType::BFloat16 || type == ScalarType::Half),
+           "dense and embeddings: expected one floating-point dtype, got " + robe::type(d) + " and " + robe::type(e));
+    x.wide = type == ScalarType::Double;
+    dense = wide(d, x.wide);
+    embeddings = wide(e, x.wide);
+    x.batch = e.size(0), x.features = e.size(1), x.dim = e.size(2);
+    x.dense = dense.const_data_ptr(), x.rows = embeddings.const_data_ptr();
+    x.dense_stride = dense.stride(0), x.example_stride = embeddings.stride(0);
+    x.feature_stride = embeddings.stride(1);
+  }
+
+  ScalarType computed() const { return x.wide ? ScalarType::Double : ScalarType::Float; }
+  int64_t width() const { return x.dim + (x.features + 1) * x.features / 2; }
+  Tensor narrow(const Tensor& t) const { return type == computed() ? t : torch::stable::to(t, type); }
+
+  void run(void (*kernel)(const Interaction&, int64_t, int64_t)) {
+    constexpr int64_t products = 1 << 17;  // multiplications that are worth a thread
+    const int64_t each = width() * x.dim;
+    torch::stable::parallel_for(0, x.batch, std::max<int64_t>(1, products / std::max<int64_t>(each, 1)),
+                                [&](int64_t begin, int64_t end) { kernel(x, begin, end); });
+  }
+};
+
+void dot_interaction(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments in{stack};
+  const Tensor dense = in.tensor(), embeddings = in.tensor();
+  InteractionCall call(dense, embeddings);
+  const int64_t sizes[2] = {call.x.batch, call.width()};
+  call.out = torch::stable::empty({sizes, 2}, call.computed());
+  call.x.out = call.out.mutable_data_ptr();
+  call.x.out_stride = sizes[1];
+  call.run(kernels->interact);
+  stack[0] = from(call.narrow(call.out));
+}
+
+void dot_interaction_backward(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments in{stack};
+  const Tensor grad = in.tensor(), dense = in.tensor(), embeddings = in.tensor();
+  InteractionCall call(dense, embeddings);
+  EXPECT(grad.dim() == 2 && grad.size(0) == call.x.batch && grad.size(1) == call.width(),
+         "grad: expected shape (" + str(call.x.batch) + ", " + str(call.width()) + "), got " + shape(grad));
+  call.out = dense_rows(grad.scalar_type() == call.computed() ? grad : torch::stable::to(grad, call.computed()));
+  call.x.out = const_cast<void*>(call.out.const_data_ptr());
+  call.x.out_stride = call.out.stride(0);
+  const int64_t sizes[3] = {call.x.batch, call.x.features, call.x.dim}, dense_sizes[2] = {call.x.batch, call.x.dim};
+  Tensor dense_grad = torch::stable::empty({dense_sizes, 2}, call.computed());
+  Tensor rows_grad = torch::stable::empty({sizes, 3}, call.computed());
+  call.x.dense_grad = dense_grad.mutable_data_ptr();
+  call.x.rows_grad = rows_grad.mutable_data_ptr();
+  call.run(kernels->interact_grad);
+  stack[0] = from(call.narrow(dense_grad));
+  stack[1] = from(call.narrow(rows_grad));
+}
+
 STABLE_TORCH_LIBRARY_IMPL(robe, CPU, m) {
+  m.impl("dot_interaction", &dot_interaction);
+  m.impl("dot_interaction_backward", &dot_interaction_backward);
   m.impl("lookup", &forward<lookup_arguments>);
   m.impl("lookup_forward", &forward<lookup_arguments>);
   m.impl("lookup_out", &forward_out<lookup_arguments>);

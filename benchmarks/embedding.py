@@ -1,0 +1,174 @@
+"""The embeddings of a batch, all 26 features: ROBE against 26 nn.EmbeddingBag and fbgemm's table-batched embeddings.
+
+    python -m benchmarks.embedding --output runs/embedding.json
+
+Forward only, one id per feature, float32, every candidate in every round. Tables have the rows of the presets, those of
+`terabyte` capped at 3 million (9.8 GB; --max-rows). fbgemm is measured where it is installed (pip install .[bench]):
+"fbgemm TBE" is SplitTableBatchedEmbeddingBags, which trains; "fbgemm TBE inference" IntNBitTableBatchedEmbeddingBags
+with float32 rows, on tables capped so that they fit beside the others.
+"""
+
+import argparse
+import importlib.util
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import robe
+from benchmarks.timing import COPIES_OF_IDS, cycle, machine, make_ids, side_by_side
+from dlrm.checkpoint import write_json
+from dlrm.config import PRESETS
+
+BATCHES = (1, 64, 2048)
+LARGE = 25_000_000  # weights: 100 MB
+INFERENCE_ROWS = 300_000  # of a table of fbgemm's inference kernel
+
+
+class Peers:
+    """The tables ROBE is compared with: one set of weights that nn.EmbeddingBag and fbgemm both read."""
+
+    def __init__(self, rows: tuple[int, ...], dim: int):
+        self.rows, self.dim = rows, dim
+        self.tbe = self.inference = None
+        if importlib.util.find_spec("fbgemm_gpu") is None:
+            print("fbgemm-gpu-cpu is not installed: left out (pip install .[bench])", file=sys.stderr)
+            weights = [torch.rand(n, dim) for n in rows]
+        else:
+            self.tbe, self.inference = _fbgemm(rows, dim)
+            weights = self.tbe.split_embedding_weights()
+        self.bags = [nn.EmbeddingBag.from_pretrained(weight, mode="sum") for weight in weights]
+
+    def candidates(self, batches: list[np.ndarray]) -> dict:
+        size, features = batches[0].shape
+        starts = torch.arange(size)
+        offsets = torch.arange(size * features + 1)
+        columns = [[torch.from_numpy(column.copy()) for column in ids.T] for ids in batches]
+        found = {
+            "26 nn.EmbeddingBag": cycle(
+                lambda ids: [bag(column, starts) for bag, column in zip(self.bags, ids)], columns
+            )
+        }
+        if self.tbe is not None:
+            values = [torch.cat(column) for column in columns]
+            found["fbgemm TBE"] = cycle(lambda v: self.tbe(v, offsets), values)
+            narrow = [torch.cat([c % INFERENCE_ROWS for c in column]).int() for column in columns]
+            narrow_offsets = offsets.int()
+            found["fbgemm TBE inference"] = cycle(lambda v: self.inference(v, narrow_offsets), narrow)
+        return found
+
+
+def _fbgemm(rows: tuple[int, ...], dim: int):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
+        from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation, PoolingMode
+        from fbgemm_gpu.split_table_batched_embeddings_ops_inference import IntNBitTableBatchedEmbeddingBagsCodegen
+        from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+            ComputeDevice,
+            SplitTableBatchedEmbeddingBagsCodegen,
+        )
+    tbe = SplitTableBatchedEmbeddingBagsCodegen(
+        [(n, dim, EmbeddingLocation.HOST, ComputeDevice.CPU) for n in rows],
+        optimizer=EmbOptimType.EXACT_SGD,
+        learning_rate=0.1,
+        pooling_mode=PoolingMode.SUM,
+    )
+    for weight in tbe.split_embedding_weights():
+        weight.fill_(0.01)  # pages that were never written would all be one page of zeros
+    inference = IntNBitTableBatchedEmbeddingBagsCodegen(
+        [(f"t{i}", min(n, INFERENCE_ROWS), dim, SparseType.FP32, EmbeddingLocation.HOST) for i, n in enumerate(rows)],
+        device="cpu",
+        pooling_mode=PoolingMode.SUM,
+        output_dtype=SparseType.FP32,
+    )
+    inference.fill_random_weights()
+    return tbe, inference
+
+
+def collection(rows: tuple[int, ...], dim: int, size: int, block_size: int) -> robe.RobeEmbeddingBagCollection:
+    tables = [robe.EmbeddingBagConfig(f"cat_{i}", None, dim) for i in range(len(rows))]
+    return robe.RobeEmbeddingBagCollection(tables, robe_size=size, block_size=block_size)
+
+
+def reference(layer: robe.RobeEmbeddingBagCollection):
+    """The layer's lookup by the reference body, in plain torch."""
+    weight, tables = layer.array.weight.detach(), layer._tables()
+    return lambda ids: robe.ops.REFERENCE["lookup"](weight, ids, *tables)
+
+
+def measure(name: str, max_rows: int, seconds: float, bar: tqdm) -> list[dict]:
+    preset = PRESETS[name].model
+    rows, dim = tuple(min(n, max_rows) for n in preset.table_rows), preset.embedding_dim
+    peers = Peers(rows, dim)
+    arrays = {"1000x": sum(rows) * dim // 1000, "100 MB": LARGE}
+    layers = {
+        f"ROBE {array}, Z={block}": collection(rows, dim, size, block)
+        for array, size in arrays.items()
+        for block in sorted({8, 16, 32, dim} - ({32} if dim < 32 else set()))
+    }
+    results = []
+    for kind in ("uniform", "zipf"):
+        for batch_size in BATCHES:
+            bar.set_description(f"{name}, {kind} ids, B={batch_size}")
+            rng = np.random.default_rng(0)
+            batches = [make_ids(rows, batch_size, kind, rng) for _ in range(COPIES_OF_IDS[batch_size])]
+            ids = [torch.from_numpy(batch) for batch in batches]
+            candidates = peers.candidates(batches)
+            candidates |= {label: cycle(layer, ids) for label, layer in layers.items()}
+            source, target = torch.rand(2, batch_size, len(rows), dim)
+            candidates["copy of the output"] = lambda s=source, t=target: t.copy_(s)
+            if kind == "uniform":
+                first = layers[f"ROBE 1000x, Z={dim}"]
+                candidates[f"ROBE 1000x, Z={dim}, reference"] = cycle(reference(first), ids)
+                for power in (6, 12):  # rows of a virtual table
+                    far = [torch.randint(10**power, batch.shape) for batch in ids]
+                    candidates[f"ROBE 1000x, Z={dim}, 10^{power} rows"] = cycle(first, far)
+            with torch.no_grad():
+                times = side_by_side(candidates, seconds)
+            results.append({"preset": name, "ids": kind, "batch_size": batch_size, "microseconds": times})
+            bar.update()
+    return results
+
+
+def report(results: list[dict]) -> str:
+    lines = []
+    for result in results:
+        times = result["microseconds"]
+        best = min(times[name]["median"] for name in ("26 nn.EmbeddingBag", "fbgemm TBE") if name in times)
+        copy = times["copy of the output"]["median"]
+        lines.append(f"\n{result['preset']}, {result['ids']} ids, B={result['batch_size']}")
+        lines.append(f"  {'':34}{'median us':>11}{'p20':>10}{'p80':>10}{'times faster':>14}{'copies':>8}")
+        for name, time in times.items():
+            lines.append(
+                f"  {name:34}{time['median']:11.1f}{time['p20']:10.1f}{time['p80']:10.1f}"
+                f"{best / time['median']:14.2f}{time['median'] / copy:8.2f}"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON")
+    parser.add_argument("--presets", nargs="+", choices=("kaggle", "terabyte"), default=["kaggle", "terabyte"])
+    parser.add_argument("--max-rows", type=int, default=3_000_000, help="cap of the rows of the peers' tables")
+    parser.add_argument("--seconds", type=float, default=5, help="for each table of figures")
+    args = parser.parse_args()
+    results = []
+    with tqdm(total=6 * len(args.presets), unit="table") as bar:
+        for name in args.presets:
+            results += measure(name, args.max_rows, args.seconds, bar)
+    print(report(results))
+    print(
+        "\ntimes faster: than the faster of nn.EmbeddingBag and fbgemm TBE; copies: of the time to copy the output once"
+    )
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    write_json(args.output, {"machine": machine(), "results": results})
+
+
+if __name__ == "__main__":
+    main()

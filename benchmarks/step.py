@@ -1,0 +1,198 @@
+"""Whole training steps and forwards of the DLRM: what the embeddings cost beside the MLPs.
+
+    python -m benchmarks.step --output runs/step.json
+
+A training step is forward, loss, backward and SGD. "embeddings constant" is the same step with the embeddings' output
+a constant tensor: MLPs and interaction alone, the floor. Forwards are compared with 26 nn.EmbeddingBag on full tables
+(the presets' rows, capped at 3 million: --max-rows), and with the MLPs alone. Every candidate in every round.
+"""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm import tqdm
+
+import robe
+from benchmarks.timing import COPIES_OF_IDS, cycle, machine, make_ids, side_by_side
+from dlrm import DLRM
+from dlrm.checkpoint import write_json
+from dlrm.config import PRESETS, DLRMConfig
+
+STEP_BATCHES, FORWARD_BATCHES = (256, 2048), (1, 64, 2048)
+LARGE = 25_000_000  # weights: 100 MB
+
+
+class Constant(nn.Module):
+    """Embeddings that are always the same, whatever the ids."""
+
+    def __init__(self, batch_size: int, features: int, dim: int):
+        super().__init__()
+        self.register_buffer("rows", torch.rand(batch_size, features, dim) * 0.01)
+
+    def forward(self, sparse: Tensor) -> Tensor:
+        return self.rows
+
+
+class EmbeddingBags(nn.Module):
+    """A table for each feature, as facebookresearch/dlrm has them."""
+
+    def __init__(self, weights: list[Tensor], sparse: bool):
+        super().__init__()
+        self.bags = nn.ModuleList(
+            nn.EmbeddingBag.from_pretrained(w, mode="sum", freeze=False, sparse=sparse) for w in weights
+        )
+
+    def forward(self, sparse: Tensor) -> Tensor:
+        starts = torch.arange(len(sparse))
+        return torch.stack([bag(ids, starts) for bag, ids in zip(self.bags, sparse.T)], dim=1)
+
+
+def with_embeddings(config: DLRMConfig, embeddings: nn.Module) -> DLRM:
+    torch.manual_seed(0)
+    return DLRM(config, embeddings)
+
+
+def stepper(model: DLRM, optimizers: list):
+    """A training step on (dense, sparse, labels)."""
+
+    def step(batch):
+        dense, sparse, labels = batch
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        functional.binary_cross_entropy_with_logits(model(dense, sparse), labels).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+
+    return step
+
+
+def mlps_only(model: DLRM, batch_size: int):
+    width = model.top[0].in_features
+    joined = torch.rand(batch_size, width)
+
+    def forward(batch):
+        model.bottom(batch[0])
+        model.top(joined)
+
+    return forward
+
+
+def training(config: DLRMConfig, full: list[Tensor], batch_size: int, seconds: float) -> dict:
+    dim = config.embedding_dim
+    rng = np.random.default_rng(0)
+    inputs = batches(config, [len(w) for w in full], batch_size, rng)
+    candidates = {}
+
+    def add(name: str, embeddings: nn.Module, fused: bool = False):
+        model = with_embeddings(config, embeddings)
+        inside = list(model.embeddings.parameters())
+        others = [p for p in model.parameters() if all(p is not q for q in inside)]
+        optimizers: list = [torch.optim.SGD(others, lr=0.01)]
+        if fused:
+            optimizers.append(robe.optim.SGD(model.embeddings, lr=0.01))
+        elif inside:
+            optimizers.append(torch.optim.SGD(inside, lr=0.01))
+        candidates[name] = cycle(stepper(model, optimizers), inputs)
+
+    add("embeddings constant", Constant(batch_size, len(full), dim))
+    for label, size in {"1000x": config.full_floats // 1000, "100 MB": LARGE}.items():
+        for block in sorted({8, dim}):
+            add(f"ROBE {label}, Z={block}", robe_layer(config, size, block), fused=True)
+        add(f"ROBE {label}, Z={dim}, dense gradient", robe_layer(config, size, dim))
+    add("26 nn.EmbeddingBag, sparse gradients", EmbeddingBags(full, sparse=True))
+    return side_by_side(candidates, seconds)
+
+
+def robe_layer(config: DLRMConfig, size: int, block_size: int) -> nn.Module:
+    tables = [robe.EmbeddingBagConfig(f"cat_{i}", None, config.embedding_dim) for i in range(len(config.table_rows))]
+    return robe.RobeEmbeddingBagCollection(tables, robe_size=size, block_size=block_size)
+
+
+def forwards(config: DLRMConfig, full: list[Tensor], batch_size: int, seconds: float) -> dict:
+    dim = config.embedding_dim
+    rng = np.random.default_rng(0)
+    inputs = batches(config, [len(w) for w in full], batch_size, rng)
+    models = {
+        f"ROBE 1000x, Z={dim}": with_embeddings(config, robe_layer(config, config.full_floats // 1000, dim)),
+        f"ROBE 100 MB, Z={dim}": with_embeddings(config, robe_layer(config, LARGE, dim)),
+        "26 nn.EmbeddingBag": with_embeddings(config, EmbeddingBags(full, sparse=False)),
+    }
+    candidates = {name: cycle(lambda batch, m=m: m(batch[0], batch[1]), inputs) for name, m in models.items()}
+    candidates["MLPs alone"] = cycle(mlps_only(next(iter(models.values())), batch_size), inputs)
+    with torch.inference_mode():
+        return side_by_side(candidates, seconds)
+
+
+def batches(config: DLRMConfig, rows: list[int], batch_size: int, rng: np.random.Generator) -> list:
+    return [
+        (
+            torch.from_numpy(rng.random((batch_size, config.num_dense), dtype=np.float32)),
+            torch.from_numpy(make_ids(tuple(rows), batch_size, "zipf", rng)),
+            torch.from_numpy((rng.random(batch_size) < 0.25).astype(np.float32)),
+        )
+        for _ in range(COPIES_OF_IDS[batch_size])
+    ]
+
+
+def report(results: list[dict]) -> str:
+    lines = []
+    for result in results:
+        times = result["milliseconds"]
+        base = times[result["against"]]["median"]
+        lines.append(f"\n{result['preset']}, {result['what']}, B={result['batch_size']}")
+        lines.append(f"  {'':42}{'median ms':>11}{'p20':>9}{'p80':>9}  against {result['against']}")
+        for name, time in times.items():
+            lines.append(
+                f"  {name:42}{time['median']:11.3f}{time['p20']:9.3f}{time['p80']:9.3f}{time['median'] / base:9.3f}"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON")
+    parser.add_argument("--presets", nargs="+", choices=("kaggle", "terabyte"), default=["kaggle", "terabyte"])
+    parser.add_argument("--max-rows", type=int, default=3_000_000, help="cap of the rows of the full tables")
+    parser.add_argument("--seconds", type=float, default=10, help="for each table of figures")
+    args = parser.parse_args()
+    results = []
+    with tqdm(total=5 * len(args.presets), unit="table") as bar:
+        for name in args.presets:
+            preset = PRESETS[name].model
+            rows = tuple(min(n, args.max_rows) for n in preset.table_rows)
+            config = replace(preset, table_rows=rows)
+            full = [torch.full((n, config.embedding_dim), 0.01) for n in rows]
+            for what, sizes, run, against in (
+                ("forward", FORWARD_BATCHES, forwards, "MLPs alone"),
+                ("training step", STEP_BATCHES, training, "embeddings constant"),
+            ):
+                for batch_size in sizes:
+                    bar.set_description(f"{name}, {what}, B={batch_size}")
+                    times = run(config, full, batch_size, args.seconds)
+                    milliseconds = {
+                        label: {k: v / 1e3 if k != "rounds" else v for k, v in time.items()}
+                        for label, time in times.items()
+                    }
+                    results.append(
+                        {
+                            "preset": name,
+                            "what": what,
+                            "batch_size": batch_size,
+                            "against": against,
+                            "milliseconds": milliseconds,
+                        }
+                    )
+                    bar.update()
+            del full
+    print(report(results))
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    write_json(args.output, {"machine": machine(), "results": results})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""Timing side by side: every candidate in every round, so that what disturbs the machine disturbs all of them."""
+
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+import robe
+from dlrm.metrics import environment
+
+COPIES_OF_IDS = {1: 256, 64: 64, 256: 32, 2048: 8}  # batches to go through: the same ids again would lie in the cache
+
+
+def side_by_side(
+    candidates: dict[str, Callable[[], object]], seconds: float, least_rounds: int = 5
+) -> dict[str, dict[str, float]]:
+    """Time callables in turns.
+
+    Args:
+        candidates: name -> what to time; called many times.
+        seconds: to spend in all, about.
+        least_rounds: measurements of each, at least.
+
+    Returns:
+        name -> median, p20 and p80 of the microseconds of a call, and rounds.
+    """
+    calls = {}
+    start = time.perf_counter()
+    for name, run in candidates.items():
+        for _ in range(2):
+            run()
+        once = time.perf_counter()
+        run()
+        # A measurement of a millisecond or more, so that the clock and the loop weigh nothing.
+        calls[name] = max(1, round(1e-3 / max(time.perf_counter() - once, 1e-6)))
+    seconds -= time.perf_counter() - start
+    samples: dict[str, list[float]] = {name: [] for name in candidates}
+    start = time.perf_counter()
+    while time.perf_counter() - start < seconds or len(next(iter(samples.values()))) < least_rounds:
+        for name, run in candidates.items():
+            count = calls[name]
+            begin = time.perf_counter()
+            for _ in range(count):
+                run()
+            samples[name].append((time.perf_counter() - begin) / count * 1e6)
+    return {
+        name: dict(zip(("p20", "median", "p80"), np.percentile(times, [20, 50, 80]).tolist())) | {"rounds": len(times)}
+        for name, times in samples.items()
+    }
+
+
+def cycle(run: Callable[[Any], object], inputs: list) -> Callable[[], object]:
+    """A callable that goes through the inputs, one a call."""
+    turn = 0
+
+    def step():
+        nonlocal turn
+        turn = (turn + 1) % len(inputs)
+        return run(inputs[turn])
+
+    return step
+
+
+def make_ids(rows: tuple[int, ...], batch_size: int, kind: str, rng: np.random.Generator) -> np.ndarray:
+    """(B, F) int64 ids, each within its table's rows.
+
+    Args:
+        kind: "uniform"; or "zipf", P(k-th most frequent id) ~ 1 / k, frequent ids anywhere in the table.
+    """
+    share = rng.random((batch_size, len(rows)))
+    sizes = np.array(rows, dtype=np.int64)
+    if kind == "uniform":
+        return (share * sizes).astype(np.int64)
+    rank = np.minimum(np.exp(share * np.log(sizes + 1)).astype(np.int64) - 1, sizes - 1)
+    return (rank.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) % sizes.astype(np.uint64)).astype(np.int64)
+
+
+def machine() -> dict[str, Any]:
+    """What the figures belong to."""
+    return environment() | {"kernels": robe.backend()["cpu"], "load_average": os.getloadavg()[0]}
