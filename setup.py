@@ -10,35 +10,24 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 
-def torch_folder() -> Path | None:
-    """Where torch is installed, seen from a build's own isolated environment too; None where it is not."""
-    places = [*sys.path, *(sysconfig.get_path(name) for name in ("purelib", "platlib"))]
-    return next((Path(place) / "torch" for place in places if (Path(place) / "torch" / "include").is_dir()), None)
+def torch_folder() -> Path:
+    """Where torch is installed; a build that pip isolates does not see it on its path, but knows the environment."""
+    for place in [*sys.path, sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]:
+        if (Path(place) / "torch" / "include").is_dir():
+            return Path(place) / "torch"
+    raise CompileError("torch is not installed here: install it first to have the CPU kernels")
 
 
 class BuildKernels(build_ext):
-    """Compiles the kernels if that is possible."""
+    """Compiles the kernels against torch's headers. They are optional: what fails is a warning."""
 
     def build_extension(self, extension: Extension) -> None:
         torch = torch_folder()
-        if torch is None:
-            self.warn("robe: no torch found, so the CPU kernels are not built; install torch first to have them")
-            return
-        extension.include_dirs = [str(torch / "include")]
-        extension.library_dirs = [str(torch / "lib")]
-        extension.libraries = ["torch_cpu"]
-        try:
-            super().build_extension(extension)
-        except Exception as error:
-            self.warn(f"robe: the CPU kernels can't be built, the reference will run instead: {error}")
-
-    def copy_extensions_to_source(self) -> None:
-        built = [extension for extension in self.extensions if Path(self.get_ext_fullpath(extension.name)).exists()]
-        built += [e for e in self.extensions if (Path(self.build_lib) / self.get_ext_filename(e.name)).exists()]
-        if built:
-            super().copy_extensions_to_source()
+        extension.include_dirs, extension.library_dirs = [str(torch / "include")], [str(torch / "lib")]
+        super().build_extension(extension)
 
 
 setup(
@@ -69,8 +58,10 @@ setup(
                 "-fno-trapping-math",
                 "-g0",
             ],
+            libraries=["torch_cpu"],
             language="c++",
             py_limited_api=True,  # the library holds no Python at all
+            optional=True,
         )
     ],
     cmdclass={"build_ext": BuildKernels},

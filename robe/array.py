@@ -107,5 +107,11 @@ class Int8RobeArray(nn.Module):
         """The weights and their scale, as the operators take them."""
         return self._buffers["weight"], self._buffers["scale"]  # type: ignore[return-value]
 
+    def _apply(self, fn, recurse=True):
+        scale = self.scale
+        super()._apply(fn, recurse)
+        self.scale = scale.to(self.weight.device)  # in float32, whatever the dtype of the model around it
+        return self
+
     def extra_repr(self) -> str:
         return f"{self.size}, int8, group_size={self.group_size}, seed={self.seed}"

@@ -28,7 +28,7 @@ MODES = ("sum", "mean", "max")
 
 _LAYOUT = "int embedding_dim, int block_size, str hash, bool sign, int? padding_idx"
 _TABLES = f"Tensor table_keys, Tensor num_embeddings, {_LAYOUT}"
-_BAGS = "Tensor values, Tensor offsets, Tensor? per_sample_weights, str mode"
+_BAGS = "Tensor values, Tensor offsets, Tensor? per_sample_weights, str pooling"
 _LISTS = ("grads", "ids", "offsets", "per_sample_weights", "table_keys", "num_embeddings")
 for _schema in (
     f"lookup(Tensor weight, Tensor ids, {_TABLES}, Tensor? scale=None) -> Tensor",
@@ -66,7 +66,7 @@ def _check_array(weight, scale=None):
     if weight.dim() != 1 or not (weight.is_floating_point() or weight.dtype == torch.int8):
         raise ValueError(f"weight: expected a floating-point vector (m,), got {weight.dtype} {tuple(weight.shape)}")
     if (scale is not None) != (weight.dtype == torch.int8):
-        raise ValueError("scale: expected with an int8 weight, and only with one")
+        raise ValueError("scale: expected with an int8 weight, which has no gradient, and only with one")
     if scale is not None and (scale.dim() != 1 or scale.dtype != torch.float32 or scale.shape[0] == 0):
         raise ValueError(
             f"scale: expected a float32 vector, one entry per group of weights, got {scale.dtype} {tuple(scale.shape)}"

@@ -14,10 +14,12 @@ sorted by the segment of the array they go to, in the order of the ids within a 
 updated by one thread.
 
 What differs from torch's optimizers on a dense gradient: weight decay, momentum and Adam's moments act on a slot only
-in steps that touch it, as in torch.optim.SparseAdam; Adam's bias correction counts all steps. Without these (SGD, or
-Adagrad, without decay) the results are the same but for rounding. Slots of bf16 and fp16 arrays are updated in float32.
+in steps that touch it, as in torch.optim.SparseAdam; Adam's bias correction counts the array's steps. Without these
+(SGD, or Adagrad, without decay) the results are the same but for rounding. Slots of bf16 and fp16 arrays are updated in
+float32.
 
-A model that torch.compile has compiled whole can't hand gradients over like this; there the layers break the graph.
+torch.compile breaks its graph where a layer hands its gradient over. Gradient clipping and loss scaling (GradScaler)
+see no gradient of these arrays. full_weight() is outside of all this: its gradient goes to weight.grad.
 """
 
 import math
@@ -38,7 +40,7 @@ class _Recorded(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, weight, per_sample_weights, optimizer, name, arguments):
-        ctx.optimizer, ctx.name = optimizer, name
+        ctx.parameter, ctx.optimizer, ctx.name = weight, optimizer, name
         ctx.save_for_backward(weight, *(x for x in arguments if isinstance(x, Tensor)))
         ctx.arguments = [None if isinstance(x, Tensor) else (x,) for x in arguments]
         return getattr(torch.ops.robe, f"{name}_forward").default(weight, *arguments)
@@ -49,7 +51,7 @@ class _Recorded(torch.autograd.Function):
         weight, *saved = ctx.saved_tensors
         tensors = iter(saved)
         arguments = tuple(next(tensors) if constant is None else constant[0] for constant in ctx.arguments)
-        ctx.optimizer._pending.setdefault(weight, []).append((ctx.name, grad, arguments))
+        ctx.optimizer._pending.setdefault(ctx.parameter, []).append((ctx.name, grad, arguments))
         grad_weights = None
         if ctx.needs_input_grad[1]:
             grad_weights = torch.ops.robe.bag_weights_backward(grad, weight, *arguments)
@@ -67,15 +69,17 @@ class _TouchedSlots(torch.optim.Optimizer):
             if not 0 <= defaults.get(name, 0) < math.inf:
                 raise ValueError(f"{name}: expected at least 0, got {defaults[name]}")
         self._pending: dict[Tensor, list[tuple]] = {}
-        self._arrays: list[RobeArray] = []
-        given: list[Any] = [arrays] if isinstance(arrays, nn.Module) else list(arrays)
-        groups = given if any(isinstance(group, dict) for group in given) else [{"params": given}]
-        super().__init__([{**group, "params": self._weights(group["params"])} for group in groups], defaults)
-        # Last, so that an optimizer that could not be made takes no gradients.
-        for array in self._arrays:
-            array._optimizer = weakref.ref(self)
+        # add_param_group takes the weights out of the modules.
+        super().__init__([arrays] if isinstance(arrays, nn.Module) else arrays, defaults)  # type: ignore[arg-type]
 
-    def _weights(self, modules: nn.Module | Iterable[nn.Module]) -> list[nn.Parameter]:
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A copy takes no gradients: the arrays go on giving them to the optimizer they had.
+        super().__setstate__(state)
+        self._pending = {}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch, with RobeArrays, or modules that hold some, as the group's "params"."""
+        modules = param_group["params"]
         modules = [modules] if isinstance(modules, nn.Module) else list(modules)
         for module in modules:
             if not isinstance(module, nn.Module):
@@ -83,18 +87,22 @@ class _TouchedSlots(torch.optim.Optimizer):
                     f"arrays: expected RobeArrays, or modules that hold some, got {type(module).__name__}; parameters "
                     "that are not an array's need an optimizer of torch.optim"
                 )
-        found = {id(m): m for module in modules for m in module.modules() if isinstance(m, RobeArray)}
-        if not found:
+        arrays = {id(m): m for module in modules for m in module.modules() if isinstance(m, RobeArray)}
+        if not arrays:
             raise ValueError("arrays: expected RobeArrays, or modules that hold some; there is none in what was given")
-        self._arrays += found.values()
-        return [array.weight for array in found.values()]
+        super().add_param_group({**param_group, "params": [array.weight for array in arrays.values()]})
+        for array in arrays.values():
+            array._optimizer = weakref.ref(self)
 
+    def owns(self, weight: Tensor) -> bool:
+        """Whether this is a weight to update."""
+        return any(weight is own for group in self.param_groups for own in group["params"])
+
+    # torch.compile leaves this call out of its graphs; torch.compiler.disable would import the compiler to say so.
+    @torch._disable_dynamo
     def record(self, name: str, weight: Tensor, arguments: tuple) -> Tensor:
         """The embeddings of a lookup or bag; their gradient will come to this optimizer. Called by the layers."""
-        if torch.compiler.is_compiling():
-            torch._dynamo.graph_break()
-        per_sample_weights = arguments[2] if name == "bag" else None
-        return _Recorded.apply(weight, per_sample_weights, self, name, arguments)
+        return _Recorded.apply(weight, arguments[2] if name == "bag" else None, self, name, arguments)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients since the last step."""
@@ -114,11 +122,10 @@ class _TouchedSlots(torch.optim.Optimizer):
                 if not calls:
                     continue
                 state = self.state[weight]
-                if not state:
-                    state["step"] = 0
-                    for name in self._state_names:
+                state["step"] = state.get("step", 0) + 1
+                for name in self._state_names:
+                    if name not in state:
                         state[name] = torch.full_like(weight, group.get("initial_accumulator_value", 0))
-                state["step"] += 1
                 options = self._options(group, state["step"])
                 tensors = [state[name] for name in self._state_names]
                 torch.ops.robe.update_(weight, tensors, self._rule, options, *_lists(calls))
@@ -205,7 +212,7 @@ class Adagrad(_TouchedSlots):
 class Adam(_TouchedSlots):
     """torch.optim.SparseAdam's rule on touched slots: the moments of a slot move only in steps that touch it.
 
-    m = b1 * m + (1 - b1) * g, v = b2 * v + (1 - b2) * g * g, and with t steps taken in all,
+    m = b1 * m + (1 - b1) * g, v = b2 * v + (1 - b2) * g * g, and with t steps taken,
     w -= lr * m / (1 - b1**t) / (sqrt(v / (1 - b2**t)) + eps).
 
     Args:

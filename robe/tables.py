@@ -116,8 +116,10 @@ class RobeTables(nn.Module):
                 )
             _OUT[name](weight, *arguments, scale, out)
             return out
-        if graph and weight.requires_grad and (optimizer := array._optimizer and array._optimizer()):  # type: ignore
-            return optimizer.record(name, weight, arguments)
+        if graph and weight.requires_grad:
+            optimizer = array._optimizer and array._optimizer()  # type: ignore[union-attr, operator]
+            if optimizer and optimizer.owns(weight):
+                return optimizer.record(name, weight, arguments)
         return (_WITH_AUTOGRAD if graph or torch.compiler.is_compiling() else _FORWARD)[name](weight, *arguments, scale)
 
     def _feature_rows(self, feature: int, padding_idx: int | None = None) -> Tensor:

@@ -89,8 +89,8 @@ struct Kernels {
   const char* name;
   // Embeddings of bags begin .. end; false where an id was outside its table.
   bool (*read)(const Job&, int64_t begin, int64_t end);
-  // Gradient of the factors of bags begin .. end.
-  void (*factor_grad)(const Job&, int64_t begin, int64_t end, void* out);
+  // Gradient of the factors of bags begin .. end; false where an id was outside its table.
+  bool (*factor_grad)(const Job&, int64_t begin, int64_t end, void* out);
   // Records of bags begin .. end: how many fall into each segment; then the records themselves, each segment's from
   // its cursor on. False where an id was outside its table.
   bool (*count)(const Job&, int64_t begin, int64_t end, int shift, int64_t* counts);

@@ -745,11 +745,11 @@ void update(Dtype dtype, const Segments& segments, int64_t segment, void* scratc
   });
 }
 
-void factor_grad(const Job& job, int64_t begin, int64_t end, void* out) {
+bool factor_grad(const Job& job, int64_t begin, int64_t end, void* out) {
+  bool outside = false;
   with_hash(job.hash, [&](auto is_mix) {
     with_dtype(job.dtype, [&](auto t) {
       using T = typename decltype(t)::type;
-      bool outside = false;
       each_bag<T>(job, begin, end, [&](int64_t feature, int64_t first, int64_t last, int64_t stride, T* grad) {
         for (int64_t v = first; v < last; ++v) {
           Sum<T> sum{0};
@@ -767,6 +767,7 @@ void factor_grad(const Job& job, int64_t begin, int64_t end, void* out) {
       });
     });
   });
+  return !outside;
 }
 
 extern const Kernels kernels;

@@ -185,7 +185,7 @@ struct Call {
     EXPECT(w.dim() == 1, "weight: expected a floating-point vector (m,), got " + type(w) + " " + shape(w));
     weight = dense_rows(w);
     job.weight = weight.const_data_ptr();
-    EXPECT(s.has_value() == (job.dtype == Dtype::int8), "scale: expected with an int8 weight, and only with one");
+    EXPECT(s.has_value() == (job.dtype == Dtype::int8), "scale: expected with an int8 weight, which has no gradient, and only with one");
     if (!s) return;
     scale = dense_rows(*s);
     EXPECT(scale->dim() == 1 && scale->scalar_type() == ScalarType::Float && scale->numel() > 0,
@@ -545,10 +545,11 @@ void bag_weights_backward(StableIValue* stack, uint64_t, uint64_t) {
   std::memset(static_cast<char*>(data) + call.values() * item_size(call.job.dtype), 0,
               (call.ids.numel() - call.values()) * item_size(call.job.dtype));
   const auto bounds = split(call, kReadGrain);
-  each_part(static_cast<int64_t>(bounds.size()) - 1,
-            [&](int64_t p) {
-              if (bounds[p] < bounds[p + 1]) kernels->factor_grad(call.job, bounds[p], bounds[p + 1], data);
-            });
+  std::atomic<bool> inside{true};
+  each_part(static_cast<int64_t>(bounds.size()) - 1, [&](int64_t p) {
+    if (bounds[p] < bounds[p + 1] && !kernels->factor_grad(call.job, bounds[p], bounds[p + 1], data)) inside = false;
+  });
+  if (!inside) call.outside();
   stack[0] = from(out);
 }
 
