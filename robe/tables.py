@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import robe.ops  # noqa: F401  (registers torch.ops.robe)
-from robe.array import RobeArray
+from robe.array import Int8RobeArray, RobeArray
 from robe.hashing import HASHES, table_key
 
 _WITH_AUTOGRAD = {"lookup": torch.ops.robe.lookup.default, "bag": torch.ops.robe.bag.default}
@@ -103,8 +103,8 @@ class RobeTables(nn.Module):
         return self._read("bag", (values, offsets, per_sample_weights, mode), padding_idx, out)
 
     def _read(self, name: str, ids: tuple, padding_idx: int | None, out: Tensor | None) -> Tensor:
-        array = self._modules["array"]
-        weight, scale = array.read()  # type: ignore[union-attr, operator]
+        array: RobeArray | Int8RobeArray = self._modules["array"]  # type: ignore[assignment]
+        weight, scale = array.read()
         arguments = (*ids, *self._tables(padding_idx))
         graph = torch.is_grad_enabled() and (
             weight.requires_grad or (len(ids) > 2 and ids[2] is not None and ids[2].requires_grad)
@@ -117,7 +117,7 @@ class RobeTables(nn.Module):
             _OUT[name](weight, *arguments, scale, out)
             return out
         if graph and weight.requires_grad:
-            optimizer = array._optimizer and array._optimizer()  # type: ignore[union-attr, operator]
+            optimizer = array._optimizer and array._optimizer()  # type: ignore[union-attr]
             if optimizer and optimizer.owns(weight):
                 return optimizer.record(name, weight, arguments)
         return (_WITH_AUTOGRAD if graph or torch.compiler.is_compiling() else _FORWARD)[name](weight, *arguments, scale)

@@ -95,6 +95,8 @@ struct Kernels {
   // its cursor on. False where an id was outside its table.
   bool (*count)(const Job&, int64_t begin, int64_t end, int shift, int64_t* counts);
   void (*fill)(const Job&, int64_t begin, int64_t end, int shift, void* records, int64_t* cursors);
+  // Bring what the records of a segment read and write towards the cache; weight and state may be null.
+  void (*prefetch)(Dtype, const Segments&, int64_t segment, const void* weight, void* const* state);
   // Sum the records of a segment into the dense gradient, or sum them and apply the update.
   void (*gradient)(Dtype, const Segments&, int64_t segment, void* scratch, void* out);
   void (*update)(Dtype, const Segments&, int64_t segment, void* scratch, void* weight, const Update&);

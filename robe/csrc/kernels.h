@@ -620,6 +620,29 @@ ROBE_INLINE const Record<T, Sum<T>>* records_of(const Segments& segments, int64_
   return static_cast<const Record<T, Sum<T>>*>(segments.records) + begin;
 }
 
+void prefetch(Dtype dtype, const Segments& segments, int64_t segment, const void* weight, void* const* state) {
+  with_dtype(dtype, [&](auto t) {
+    using T = typename decltype(t)::type;
+    constexpr int64_t most = 1024;  // records; more would push each other out
+    int64_t n;
+    const auto* const records = records_of<T>(segments, segment, n);
+    for (int64_t r = 0; r < n && r < most; ++r) {
+      const int64_t bytes = records[r].length * static_cast<int64_t>(sizeof(T));
+      const int64_t slot = (segment << segments.shift) + records[r].start;
+      const void* const places[4] = {records[r].grad, weight ? static_cast<const T*>(weight) + slot : nullptr,
+                                     weight && state[0] ? static_cast<const T*>(state[0]) + slot : nullptr,
+                                     weight && state[1] ? static_cast<const T*>(state[1]) + slot : nullptr};
+      for (const void* const place : places) {
+        if (!place) continue;
+        const char* line = static_cast<const char*>(place);
+        const char* const last = line + bytes - 1;
+        for (; line < last; line += 64) __builtin_prefetch(line, 0, 2);
+        __builtin_prefetch(last, 0, 2);
+      }
+    }
+  });
+}
+
 template <class T>
 ROBE_INLINE void sum_records(const Record<T, Sum<T>>* records, int64_t n, Sum<T>* sums) {
   constexpr int64_t ahead = 8;
@@ -709,8 +732,11 @@ void update(Dtype dtype, const Segments& segments, int64_t segment, void* scratc
     Sum<T>* const sums = static_cast<Sum<T>*>(scratch);
     uint64_t* const touched = reinterpret_cast<uint64_t*>(sums + size);
     sum_records<T>(records, n, sums);
+    int64_t first = words, last = 0;  // words of touched that hold bits
     for (int64_t r = 0; r < n; ++r) {
       int64_t bit = records[r].start;
+      first = bit >> 6 < first ? bit >> 6 : first;
+      last = (bit + records[r].length - 1) >> 6 > last ? (bit + records[r].length - 1) >> 6 : last;
       for (const int64_t stop = bit + records[r].length; bit < stop;) {
         const int64_t in_word = bit & 63, span = 64 - in_word < stop - bit ? 64 - in_word : stop - bit;
         touched[bit >> 6] |= (~uint64_t{0} >> (64 - span)) << in_word;
@@ -725,7 +751,7 @@ void update(Dtype dtype, const Segments& segments, int64_t segment, void* scratc
       for (int64_t i = from; i < to; ++i) sums[i] = 0;
     };
     int64_t run = -1;  // where the current run of touched slots began
-    for (int64_t w = 0; w < words; ++w) {
+    for (int64_t w = first; w <= last; ++w) {
       uint64_t bits = touched[w];
       touched[w] = 0;
       if (run >= 0 ? bits == ~uint64_t{0} : bits == 0) continue;
@@ -741,7 +767,7 @@ void update(Dtype dtype, const Segments& segments, int64_t segment, void* scratc
         }
       }
     }
-    if (run >= 0) apply_run(run, size);
+    if (run >= 0) apply_run(run, (last + 1) * 64);
   });
 }
 
@@ -771,7 +797,7 @@ bool factor_grad(const Job& job, int64_t begin, int64_t end, void* out) {
 }
 
 extern const Kernels kernels;
-const Kernels kernels = {ROBE_ISA_NAME, read, factor_grad, count, fill, gradient, update, interact, interact_grad};
+const Kernels kernels = {ROBE_ISA_NAME, read, factor_grad, count, fill, prefetch, gradient, update, interact, interact_grad};
 
 }  // namespace ROBE_ISA
 }  // namespace robe

@@ -165,6 +165,18 @@ size_t item_size(Dtype dtype) {
   return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : dtype == Dtype::int8 ? 1 : 2;
 }
 
+// A new contiguous tensor; torch::stable::empty would go through the dispatcher, at the price of a whole lookup.
+template <size_t n>
+Tensor new_tensor(const int64_t (&sizes)[n], ScalarType type) {
+  int64_t strides[n];
+  int64_t stride = 1;
+  for (size_t i = n; i-- > 0; stride *= std::max<int64_t>(sizes[i], 1)) strides[i] = stride;
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(n, sizes, strides, to<int32_t>(from(type)),
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
 // A tensor whose elements lie one after another in rows: itself, or a copy.
 Tensor dense_rows(const Tensor& t) {
   return t.size(t.dim() - 1) > 1 && t.stride(t.dim() - 1) != 1 ? torch::stable::contiguous(t) : t;
@@ -312,7 +324,7 @@ struct Call {
 
   void new_embeddings() {
     const int64_t sizes[3] = {job.batch, job.features, job.dim};
-    embeddings("out", torch::stable::empty({sizes, 3}, out_type()), out_type());
+    embeddings("out", new_tensor(sizes, out_type()), out_type());
   }
 
   void gradient(const Tensor& grad) {
@@ -384,6 +396,7 @@ void each_part(int64_t parts, Use use) {
 }
 
 constexpr int64_t kStreamBytes = 16 << 20;  // embeddings that no cache keeps until they are read
+constexpr int64_t kAhead = 128;  // records to prefetch before their turn
 constexpr int64_t kReadGrain = 32 << 10, kWriteGrain = 16 << 10;  // bytes of embeddings that are worth a thread
 
 void read(Call& call) {
@@ -406,8 +419,9 @@ void read(Call& call) {
 // Sorts the gradients of calls by the segment of the array they go to, each segment's in the order of the calls and of
 // their ids; then use(segments, segment, scratch) once for each segment, on any thread. A slot's gradients are so summed
 // in the order of the ids, whatever the number of threads.
+// weight and state are what use will write, or null.
 template <class Use>
-void by_segment(const std::vector<std::unique_ptr<Call>>& calls, Use use) {
+void by_segment(const std::vector<std::unique_ptr<Call>>& calls, const void* weight, void* const* state, Use use) {
   const Call& front = *calls.front();
   const int64_t slots = front.weight.numel();
   int shift = 12;  // 16 kB of float32: sums stay in the first cache
@@ -459,20 +473,27 @@ void by_segment(const std::vector<std::unique_ptr<Call>>& calls, Use use) {
   each_part(workers, [&](int64_t) {
     const size_t size = size_t{1} << shift;
     const std::unique_ptr<char[]> scratch(new char[size * (wide ? 8 : 4) + size / 8]());
-    constexpr int64_t some = 8;  // hot ids make segments uneven, so threads take a few at a time
-    for (int64_t s = next.fetch_add(some); s < segments; s = next.fetch_add(some))
-      for (int64_t segment = s; segment < std::min(s + some, segments); ++segment) use(sorted, segment, scratch.get());
+    constexpr int64_t some = 16;  // hot ids make segments uneven, so threads take a few at a time
+    for (int64_t s = next.fetch_add(some); s < segments; s = next.fetch_add(some)) {
+      const int64_t end = std::min(s + some, segments);
+      int64_t ahead = s;  // the first segment that was not prefetched yet
+      for (int64_t segment = s; segment < end; ++segment) {
+        for (; ahead < end && (ahead <= segment + 1 || ends[ahead - 1] - ends[segment] < kAhead); ++ahead)
+          kernels->prefetch(front.job.dtype, sorted, ahead, weight, state);
+        use(sorted, segment, scratch.get());
+      }
+    }
   });
 }
 
 Tensor dense_gradient(std::unique_ptr<Call> call) {
   const int64_t sizes[1] = {call->weight.numel()};
-  Tensor out = torch::stable::empty({sizes, 1}, call->weight.scalar_type());
+  Tensor out = new_tensor(sizes, call->weight.scalar_type());
   void* const data = out.mutable_data_ptr();
   const Dtype dtype = call->job.dtype;
   std::vector<std::unique_ptr<Call>> calls;
   calls.push_back(std::move(call));
-  by_segment(calls, [&](const Segments& segments, int64_t segment, void* scratch) {
+  by_segment(calls, nullptr, nullptr, [&](const Segments& segments, int64_t segment, void* scratch) {
     kernels->gradient(dtype, segments, segment, scratch, data);
   });
   return out;
@@ -540,7 +561,7 @@ void bag_weights_backward(StableIValue* stack, uint64_t, uint64_t) {
   bag_arguments(call, in, false);
   call.gradient(grad);
   const int64_t sizes[1] = {call.ids.numel()};
-  Tensor out = torch::stable::empty({sizes, 1}, call.weight.scalar_type());
+  Tensor out = new_tensor(sizes, call.weight.scalar_type());
   void* const data = out.mutable_data_ptr();
   std::memset(static_cast<char*>(data) + call.values() * item_size(call.job.dtype), 0,
               (call.ids.numel() - call.values()) * item_size(call.job.dtype));
@@ -607,7 +628,7 @@ void update(StableIValue* stack, uint64_t, uint64_t) {
   void* const data = weight.mutable_data_ptr();
   if (calls.empty()) return;
   const Dtype dtype = calls.front()->job.dtype;
-  by_segment(calls, [&](const Segments& segments, int64_t segment, void* scratch) {
+  by_segment(calls, data, applied.state, [&](const Segments& segments, int64_t segment, void* scratch) {
     kernels->update(dtype, segments, segment, scratch, data, applied);
   });
 }
@@ -654,7 +675,7 @@ void dot_interaction(StableIValue* stack, uint64_t, uint64_t) {
   const Tensor dense = in.tensor(), embeddings = in.tensor();
   InteractionCall call(dense, embeddings);
   const int64_t sizes[2] = {call.x.batch, call.width()};
-  call.out = torch::stable::empty({sizes, 2}, call.computed());
+  call.out = new_tensor(sizes, call.computed());
   call.x.out = call.out.mutable_data_ptr();
   call.x.out_stride = sizes[1];
   call.run(kernels->interact);
@@ -671,8 +692,8 @@ void dot_interaction_backward(StableIValue* stack, uint64_t, uint64_t) {
   call.x.out = const_cast<void*>(call.out.const_data_ptr());
   call.x.out_stride = call.out.stride(0);
   const int64_t sizes[3] = {call.x.batch, call.x.features, call.x.dim}, dense_sizes[2] = {call.x.batch, call.x.dim};
-  Tensor dense_grad = torch::stable::empty({dense_sizes, 2}, call.computed());
-  Tensor rows_grad = torch::stable::empty({sizes, 3}, call.computed());
+  Tensor dense_grad = new_tensor(dense_sizes, call.computed());
+  Tensor rows_grad = new_tensor(sizes, call.computed());
   call.x.dense_grad = dense_grad.mutable_data_ptr();
   call.x.rows_grad = rows_grad.mutable_data_ptr();
   call.run(kernels->interact_grad);
