@@ -124,10 +124,11 @@ def measure(name: str, max_rows: int, seconds: float, bar: tqdm) -> list[dict]:
             candidates["copy of the output"] = lambda s=source, t=target: t.copy_(s)
             if kind == "uniform":
                 first = layers[f"ROBE 1000x, Z={dim}"]
-                candidates[f"ROBE 1000x, Z={dim}, reference"] = cycle(reference(first), ids)
                 for power in (6, 12):  # rows of a virtual table
                     far = [torch.randint(10**power, batch.shape) for batch in ids]
                     candidates[f"ROBE 1000x, Z={dim}, 10^{power} rows"] = cycle(first, far)
+                # Last: what it allocates and frees would slow down the next one.
+                candidates[f"ROBE 1000x, Z={dim}, reference"] = cycle(reference(first), ids)
             with torch.no_grad():
                 times = side_by_side(candidates, seconds)
             results.append({"preset": name, "ids": kind, "batch_size": batch_size, "microseconds": times})
