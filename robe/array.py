@@ -85,6 +85,7 @@ class Int8RobeArray(nn.Module):
 
     weight: Tensor
     scale: Tensor
+    _optimizer: weakref.ref | None = None  # nothing trains it
 
     def __init__(self, weight: Tensor, seed: int, group_size: int):
         super().__init__()

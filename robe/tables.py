@@ -117,7 +117,7 @@ class RobeTables(nn.Module):
             _OUT[name](weight, *arguments, scale, out)
             return out
         if graph and weight.requires_grad:
-            optimizer = array._optimizer and array._optimizer()  # type: ignore[union-attr]
+            optimizer = array._optimizer and array._optimizer()
             if optimizer and optimizer.owns(weight):
                 return optimizer.record(name, weight, arguments)
         return (_WITH_AUTOGRAD if graph or torch.compiler.is_compiling() else _FORWARD)[name](weight, *arguments, scale)
