@@ -31,7 +31,8 @@ bench: setup
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
-# The kernels with every read and write checked, on the tests that call them.
+# The kernels with every read and write checked, on the tests that call them. AddressSanitizer keeps freed memory for a
+# while, so the memory in use says nothing about leaks.
 $(SANITIZED): .venv/installed $(wildcard robe/csrc/*)
 	mkdir -p $(@D)
 	torch=$$($(BIN)/python -c "import torch; print(torch.__path__[0])") && $(CXX) robe/csrc/robe_cpu.cpp -o $@ \
@@ -41,7 +42,7 @@ $(SANITIZED): .venv/installed $(wildcard robe/csrc/*)
 test-sanitized: setup $(SANITIZED)
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 ROBE_KERNELS=$(SANITIZED) \
-	    $(BIN)/python -m pytest tests/test_native.py tests/test_optim.py
+	    $(BIN)/python -m pytest tests/test_native.py tests/test_optim.py --deselect tests/test_native.py::test_nothing_leaks
 
 lint: setup
 	$(BIN)/ruff format --check .
