@@ -191,6 +191,12 @@ struct UniformBlocks {
   ROBE_INLINE Block next() { return {*at++, length, 0}; }
 };
 
+ROBE_INLINE void prefetch_bytes(const char* line, int64_t bytes) {
+  const char* const last = line + bytes - 1;
+  for (; line < last; line += 64) __builtin_prefetch(line, 0, 2);
+  __builtin_prefetch(last, 0, 2);
+}
+
 // Works on rows tile by tile: while one tile is consumed, the next one's blocks are on their way to the cache. A row that
 // does not count has one block of zeros, or in uniform tables as many as any row.
 //   ids(n, feature of each, id of each): steps over the next n rows      consume(blocks, rows)
@@ -211,12 +217,7 @@ ROBE_INLINE bool read_ahead(const Job& job, int64_t rows, int64_t item, Ids ids,
   uint64_t first[kTileBlocks];
   const char* const weight = static_cast<const char*>(job.weight);
   bool outside = false, full[2] = {false, false};
-  const auto prefetch = [&](int64_t offset, int64_t length) {
-    const char* line = weight + offset * item;
-    const char* const last = line + length * item - 1;
-    for (; line < last; line += 64) __builtin_prefetch(line, 0, 2);
-    __builtin_prefetch(last, 0, 2);
-  };
+  const auto prefetch = [&](int64_t offset, int64_t length) { prefetch_bytes(weight + offset * item, length * item); };
   const auto fill = [&](int64_t turn, int64_t n) {
     Entry* out = half[turn];
     ids(n, features, id);
@@ -632,13 +633,8 @@ void prefetch(Dtype dtype, const Segments& segments, int64_t segment, const void
       const void* const places[4] = {records[r].grad, weight ? static_cast<const T*>(weight) + slot : nullptr,
                                      weight && state[0] ? static_cast<const T*>(state[0]) + slot : nullptr,
                                      weight && state[1] ? static_cast<const T*>(state[1]) + slot : nullptr};
-      for (const void* const place : places) {
-        if (!place) continue;
-        const char* line = static_cast<const char*>(place);
-        const char* const last = line + bytes - 1;
-        for (; line < last; line += 64) __builtin_prefetch(line, 0, 2);
-        __builtin_prefetch(last, 0, 2);
-      }
+      for (const void* const place : places)
+        if (place) prefetch_bytes(static_cast<const char*>(place), bytes);
     }
   });
 }
