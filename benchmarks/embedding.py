@@ -8,11 +8,9 @@ Forward only, one id per feature, float32, every candidate in every round. Table
 with float32 rows, on tables capped so that they fit beside the others.
 """
 
-import argparse
 import importlib.util
 import sys
 import warnings
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,12 +18,10 @@ from torch import nn
 from tqdm import tqdm
 
 import robe
-from benchmarks.timing import COPIES_OF_IDS, cycle, machine, make_ids, side_by_side
-from dlrm.checkpoint import write_json
+from benchmarks.timing import COPIES_OF_IDS, LARGE, cycle, make_ids, parse, robe_layer, save, side_by_side
 from dlrm.config import PRESETS
 
 BATCHES = (1, 64, 2048)
-LARGE = 25_000_000  # weights: 100 MB
 INFERENCE_ROWS = 300_000  # of a table of fbgemm's inference kernel
 
 
@@ -90,11 +86,6 @@ def _fbgemm(rows: tuple[int, ...], dim: int):
     return tbe, inference
 
 
-def collection(rows: tuple[int, ...], dim: int, size: int, block_size: int) -> robe.RobeEmbeddingBagCollection:
-    tables = [robe.EmbeddingBagConfig(f"cat_{i}", None, dim) for i in range(len(rows))]
-    return robe.RobeEmbeddingBagCollection(tables, robe_size=size, block_size=block_size)
-
-
 def reference(layer: robe.RobeEmbeddingBagCollection):
     """The layer's lookup by the reference body, in plain torch."""
     weight, tables = layer.array.weight.detach(), layer._tables()
@@ -107,7 +98,7 @@ def measure(name: str, max_rows: int, seconds: float, bar: tqdm) -> list[dict]:
     peers = Peers(rows, dim)
     arrays = {"1000x": sum(rows) * dim // 1000, "100 MB": LARGE}
     layers = {
-        f"ROBE {array}, Z={block}": collection(rows, dim, size, block)
+        f"ROBE {array}, Z={block}": robe_layer(len(rows), dim, size, block)
         for array, size in arrays.items()
         for block in sorted({8, 16, 32, dim} - ({32} if dim < 32 else set()))
     }
@@ -153,12 +144,7 @@ def report(results: list[dict]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON")
-    parser.add_argument("--presets", nargs="+", choices=("kaggle", "terabyte"), default=["kaggle", "terabyte"])
-    parser.add_argument("--max-rows", type=int, default=3_000_000, help="cap of the rows of the peers' tables")
-    parser.add_argument("--seconds", type=float, default=5, help="for each table of figures")
-    args = parser.parse_args()
+    args = parse(__doc__, seconds=5)
     results = []
     with tqdm(total=6 * len(args.presets), unit="table") as bar:
         for name in args.presets:
@@ -167,8 +153,7 @@ def main() -> None:
     print(
         "\ntimes faster: than the faster of nn.EmbeddingBag and fbgemm TBE; copies: of the time to copy the output once"
     )
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    write_json(args.output, {"machine": machine(), "results": results})
+    save(args.output, results)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,7 @@ a constant tensor: MLPs and interaction alone, the floor. Forwards are compared 
 (the presets' rows, capped at 3 million: --max-rows), and with the MLPs alone. Every candidate in every round.
 """
 
-import argparse
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,13 +16,11 @@ from torch.nn import functional
 from tqdm import tqdm
 
 import robe
-from benchmarks.timing import COPIES_OF_IDS, cycle, machine, make_ids, side_by_side
+from benchmarks.timing import COPIES_OF_IDS, LARGE, cycle, make_ids, parse, robe_layer, save, side_by_side
 from dlrm import DLRM
-from dlrm.checkpoint import write_json
 from dlrm.config import PRESETS, DLRMConfig
 
 STEP_BATCHES, FORWARD_BATCHES = (256, 2048), (1, 64, 2048)
-LARGE = 25_000_000  # weights: 100 MB
 
 
 class Constant(nn.Module):
@@ -102,15 +98,10 @@ def training(config: DLRMConfig, full: list[Tensor], batch_size: int, seconds: f
     add("embeddings constant", Constant(batch_size, len(full), dim))
     for label, size in {"1000x": config.full_floats // 1000, "100 MB": LARGE}.items():
         for block in sorted({8, dim}):
-            add(f"ROBE {label}, Z={block}", robe_layer(config, size, block), fused=True)
-        add(f"ROBE {label}, Z={dim}, dense gradient", robe_layer(config, size, dim))
+            add(f"ROBE {label}, Z={block}", robe_layer(len(full), dim, size, block), fused=True)
+        add(f"ROBE {label}, Z={dim}, dense gradient", robe_layer(len(full), dim, size, dim))
     add("26 nn.EmbeddingBag, sparse gradients", EmbeddingBags(full, sparse=True))
     return side_by_side(candidates, seconds)
-
-
-def robe_layer(config: DLRMConfig, size: int, block_size: int) -> nn.Module:
-    tables = [robe.EmbeddingBagConfig(f"cat_{i}", None, config.embedding_dim) for i in range(len(config.table_rows))]
-    return robe.RobeEmbeddingBagCollection(tables, robe_size=size, block_size=block_size)
 
 
 def forwards(config: DLRMConfig, full: list[Tensor], batch_size: int, seconds: float) -> dict:
@@ -118,8 +109,8 @@ def forwards(config: DLRMConfig, full: list[Tensor], batch_size: int, seconds: f
     rng = np.random.default_rng(0)
     inputs = batches(config, [len(w) for w in full], batch_size, rng)
     models = {
-        f"ROBE 1000x, Z={dim}": with_embeddings(config, robe_layer(config, config.full_floats // 1000, dim)),
-        f"ROBE 100 MB, Z={dim}": with_embeddings(config, robe_layer(config, LARGE, dim)),
+        f"ROBE 1000x, Z={dim}": with_embeddings(config, robe_layer(len(full), dim, config.full_floats // 1000, dim)),
+        f"ROBE 100 MB, Z={dim}": with_embeddings(config, robe_layer(len(full), dim, LARGE, dim)),
         "26 nn.EmbeddingBag": with_embeddings(config, EmbeddingBags(full, sparse=False)),
     }
     candidates = {name: cycle(lambda batch, m=m: m(batch[0], batch[1]), inputs) for name, m in models.items()}
@@ -154,12 +145,7 @@ def report(results: list[dict]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON")
-    parser.add_argument("--presets", nargs="+", choices=("kaggle", "terabyte"), default=["kaggle", "terabyte"])
-    parser.add_argument("--max-rows", type=int, default=3_000_000, help="cap of the rows of the full tables")
-    parser.add_argument("--seconds", type=float, default=10, help="for each table of figures")
-    args = parser.parse_args()
+    args = parse(__doc__, seconds=10)
     results = []
     with tqdm(total=5 * len(args.presets), unit="table") as bar:
         for name in args.presets:
@@ -190,8 +176,7 @@ def main() -> None:
                     bar.update()
             del full
     print(report(results))
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    write_json(args.output, {"machine": machine(), "results": results})
+    save(args.output, results)
 
 
 if __name__ == "__main__":

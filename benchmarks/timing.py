@@ -4,17 +4,22 @@ Each measurement is preceded by calls that are not timed, so that no candidate p
 the caches: the figures are those of a program that does nothing else.
 """
 
+import argparse
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import robe
+from dlrm.checkpoint import write_json
 from dlrm.metrics import environment
 
 COPIES_OF_IDS = {1: 256, 64: 64, 256: 32, 2048: 8}  # batches to go through: the same ids again would lie in the cache
+
+LARGE = 25_000_000  # weights: 100 MB
 
 
 def side_by_side(
@@ -83,6 +88,24 @@ def make_ids(rows: tuple[int, ...], batch_size: int, kind: str, rng: np.random.G
     return (rank.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) % sizes.astype(np.uint64)).astype(np.int64)
 
 
-def machine() -> dict[str, Any]:
-    """What the figures belong to."""
-    return environment() | {"kernels": robe.backend()["cpu"], "load_average": os.getloadavg()[0]}
+def robe_layer(features: int, dim: int, size: int, block_size: int) -> robe.RobeEmbeddingBagCollection:
+    """A table without end for each feature, on an array of ``size`` weights."""
+    tables = [robe.EmbeddingBagConfig(f"cat_{i}", None, dim) for i in range(features)]
+    return robe.RobeEmbeddingBagCollection(tables, robe_size=size, block_size=block_size)
+
+
+def parse(description: str | None, seconds: float) -> argparse.Namespace:
+    """The options of a benchmark; ``seconds`` is the default for each table of figures."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON")
+    parser.add_argument("--presets", nargs="+", choices=("kaggle", "terabyte"), default=["kaggle", "terabyte"])
+    parser.add_argument("--max-rows", type=int, default=3_000_000, help="cap of the rows of the full tables")
+    parser.add_argument("--seconds", type=float, default=seconds, help="for each table of figures")
+    return parser.parse_args()
+
+
+def save(path: Path, results: list[dict]) -> None:
+    """Write results as JSON, with the machine they belong to."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    machine = environment() | {"kernels": robe.backend()["cpu"], "load_average": os.getloadavg()[0]}
+    write_json(path, {"machine": machine, "results": results})

@@ -8,8 +8,6 @@ import os
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
-import torch
-
 _SWITCH = "ROBE_KERNELS"  # "native"; "reference" to leave the compiled kernels out; or another build's file
 _library: ctypes.CDLL | None = None
 _reason = ""
@@ -53,8 +51,6 @@ def _load() -> None:
         _reason = "the kernels were not built: install torch and a C++17 compiler, then install this package again"
         return
     try:
-        # torch's operators must be there before a library can add kernels to them.
-        assert torch.ops.robe
         library = ctypes.CDLL(str(files[0]))
     except OSError as error:
         _reason = f"{files[0].name} can't be loaded: {error}"

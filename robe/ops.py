@@ -59,7 +59,7 @@ _TABLE_ARGUMENTS = 7
 
 def _split(arguments):
     """The arguments of the tables, and scale, which torch leaves out where it is None."""
-    return arguments[:_TABLE_ARGUMENTS], dict(enumerate(arguments)).get(_TABLE_ARGUMENTS)
+    return arguments[:_TABLE_ARGUMENTS], arguments[_TABLE_ARGUMENTS] if len(arguments) > _TABLE_ARGUMENTS else None
 
 
 def _check_array(weight, scale=None):

@@ -1,6 +1,6 @@
-// The kernels of the array. Included once per instruction set, each time with another ROBE_ISA, the namespace of that set; what is
-// here is plain C++ that the compiler vectorises for it. Products are never fused with sums (-ffp-contract=off), so
-// every set gives the same bits.
+// The kernels of the array. Included once per instruction set, each time with another ROBE_ISA, the namespace of that
+// set; what is here is plain C++ that the compiler vectorises for it. Products are never fused with sums
+// (-ffp-contract=off), so every set gives the same bits.
 
 #include "interaction.h"
 
@@ -18,19 +18,25 @@ struct SumOf<double> {
 template <class T>
 using Sum = typename SumOf<T>::type;
 
+ROBE_INLINE uint32_t bits_of(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, 4);
+  return bits;
+}
+
+ROBE_INLINE float float_of(uint32_t bits) {
+  float x;
+  __builtin_memcpy(&x, &bits, 4);
+  return x;
+}
+
 // Half precision, by bits: numbers are rounded to nearest even.
 struct BFloat16 {
   uint16_t bits;
-  ROBE_INLINE operator float() const {
-    const uint32_t wide = static_cast<uint32_t>(bits) << 16;
-    float x;
-    __builtin_memcpy(&x, &wide, 4);
-    return x;
-  }
+  ROBE_INLINE operator float() const { return float_of(static_cast<uint32_t>(bits) << 16); }
   BFloat16() = default;
   ROBE_INLINE explicit BFloat16(float x) {
-    uint32_t wide;
-    __builtin_memcpy(&wide, &x, 4);
+    const uint32_t wide = bits_of(x);
     bits = x != x ? 0x7FC0 : static_cast<uint16_t>((wide + 0x7FFF + ((wide >> 16) & 1)) >> 16);
   }
 };
@@ -39,25 +45,16 @@ struct Float16 {
   uint16_t bits;
   ROBE_INLINE operator float() const {
     // The exponent moves by a multiplication, which also gets subnormals right.
-    const uint32_t magnitude = static_cast<uint32_t>(bits & 0x7FFF) << 13;
-    float x;
-    __builtin_memcpy(&x, &magnitude, 4);
-    x *= 0x1p112f;
-    uint32_t wide;
-    __builtin_memcpy(&wide, &x, 4);
+    uint32_t wide = bits_of(float_of(static_cast<uint32_t>(bits & 0x7FFF) << 13) * 0x1p112f);
     wide |= (bits & 0x7C00) == 0x7C00 ? 0x7F800000 : 0;  // infinity and NaN keep their exponent
     wide |= static_cast<uint32_t>(bits & 0x8000) << 16;
-    __builtin_memcpy(&x, &wide, 4);
-    return x;
+    return float_of(wide);
   }
   Float16() = default;
   ROBE_INLINE explicit Float16(float x) {
-    uint32_t wide;
-    __builtin_memcpy(&wide, &x, 4);
+    uint32_t wide = bits_of(x);
     const uint16_t sign = static_cast<uint16_t>((wide >> 16) & 0x8000);
     wide &= 0x7FFFFFFF;
-    float magnitude;
-    __builtin_memcpy(&magnitude, &wide, 4);
     uint32_t half;
     if (wide > 0x7F800000) {
       half = 0x7E00;  // NaN
@@ -65,9 +62,7 @@ struct Float16 {
       half = 0x7C00;  // 65520 and above round to infinity
     } else if (wide < 0x38800000) {
       // Below 2^-14: adding 0.5 leaves the subnormal's bits, rounded, at the end of the mantissa.
-      magnitude += 0.5f;
-      __builtin_memcpy(&wide, &magnitude, 4);
-      half = wide - 0x3F000000;
+      half = bits_of(float_of(wide) + 0.5f) - 0x3F000000;
     } else {
       half = (wide + 0xFFF + ((wide >> 13) & 1) - 0x38000000) >> 13;
     }
@@ -180,7 +175,6 @@ ROBE_INLINE bool uniform(const Job& job) { return job.hash == Hash::mix && !job.
 // counts, so there is no block of zeros among them.
 struct AnyBlocks {
   const Block* at;
-  bool full;
   ROBE_INLINE Block next() { return *at++; }
 };
 
@@ -257,7 +251,7 @@ ROBE_INLINE bool read_ahead(const Job& job, int64_t rows, int64_t item, Ids ids,
     if constexpr (is_uniform)
       consume(UniformBlocks{half[turn], full[turn], static_cast<int32_t>(job.block)}, now);
     else
-      consume(AnyBlocks{half[turn], false}, now);
+      consume(AnyBlocks{half[turn]}, now);
     done += now;
   }
   if (!small) {

@@ -418,8 +418,7 @@ void read(Call& call) {
 
 // Sorts the gradients of calls by the segment of the array they go to, each segment's in the order of the calls and of
 // their ids; then use(segments, segment, scratch) once for each segment, on any thread. A slot's gradients are so summed
-// in the order of the ids, whatever the number of threads.
-// weight and state are what use will write, or null.
+// in the order of the ids, whatever the number of threads. weight and state are what use will write, or null.
 template <class Use>
 void by_segment(const std::vector<std::unique_ptr<Call>>& calls, const void* weight, void* const* state, Use use) {
   const Call& front = *calls.front();
