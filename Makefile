@@ -2,11 +2,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 KERNELS := robe/_cpu.abi3.so
+READER := data/_tsv.so
 SANITIZED := build/sanitized/_cpu.so
 
 .PHONY: setup train bench test test-sanitized lint format
 
-setup: .venv/installed $(KERNELS)
+setup: .venv/installed $(KERNELS) $(READER)
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -16,6 +17,10 @@ setup: .venv/installed $(KERNELS)
 # Without a compiler this only warns: robe then runs on its reference.
 $(KERNELS): .venv/installed setup.py $(wildcard robe/csrc/*)
 	$(BIN)/python setup.py --quiet build_ext --inplace
+
+# Without a compiler, polars reads the logs.
+$(READER): data/csrc/tsv.cpp
+	-$(CXX) -std=c++17 -O3 -Wall -Wextra -shared -fPIC $< -o $@
 
 # Generate rows with a known best AUC, train full tables and ROBE on them, compare.
 train: setup

@@ -2,8 +2,8 @@
 
     python infer.py predict --checkpoint runs/robe --data rows.tsv --output predictions.csv
 
-writes one click probability per row of the data, in its order, under the header "probability". Rows may be labelled
-(40 fields; then AUC and log loss are printed as well) or not (39).
+writes one click probability per row of the data, in its order, under the header "probability". The data may be
+in any format of data/; with labels, AUC and log loss are printed as well.
 """
 
 import argparse
@@ -15,10 +15,11 @@ import polars as pl
 from tqdm import tqdm
 
 from data.batches import in_background, rebatch
-from data.formats import CriteoTSV
+from data.formats import open_source
+from data.program import exit_code
+from data.rows import DataError
 from dlrm import checkpoint
 from dlrm.metrics import EVALUATION_BATCH, predict, score
-from dlrm.program import exit_code
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -28,7 +29,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     command.set_defaults(run=run_predict)
     command.add_argument("--checkpoint", type=Path, required=True, metavar="DIR")
     command.add_argument(
-        "--data", type=Path, required=True, help="Criteo TSV, with or without labels; plain, .gz or .xz"
+        "--data", type=Path, required=True, metavar="PATH", help="file or folder, with or without labels"
     )
     command.add_argument("--output", type=Path, required=True, metavar="CSV")
     return parser.parse_args(arguments)
@@ -39,11 +40,20 @@ def main(arguments: list[str] | None = None) -> int:
     return exit_code(lambda: args.run(args))
 
 
+def describe_hots(hots: tuple[int, ...] | None) -> str:
+    return "one id a feature" if hots is None else f"{', '.join(map(str, hots))} ids a feature"
+
+
 def run_predict(args: argparse.Namespace) -> None:
     if args.output.is_dir():
         raise ValueError(f"--output: {args.output} is a folder; expected the name of a file")
     model = checkpoint.load(args.checkpoint)
-    source = CriteoTSV(args.data)
+    source = open_source(args.data)
+    if source.layout.hots != model.config.hots:
+        raise DataError(
+            f"{args.data}: has {describe_hots(source.layout.hots)}, the model was trained on "
+            f"{describe_hots(model.config.hots)}"
+        )
     labels: list[np.ndarray] = []
 
     def batches():

@@ -40,7 +40,15 @@ setup(
     packages=["robe", "dlrm"],
     install_requires=["torch>=2.10", "numpy>=1.26"],
     extras_require={
-        "train": ["polars>=1.0", "scikit-learn>=1.4", "tqdm>=4.60", "safetensors>=0.4", "matplotlib>=3.8"],
+        "train": [
+            "polars>=1.35",
+            "isal>=1.7",
+            "backports.zstd>=1.0",
+            "scikit-learn>=1.4",
+            "tqdm>=4.60",
+            "safetensors>=0.4",
+            "matplotlib>=3.8",
+        ],
         "dev": ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6", "ruff>=0.8", "mypy>=1.10"],
         "bench": ["fbgemm-gpu-cpu==1.8.0"],
     },

@@ -3,9 +3,10 @@
     python train.py --data rows.tsv --preset kaggle --compression 1000 --output runs/robe
     python train.py --data rows.tsv --preset kaggle --embedding full --table-rows data --output runs/full
 
-The rows are taken in file order: 5/7 train, 1/7 validate, 1/7 test. The weights with the best validation AUC are kept
-and tested. The output folder gets model.safetensors and config.json (infer.py needs only these), metrics.json, and
-learning_curve.png.
+PATH is a file or folder in any format of data/: Criteo's logs, what data.prepare wrote, facebookresearch/dlrm's or
+torchrec's files, Parquet. Unless the data says otherwise, rows are taken in their order: 5/7 train, 1/7 validate, 1/7
+test. The weights with the best validation AUC are kept and tested. The output folder gets model.safetensors and
+config.json (infer.py needs only these), metrics.json, and learning_curve.png.
 """
 
 import argparse
@@ -20,14 +21,17 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.batches import in_background, rebatch, shuffled, split_rows, vocabulary
-from data.formats import Batch, CriteoTSV, DataError
+from data.batches import epoch_batches, in_background, rebatch, split_rows, vocabulary
+from data.dataset import PARTS, Dataset
+from data.formats import open_source
+from data.program import exit_code
+from data.rows import Batch, DataError, Layout
+from data.sources import Source, require_one_layout
 from dlrm import DLRM, PRESETS, checkpoint
 from dlrm.config import EMBEDDINGS, OPTIMIZERS, DLRMConfig, TrainingConfig
 from dlrm.embeddings import build_embeddings
 from dlrm.metrics import EVALUATION_BATCH, environment, evaluate, peak_rss_bytes
 from dlrm.plots import learning_curves
-from dlrm.program import exit_code
 from dlrm.trainer import train
 
 METRICS = "metrics.json"
@@ -35,9 +39,12 @@ METRICS = "metrics.json"
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="Criteo TSV; plain, .gz or .xz")
+    parser.add_argument("--data", type=Path, required=True, metavar="PATH", help="file or folder")
     parser.add_argument(
-        "--eval-data", type=Path, help="validate on its first half, test on the second; train on all of --data"
+        "--eval-data",
+        type=Path,
+        metavar="PATH",
+        help="validate on its first half, test on the second; train on all of --data",
     )
     parser.add_argument("--preset", choices=PRESETS, default="kaggle")
     parser.add_argument("--embedding", choices=EMBEDDINGS, default="robe")
@@ -77,8 +84,9 @@ def run(args: argparse.Namespace) -> None:
     source, train_rows, parts = open_data(args.data, args.eval_data)
     known = None
     if args.table_rows == "data":
-        known = vocabulary(tqdm(source.read(train_rows.start, train_rows.stop), desc="counting ids", leave=False))
-    config = model_config(args, known)
+        pieces = tqdm(source.read(train_rows.start, train_rows.stop), desc="counting ids", leave=False)
+        known = vocabulary(pieces, source.layout.features)
+    config = model_config(args, known, source.layout)
     require_memory(config, training)
 
     torch.manual_seed(args.seed)
@@ -91,10 +99,8 @@ def run(args: argparse.Namespace) -> None:
         f"{len(parts['validation'][1]):,} validate, {len(parts['test'][1]):,} test"
     )
 
-    def epoch_batches(epoch: int) -> Iterator[Batch]:
-        rng = np.random.default_rng([args.seed, epoch])
-        shuffled_runs = in_background(lambda: shuffled(source.read(train_rows.start, train_rows.stop), rng))
-        return rebatch(shuffled_runs, training.batch_size)
+    def batches(epoch: int) -> Iterator[Batch]:
+        return epoch_batches(source, train_rows, training.batch_size, args.seed, epoch)
 
     def scores(part: str) -> dict[str, float]:
         file, rows = parts[part]
@@ -108,7 +114,7 @@ def run(args: argparse.Namespace) -> None:
     result = train(
         model,
         training,
-        epoch_batches,
+        batches,
         len(train_rows),
         evaluate=lambda: scores("validation"),
         keep=keep,
@@ -142,33 +148,41 @@ def run(args: argparse.Namespace) -> None:
     )
 
 
-def open_data(path: Path, eval_path: Path | None) -> tuple[CriteoTSV, range, dict[str, tuple[CriteoTSV, range]]]:
-    """The training file, its training rows, and of validation and test the file and rows."""
-    source = CriteoTSV(path)
+def open_data(path: Path, eval_path: Path | None) -> tuple[Source, range, dict[str, tuple[Source, range]]]:
+    """The training data, its training rows, and of validation and test the data and rows."""
+    source = open_source(path)
     rows = check(source)
     if eval_path is None:
         try:
-            train_rows, validation, test = split_rows(rows)
+            parts = source.parts() or dict(zip(PARTS, split_rows(rows)))
         except ValueError as error:
             raise DataError(f"{path}: {error}") from None
-        return source, train_rows, {"validation": (source, validation), "test": (source, test)}
-    other = CriteoTSV(eval_path)
+        empty = [part for part, of_part in parts.items() if not len(of_part)]
+        if empty:
+            raise DataError(f"{path}: no rows for {empty[0]}")
+        return source, parts["train"], {part: (source, parts[part]) for part in ("validation", "test")}
+    other = open_source(eval_path)
     count = check(other)
+    require_one_layout([source, other])
     if count < 2:
         raise DataError(f"{eval_path}: expected at least 2 rows, to validate and to test on")
     halves = {"validation": (other, range(0, count // 2)), "test": (other, range(count // 2, count))}
     return source, range(0, rows), halves
 
 
-def check(file: CriteoTSV) -> int:
-    """Read every line, and return the number of rows."""
-    if not file.labelled:
-        raise DataError(f"{file.path}: has no labels (39 fields); training needs 40")
+def check(source: Source) -> int:
+    """See that every row can be read, and return their number."""
+    if not source.labelled:
+        raise DataError(f"{source.path}: has no labels; training needs them")
+    if isinstance(source, Dataset):  # was checked when it was written
+        with tqdm(unit="B", unit_scale=True, desc=f"checking {source.path.name}", leave=False) as bar:
+            source.verify(progress=bar.update)
+        return source.rows
     rows = 0
-    with tqdm(unit="row", unit_scale=True, desc=f"checking {file.path.name}", leave=False) as bar:
-        for batch in file.read():
-            rows += len(batch)
-            bar.update(len(batch))
+    with tqdm(unit="row", unit_scale=True, desc=f"checking {source.path.name}", leave=False) as bar:
+        for records in source.records():
+            rows += len(records)
+            bar.update(len(records))
     return rows
 
 
@@ -178,7 +192,7 @@ def training_config(args: argparse.Namespace) -> TrainingConfig:
     return replace(PRESETS[args.preset].training, seed=args.seed, **changes)
 
 
-def model_config(args: argparse.Namespace, known: list[np.ndarray] | None) -> DLRMConfig:
+def model_config(args: argparse.Namespace, known: list[np.ndarray] | None, layout: Layout) -> DLRMConfig:
     if args.embedding == "full" and (args.compression is not None or args.robe_size is not None):
         raise ValueError("--compression and --robe-size: the full tables are not compressed; leave them out")
     changes: dict = {
@@ -186,6 +200,7 @@ def model_config(args: argparse.Namespace, known: list[np.ndarray] | None) -> DL
         "block_size": args.block_size,
         "init_std": args.init_std,
         "hash_seed": args.seed,
+        "hots": layout.hots,
     }
     if args.embedding == "full":
         changes["compression"] = None
@@ -196,6 +211,8 @@ def model_config(args: argparse.Namespace, known: list[np.ndarray] | None) -> DL
     if known is not None:
         changes["table_rows"] = tuple(len(ids) + 1 for ids in known)  # one more for ids that training did not see
         changes["vocabulary"] = args.embedding == "full"
+        if changes["vocabulary"] and max(int(ids[-1]) for ids in known) >= 1 << 32:
+            raise ValueError("--table-rows data: expected ids of 32 bits for --embedding full")
     return replace(PRESETS[args.preset].model, **changes)
 
 

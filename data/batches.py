@@ -1,15 +1,20 @@
-"""From a file to training batches: the split by rows, a shuffle in bounded memory, reading ahead in the background."""
+"""From rows to training batches: the split by rows, a shuffle in bounded memory, reading ahead in the background."""
 
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
-from data.formats import Batch
+from data.rows import Batch, to_batch
+from data.sources import RandomAccess, Source
 
 # Rows shuffled together: 130,000 rows are 35 MB as arrays. A file with fewer rows is shuffled as a whole.
 SHUFFLE_ROWS = 1 << 17
+# Rows mixed where blocks of rows come from anywhere: 2.6 MB of records, which stay in a core's cache.
+MIXED_ROWS = 1 << 14
+_BLOCK_ROWS = 256
+_ROWS_AT_ONCE = 1 << 11  # handed from one thread to the other, where batches are smaller
 
 
 def split_rows(rows: int) -> tuple[range, range, range]:
@@ -49,6 +54,72 @@ def shuffled(pieces: Iterable[Batch], generator: np.random.Generator, rows: int 
         yield run[generator.permutation(len(run))]
 
 
+def epoch_batches(
+    source: Source,
+    rows: range,
+    batch_size: int,
+    seed: int = 0,
+    epoch: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    mixed_rows: int = MIXED_ROWS,
+) -> Iterator[Batch]:
+    """The training batches of an epoch, in an order that seed and epoch give; the last one is smaller.
+
+    Rows that can be read at any place are shuffled in two steps, without memory for each row: the rows are cut into
+    blocks of whole batches, the blocks permuted over the whole range, and then the rows of as many blocks as make
+    ``mixed_rows`` permuted among each other. With ``mixed_rows`` at most ``batch_size`` there is only the first step:
+    a batch is a run of consecutive rows, as in MLPerf's reference. Other sources are read in their order, and permuted
+    within runs of SHUFFLE_ROWS. A thread reads ahead.
+
+    Args:
+        rows: of the source, its training rows.
+        rank, world_size: of several processes, each gets its part of every batch: together they have the whole one.
+    """
+    generator = np.random.default_rng([seed, epoch])
+    if isinstance(source, RandomAccess):
+        several = in_background(lambda: _mixed_blocks(source, rows, batch_size, generator, mixed_rows), 4)
+        batches: Iterable[Batch] = (
+            some[start : start + batch_size] for some in several for start in range(0, len(some), batch_size)
+        )
+    else:
+        runs = in_background(lambda: shuffled(source.read(rows.start, rows.stop), generator))
+        batches = rebatch(runs, batch_size)
+    for batch in batches:
+        yield batch if world_size == 1 else batch[_share(len(batch), rank, world_size)]
+
+
+def _mixed_blocks(
+    source: RandomAccess, rows: range, batch_size: int, generator: np.random.Generator, mixed_rows: int
+) -> Iterator[Batch]:
+    """Whole batches, one or several at a time. A block of fewer rows at the end of the range stays at the end."""
+    several = batch_size * max(_ROWS_AT_ONCE // batch_size, 1)
+    mixed = mixed_rows > batch_size
+    size = batch_size * max(_BLOCK_ROWS // batch_size, 1) if mixed else batch_size
+    whole = len(rows) // size
+    starts = [*(generator.permutation(whole) * size + rows.start).tolist(), rows.start + whole * size]
+    blocks = max((mixed_rows if mixed else several) // size, 1)
+    window = source.layout.records(min(blocks * size, len(rows)))
+    for first in range(0, len(starts), blocks):
+        filled = 0
+        for start in starts[first : first + blocks]:
+            block = window[filled : filled + min(size, rows.stop - start)]
+            source.fill(block, start)
+            filled += len(block)
+        if mixed:
+            # As bytes: numpy copies structures field by field.
+            items = window[:filled].view(np.uint8).reshape(filled, -1)
+            order = generator.permutation(filled)
+            for at in range(0, filled, several):
+                yield to_batch(items.take(order[at : at + several], axis=0).view(window.dtype).reshape(-1))
+        elif filled:
+            yield to_batch(window[:filled])
+
+
+def _share(rows: int, rank: int, world_size: int) -> slice:
+    return slice(rows * rank // world_size, rows * (rank + 1) // world_size)
+
+
 def in_background(make: Callable[[], Iterable[Batch]], depth: int = 1) -> Iterator[Batch]:
     """Run a reader in a thread, ``depth`` items ahead; parsing and decompression release the interpreter lock.
 
@@ -86,10 +157,10 @@ def in_background(make: Callable[[], Iterable[Batch]], depth: int = 1) -> Iterat
         thread.join()
 
 
-def vocabulary(pieces: Iterable[Batch]) -> list[np.ndarray]:
-    """The distinct ids of each category, ascending, one array per column. Memory grows with their number."""
+def vocabulary(pieces: Iterable[Batch], features: Sequence[slice]) -> list[np.ndarray]:
+    """The distinct ids of each feature, ascending, one array each. Memory grows with their number."""
     known: list[np.ndarray] = []
     for piece in pieces:
-        columns = [np.unique(piece.sparse[:, i]) for i in range(piece.sparse.shape[1])]
+        columns = [np.unique(piece.sparse[:, ids]) for ids in features]
         known = [np.union1d(old, new) for old, new in zip(known, columns)] if known else columns
     return known

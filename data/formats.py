@@ -1,219 +1,409 @@
-"""Criteo's click logs as batches of arrays: one streaming pass, memory bounded whatever the file's size.
+"""Files of Criteo rows that other tools write, and how any of them is opened.
 
-A row is a line of tab-separated fields without a header: the label (0 or 1), 13 integers, 26 categories of up to 8
-hexadecimal digits; an empty field is a missing value. Without the label (39 fields) the rows are to be predicted. Files
-may be plain, gzip or xz; their content tells, not their name.
+- Criteo's own logs: see data/tsv.py
+- facebookresearch/dlrm: ``day_N.npz`` {X_int i4 (n, 13), X_cat_t i4 (26, n), y i4 (n,)}, ``*_processed.npz`` {X_int,
+  X_cat (n, 26), y}, ``terabyte_processed_*.bin``: rows of 40 int32, the label, 13 integers, 26 ids
+- torchrec: ``day_N_dense.npy`` f4 (n, 13), ``day_N_labels.npy`` i4 (n, 1), and ``day_N_sparse.npy`` i4 (n, 26) or
+  ``day_N_sparse_multi_hot.npz`` {"0" .. "25": i4 (n, hots)}
+- Parquet: label, int_0 .. int_12, cat_0 .. cat_25, or under the other names in ``_PARQUET_NAMES``
+- the project's own: see data/dataset.py
 
-Values become what facebookresearch/dlrm's preprocessing makes of them, except that categories keep their raw 32-bit id:
-a missing or negative integer is 0, then log(x + 1); a missing category is id 0.
+Everything but Parquet and the logs is read at any place without reading what comes before; compressed arrays are
+unpacked into a temporary file first. Ids of 32 bits are taken as unsigned: Criteo's hashes come out as they are in the
+logs, also from tools that write them as int32. Nothing in a file is ever unpickled.
 """
 
-import gzip
-import io
-import lzma
+import re
+import shutil
+import tempfile
+import zipfile
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import polars as pl
 
-NUM_DENSE, NUM_SPARSE = 13, 26
-MAX_HEX_DIGITS = 8
+from data.dataset import MANIFEST, Dataset
+from data.rows import DENSE_NAMES, MISSING, NUM_DENSE, NUM_SPARSE, SPARSE_NAMES, DataError, Layout
+from data.sources import Piece, RandomAccess, Several, SeveralRandomAccess, Source
+from data.storage import ArrayFile, natural_order, open_binary
+from data.tsv import CriteoTSV
 
-_DENSE = [f"int_{i}" for i in range(NUM_DENSE)]
-_SPARSE = [f"cat_{i}" for i in range(NUM_SPARSE)]
-_PIECE_BYTES = 1 << 22  # of text parsed at a time, 18,000 rows: larger pieces parse no faster and take more memory
-_MAX_LINE_BYTES = 1 << 16
-
-
-class DataError(ValueError):
-    """A file that can't be read as what it should be; the message says which file, where, and why."""
-
-
-@dataclass
-class Batch:
-    """Rows as arrays. B rows."""
-
-    dense: np.ndarray  # (B, 13) float32
-    sparse: np.ndarray  # (B, 26) int64
-    labels: np.ndarray | None  # (B,) float32, 0 or 1; None where the file has none
-
-    def __len__(self) -> int:
-        return len(self.sparse)
-
-    def __getitem__(self, rows) -> "Batch":
-        labels = None if self.labels is None else self.labels[rows]
-        return Batch(self.dense[rows], self.sparse[rows], labels)
-
-    @staticmethod
-    def concatenate(batches: "list[Batch]") -> "Batch":
-        if len(batches) == 1:
-            return batches[0]
-        labels = [b.labels for b in batches if b.labels is not None]
-        return Batch(
-            np.concatenate([b.dense for b in batches]),
-            np.concatenate([b.sparse for b in batches]),
-            np.concatenate(labels) if labels else None,
-        )
+_NPY_MAGIC = b"\x93NUMPY"
+_TRIPLE = re.compile(r"(?P<name>.+)_(?P<what>dense|labels|sparse)\.npy|(?P<multi>.+)_sparse_multi_hot\.npz")
+_PARQUET_NAMES = (
+    ["label", *DENSE_NAMES, *SPARSE_NAMES],
+    ["label", *(f"I{i + 1}" for i in range(NUM_DENSE)), *(f"C{i + 1}" for i in range(NUM_SPARSE))],
+    [
+        "label",
+        *(f"integer_feature_{i + 1}" for i in range(NUM_DENSE)),
+        *(f"categorical_feature_{i + 1}" for i in range(NUM_SPARSE)),
+    ],
+)
+# Beside the data in a folder, and not data.
+_NOT_DATA = ("README", "LICENSE", ".json", ".md", ".part", ".png", ".crc", ".bad", ".sketch")
 
 
-def transform_dense(integers: np.ndarray) -> np.ndarray:
-    """log(max(x, 0) + 1) in float32, any shape."""
-    return np.log1p(np.maximum(integers, 0).astype(np.float32))
+def open_source(path: str | Path) -> Source:
+    """The rows of a file or folder in any format, told by content and name.
 
-
-class CriteoTSV:
-    """A file of Criteo rows.
-
-    Args:
-        path: of the file.
-
-    Attributes:
-        labelled: whether rows begin with a label.
+    A folder's files are its rows in the natural order of their names: day_2 before day_10.
 
     Raises:
-        DataError: the file is missing, empty, or not of this format. Reading raises it for the first bad line, with its
-            number, and for an archive that ends early.
+        DataError: nothing there, or nothing that is known here.
+    """
+    path = Path(path)
+    if is_prepared(path):
+        return Dataset(path)
+    sources = open_sources(path)
+    if len(sources) == 1:
+        return sources[0]
+    if all(isinstance(source, RandomAccess) for source in sources):
+        return SeveralRandomAccess(path, sources)  # type: ignore[arg-type]
+    return Several(path, sources)
+
+
+def open_sources(path: Path) -> list[Source]:
+    """The sources of a path, one for each file (or triple of files) in a folder, or that a folder was prepared from."""
+    if not path.is_dir():
+        return [_open_file(path)]
+    if is_prepared(path):
+        return Dataset(path).sources()
+    files = sorted((file for file in path.iterdir() if file.is_file() and _is_data(file)), key=natural_order)
+    if not files:
+        raise DataError(f"{path}: no data in this folder")
+    triples = [_triple_name(file) for file in files]
+    # A triple is opened by its dense part; without ids of one each, by its multi-hot ids.
+    sources = [_open_file(file) for file, name in zip(files, triples) if name is None or _what(file) == "dense"]
+    if not sources:
+        raise DataError(f"{path}: has {files[0].name}, but no {triples[0]}_dense.npy")
+    return sources
+
+
+def is_prepared(path: Path) -> bool:
+    """Whether a path is a folder in the project's own format. Folders that were prepared in others have to be whole."""
+    return (path / MANIFEST).exists() and Dataset(path).is_own
+
+
+def _is_data(file: Path) -> bool:
+    return not (file.name.startswith((".", "_")) or file.name.endswith(_NOT_DATA))
+
+
+def _open_file(path: Path) -> Source:
+    with open_binary(path) as file:
+        magic = file.read(6)
+    if magic[:4] == b"PAR1":
+        return CriteoParquet(path)
+    if magic[:2] == b"PK":
+        return TorchrecNpy(path) if _triple_name(path) else FacebookNpz(path)
+    if magic == _NPY_MAGIC:
+        return TorchrecNpy(path)
+    if path.suffix == ".bin":
+        return FacebookBin(path)
+    return CriteoTSV(path)
+
+
+def _triple_name(path: Path) -> str | None:
+    """day_0 of day_0_dense.npy."""
+    match = _TRIPLE.fullmatch(path.name)
+    return (match["name"] or match["multi"]) if match else None
+
+
+def _what(path: Path) -> str | None:
+    match = _TRIPLE.fullmatch(path.name)
+    return match and match["what"]
+
+
+def _check_labels(labels: np.ndarray, path: Path, start: int) -> None:
+    wrong = (labels != 0) & (labels != 1)
+    if wrong.any():
+        row = int(np.flatnonzero(wrong)[0])
+        raise DataError(f"{path}: row {start + row + 1}: label: expected 0 or 1, got {labels[row]}")
+
+
+class FacebookBin(RandomAccess):
+    """facebookresearch/dlrm's ``terabyte_processed_*.bin``: rows of 40 int32."""
+
+    def __init__(self, path: Path):
+        self.path, self.name, self.layout = path, path.stem, Layout()
+        size = path.stat().st_size
+        width = self.layout.dtype.itemsize
+        if not size or size % width:
+            raise DataError(f"{path}: expected rows of {width} bytes (label, 13 integers, 26 ids), got {size} bytes")
+        self.rows = size // width
+        self._file = ArrayFile(open_binary(path), path, self.layout.dtype, 0)
+        self.take(0, 1)
+
+    def fill(self, records: np.ndarray, start: int) -> None:
+        self._file.read(records, start)
+        _check_labels(records["label"], self.path, start)
+
+
+class FacebookNpz(RandomAccess):
+    """facebookresearch/dlrm's ``day_N.npz`` and ``*_processed.npz``."""
+
+    def __init__(self, path: Path):
+        self.path, self.name, self.layout = path, path.stem, Layout()
+        with _Npz(path) as npz:
+            if "X_int" not in npz.names or "y" not in npz.names or not {"X_cat", "X_cat_t"} & npz.names:
+                raise DataError(f"{path}: expected arrays X_int, X_cat or X_cat_t, and y, got {sorted(npz.names)}")
+            self._dense, shape = npz.array("X_int")
+            self.rows = shape[0]
+            _expect(
+                path,
+                "X_int",
+                self._dense.dtype.base.kind in "iu" and shape == (self.rows, NUM_DENSE),
+                shape,
+                self._dense,
+            )
+            self._labels, shape = npz.array("y")
+            _expect(path, "y", self._labels.dtype.kind in "iuf" and shape == (self.rows,), shape, self._labels)
+            self._by_column = "X_cat_t" in npz.names
+            name = "X_cat_t" if self._by_column else "X_cat"
+            self._sparse, shape = npz.array(name)
+            expected = (NUM_SPARSE, self.rows) if self._by_column else (self.rows, NUM_SPARSE)
+            _expect(path, name, self._sparse.dtype.base.kind in "iuf" and shape == expected, shape, self._sparse)
+            if self._by_column:
+                self._sparse = self._sparse.elements()
+
+    def fill(self, records: np.ndarray, start: int) -> None:
+        stop = start + len(records)
+        records["label"] = self._labels.take(start, stop)
+        _check_labels(records["label"], self.path, start)
+        integers = self._dense.take(start, stop)
+        if integers.dtype.itemsize > 4 and len(integers) and np.abs(integers).max() > np.iinfo(np.int32).max:
+            raise DataError(f"{self.path}: X_int: expected integers of 32 bits, got {np.abs(integers).max()}")
+        records["dense"] = integers
+        if self._by_column:
+            for column in range(NUM_SPARSE):
+                ids = self._sparse.take(column * self.rows + start, column * self.rows + stop)
+                records["sparse"][:, column] = self._ids(ids)
+        else:
+            records["sparse"] = self._ids(self._sparse.take(start, stop))
+
+    def _ids(self, ids: np.ndarray) -> np.ndarray:
+        """As uint32; the processed files have them as float64."""
+        wide = ids.astype(np.int64)
+        if (wide != ids).any() or (len(wide) and (wide.min() < -(1 << 31) or wide.max() >= 1 << 32)):
+            raise DataError(f"{self.path}: ids: expected integers of 32 bits, got {ids.min()} to {ids.max()}")
+        return wide.astype(np.uint32)
+
+
+class TorchrecNpy(RandomAccess):
+    """torchrec's ``NAME_dense.npy``, ``NAME_sparse.npy`` and ``NAME_labels.npy``, opened by the name of any of them.
+
+    By the name of ``NAME_sparse_multi_hot.npz``, or where it is there and ``NAME_sparse.npy`` is not, with its ids.
     """
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        with self._open() as file, self._reading(1):
-            head = file.readline(_MAX_LINE_BYTES)
-        if not head:
-            raise DataError(f"{self.path}: the file is empty")
-        fields = head.count(b"\t") + 1
-        if fields not in (NUM_SPARSE + NUM_DENSE, NUM_SPARSE + NUM_DENSE + 1):
-            raise DataError(
-                f"{self.path}:1: not a Criteo row: expected 40 tab-separated fields (39 without label), got {fields}"
-            )
-        self.labelled = fields == NUM_SPARSE + NUM_DENSE + 1
-        self._columns = (["label"] if self.labelled else []) + _DENSE + _SPARSE
+    def __init__(self, path: Path):
+        name = _triple_name(path)
+        if name is None:
+            raise DataError(f"{path}: expected a name like day_0_dense.npy, day_0_sparse.npy or day_0_labels.npy")
+        self.path, self.name = path, name
+        self._dense = self._open("dense", "f4", NUM_DENSE)
+        self.rows = self._dense.rows
+        self._labels = self._open("labels", "i4", 1)
+        multi_hot = path.with_name(f"{name}_sparse_multi_hot.npz")
+        if path == multi_hot or (multi_hot.exists() and not path.with_name(f"{name}_sparse.npy").exists()):
+            self._sparse = self._open_multi_hot(multi_hot)
+            hots = tuple(ids.dtype.shape[0] for ids in self._sparse)
+            self.layout = Layout(dense="f4", hots=hots)
+        else:
+            self._sparse = [self._open("sparse", "i4", NUM_SPARSE)]
+            self.layout = Layout(dense="f4")
 
-    def read(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
-        """Rows start to stop (default: the end) in file order, in batches of whatever size is cheap to parse."""
-        line = 0  # rows before this piece
-        for piece in self._whole_lines():
-            rows = piece.count(b"\n")
-            if line + rows > start and not (stop is not None and line >= stop):
-                batch = self._parse(piece, line + 1)
-                yield batch[max(start - line, 0) : None if stop is None else stop - line]
-            line += rows
-            if stop is not None and line >= stop:
-                return
+    def _open(self, what: str, kind: str, width: int) -> ArrayFile:
+        path = self.path.with_name(f"{self.name}_{what}.npy")
+        array, shape = _read_npy_header(open_binary(path), path, 0)
+        rows = self.rows if what != "dense" else shape[0]
+        fits = array.dtype.base == np.dtype("<" + kind) and shape in ((rows, width), (rows,) * (width == 1))
+        _expect(path, "array", fits, shape, array, f"{kind} ({rows}, {width})")
+        return array
 
-    # ----------------------------------------------------------------------------------------------------------------
+    def _open_multi_hot(self, path: Path) -> list[ArrayFile]:
+        with _Npz(path) as npz:
+            if npz.names != {str(i) for i in range(NUM_SPARSE)}:
+                raise DataError(f"{path}: expected arrays 0 to {NUM_SPARSE - 1}, got {sorted(npz.names)}")
+            arrays = []
+            for i in range(NUM_SPARSE):
+                array, shape = npz.array(str(i))
+                fits = array.dtype.base == np.dtype("<i4") and len(shape) == 2 and shape[0] == self.rows
+                _expect(path, str(i), fits and shape[1] >= 1, shape, array, f"i4 ({self.rows}, hots)")
+                arrays.append(array)
+        return arrays
 
-    def _open(self) -> io.BufferedIOBase:
+    def fill(self, records: np.ndarray, start: int) -> None:
+        stop = start + len(records)
+        records["label"] = self._labels.take(start, stop).reshape(-1)
+        _check_labels(records["label"], self.path, start)
+        records["dense"] = self._dense.take(start, stop)
+        if not np.isfinite(records["dense"]).all():
+            row = int(np.flatnonzero(~np.isfinite(records["dense"]).all(1))[0])
+            raise DataError(f"{self._dense.path}: row {start + row + 1}: expected finite numbers, got NaN or infinity")
+        slices = self.layout.features if self.layout.hots else [slice(None)]
+        for ids, array in zip(slices, self._sparse):
+            records["sparse"][:, ids] = array.take(start, stop).view(np.uint32)
+
+
+class CriteoParquet(Source):
+    """A Parquet file with a column for each feature. Read from the beginning, some rows at a time.
+
+    Integer features may be missing (null); floating-point ones are taken as they are. Categories are integers, or
+    text of up to 8 hexadecimal digits; missing ones are id 0.
+    """
+
+    rows: int | None
+
+    def __init__(self, path: Path):
+        self.path, self.name = path, path.stem
         try:
-            with open(self.path, "rb") as file:
-                magic = file.read(6)
-            if magic[:2] == b"\x1f\x8b":
-                return gzip.open(self.path, "rb")  # type: ignore[return-value]
-            if magic == b"\xfd7zXZ\x00":
-                return lzma.open(self.path, "rb")  # type: ignore[return-value]
-            return open(self.path, "rb")
+            self._scan = pl.scan_parquet(path, glob=False)
+            schema = self._scan.collect_schema()
+            self.rows = self._scan.select(pl.len()).collect().item()
+        except (pl.exceptions.PolarsError, OSError) as error:
+            raise DataError(f"{path}: not a Parquet file that can be read: {_first_line(error)}") from None
+        self._names, self.layout = self._columns(schema)
+        if not self.rows:
+            raise DataError(f"{path}: the file is empty")
+
+    def _columns(self, schema: pl.Schema) -> tuple[list[str], Layout]:
+        for names in _PARQUET_NAMES:
+            if set(names[1:]) <= set(schema):
+                break
+        else:
+            missing = sorted(set(_PARQUET_NAMES[0][1:]) - set(schema), key=_PARQUET_NAMES[0].index)
+            raise DataError(f"{self.path}: expected columns label, int_0 .. int_12, cat_0 .. cat_25; no {missing[0]}")
+        dense = [schema[name] for name in names[1 : 1 + NUM_DENSE]]
+        for name, kind in zip(names[1:], dense):
+            if not kind.is_numeric():
+                raise DataError(f"{self.path}: column {name}: expected numbers, got {kind}")
+        sparse = {name: schema[name] for name in names[1 + NUM_DENSE :]}
+        for name, kind in sparse.items():
+            if not (kind.is_integer() or kind == pl.String):
+                raise DataError(f"{self.path}: column {name}: expected integers or hexadecimal text, got {kind}")
+        wide = any(kind in (pl.Int64, pl.UInt64) for kind in sparse.values())
+        return names, Layout(
+            labelled=names[0] in schema,
+            dense="f4" if any(kind.is_float() for kind in dense) else "i4",
+            ids="i8" if wide else "u4",
+        )
+
+    def pieces(self, start: int = 0) -> Iterator[Callable[[], Piece]]:
+        names = self._names if self.labelled else self._names[1:]
+        try:
+            batches = self._scan.select(names).slice(start).collect_batches(chunk_size=1 << 16, maintain_order=True)
+            for frame in batches:
+                yield lambda frame=frame, start=start: Piece(
+                    self.path, start, frame.height, self._records(frame, start)
+                )
+                start += frame.height
+        except (pl.exceptions.PolarsError, OSError) as error:
+            raise DataError(f"{self.path}: after row {start}: {_first_line(error)}") from None
+
+    def _records(self, frame: pl.DataFrame, start: int) -> np.ndarray:
+        records = self.layout.records(frame.height)
+        columns = frame.get_columns()
+        if self.labelled:
+            labels = columns.pop(0).cast(pl.Float64, strict=False).fill_null(-1).to_numpy()
+            _check_labels(labels, self.path, start)
+            records["label"] = labels
+        for i, column in enumerate(columns[:NUM_DENSE]):
+            records["dense"][:, i] = self._dense(column, start)
+        for i, column in enumerate(columns[NUM_DENSE:]):
+            records["sparse"][:, i] = self._ids(column, start)
+        return records
+
+    def _dense(self, column: pl.Series, start: int) -> np.ndarray:
+        if self.layout.dense == "f4":
+            values = column.cast(pl.Float32).fill_null(0)
+            self._refuse(column, ~values.is_finite(), start, "a finite number")
+        else:
+            values = column.cast(pl.Int32, strict=False).fill_null(MISSING)
+            self._refuse(column, (values == MISSING) & column.is_not_null(), start, "an integer of 32 bits")
+        return values.to_numpy()
+
+    def _ids(self, column: pl.Series, start: int) -> np.ndarray:
+        if column.dtype == pl.String:
+            digits = column.replace("", None)
+            values = digits.str.to_integer(base=16, dtype=pl.Int64, strict=False)
+            wrong = digits.is_not_null() & ~digits.str.contains(r"^[0-9a-fA-F]{1,8}$")
+            self._refuse(column, wrong, start, "up to 8 hexadecimal digits")
+        elif column.dtype == pl.UInt64:
+            values = column.reinterpret(signed=True)
+        else:
+            values = column.cast(pl.Int64)
+        ids = values.fill_null(0).to_numpy()
+        return ids if self.layout.ids == "i8" else ids.astype(np.uint32)
+
+    def _refuse(self, column: pl.Series, wrong: pl.Series, start: int, expected: str) -> None:
+        at = wrong.fill_null(False).arg_true()
+        if len(at):
+            where, got = f"row {start + at[0] + 1}, column {column.name}", repr(column[at[0]])
+            raise DataError(f"{self.path}: {where}: expected {expected}, got {got}")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
+# -- Arrays in files --------------------------------------------------------------------------------------------------
+
+
+def _expect(path: Path, name: str, fits: bool, shape: tuple, array: ArrayFile, expected: str | None = None) -> None:
+    if not fits:
+        wanted = f"expected {expected}, got" if expected else "unexpected"
+        raise DataError(f"{path}: {name}: {wanted} {array.dtype.base.str[1:]} {shape}")
+
+
+def _read_npy_header(file: BinaryIO, path: Path, offset: int) -> tuple[ArrayFile, tuple[int, ...]]:
+    """The rows of the .npy array that begins at an offset of a file, and its shape."""
+    try:
+        file.seek(offset)
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, column_order, dtype = read(file)
+    except (ValueError, EOFError) as error:
+        raise DataError(f"{path}: not a .npy array: {error}") from None
+    if dtype.hasobject or column_order or not shape:
+        raise DataError(f"{path}: expected an array of numbers, row by row, got {dtype}, {shape}")
+    return ArrayFile(file, path, np.dtype((dtype, shape[1:])) if shape[1:] else dtype, file.tell(), shape[0]), shape
+
+
+class _Npz:
+    """The arrays of a .npz file: where they lie if they are stored, else unpacked into temporary files."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        try:
+            self._zip = zipfile.ZipFile(open_binary(path))
+        except zipfile.BadZipFile as error:
+            raise DataError(f"{path}: not a .npz file, or one that ends early: {error}") from None
+        self.names = {name.removesuffix(".npy") for name in self._zip.namelist()}
+
+    def __enter__(self) -> "_Npz":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._zip.close()
+
+    def array(self, name: str) -> tuple[ArrayFile, tuple[int, ...]]:
+        info = self._zip.getinfo(name + ".npy")
+        if info.compress_type == zipfile.ZIP_STORED:
+            file = open_binary(self._path)
+            file.seek(info.header_offset + 26)  # of the local header: the lengths of name and extra field
+            lengths = np.frombuffer(file.read(4), "<u2").astype(int)
+            return _read_npy_header(file, self._path, info.header_offset + 30 + int(lengths.sum()))
+        unpacked = tempfile.TemporaryFile()  # noqa: SIM115
+        try:
+            with self._zip.open(info) as member:
+                shutil.copyfileobj(member, unpacked, 1 << 20)
+            unpacked.flush()
+        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+            raise DataError(f"{self._path}: {name}: corrupt archive: {error}") from None
         except OSError as error:
-            raise DataError(f"{self.path}: {error.strerror or error}") from None
-
-    @contextmanager
-    def _reading(self, line: int) -> Iterator[None]:
-        """Turns the several errors of a broken archive into one that says how far it could be read."""
-        try:
-            yield
-        except EOFError:
-            raise DataError(f"{self.path}: truncated: the archive ends early, after line {line - 1}") from None
-        except (gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
-            raise DataError(f"{self.path}: corrupt archive after line {line - 1}: {error}") from None
-        except OSError as error:
-            raise DataError(f"{self.path}: {error.strerror or error}") from None
-
-    def _pieces(self) -> Iterator[bytes]:
-        line = 1
-        with self._open() as file:
-            while True:
-                with self._reading(line):
-                    piece = file.read(_PIECE_BYTES)
-                if not piece:
-                    return
-                line += piece.count(b"\n")
-                yield piece
-
-    def _whole_lines(self) -> Iterator[bytes]:
-        """The text in pieces that end with a line end."""
-        rest, line = b"", 1
-        for piece in self._pieces():
-            end = piece.rfind(b"\n") + 1
-            if not end and len(rest) + len(piece) > _MAX_LINE_BYTES:
-                raise DataError(f"{self.path}:{line}: not a Criteo row: a line of over {_MAX_LINE_BYTES} bytes")
-            if end:
-                whole = rest + piece[:end]
-                line += whole.count(b"\n")
-                yield whole
-                rest = b""
-            rest += piece[end:]
-        if rest:
-            yield rest + b"\n"
-
-    def _parse(self, text: bytes, first_line: int) -> Batch:
-        rows = text.count(b"\n")
-        if b"\r" in text:
-            text = text.replace(b"\r\n", b"\n")
-        try:
-            frame = pl.read_csv(
-                text,
-                has_header=False,
-                separator="\t",
-                quote_char=None,
-                schema={name: pl.String if name in _SPARSE_SET else pl.Int64 for name in self._columns},
-            ).with_columns(pl.col(_SPARSE).str.to_integer(base=16, dtype=pl.Int64))
-        except pl.exceptions.PolarsError as error:
-            self._find_bad_line(text, first_line)
-            raise DataError(f"{self.path}: lines {first_line} to {first_line + rows - 1}: {error}") from None
-        sparse = frame.select(pl.col(_SPARSE).fill_null(0)).to_numpy(order="c")
-        labels = frame["label"].to_numpy() if self.labelled else None
-        # polars skips blank lines and fills short ones up with nulls: the counts show both.
-        well_formed = frame.height == rows and text.count(b"\t") == rows * (len(self._columns) - 1)
-        well_formed &= sparse.min() >= 0 and sparse.max() < 1 << (4 * MAX_HEX_DIGITS)
-        well_formed &= labels is None or bool(np.isin(labels, (0, 1)).all())
-        well_formed &= b"+" not in text and b" " not in text  # polars reads "+1" and " 1" as numbers
-        if not well_formed:
-            self._find_bad_line(text, first_line)
-            raise DataError(f"{self.path}: a bad line among {first_line} to {first_line + rows - 1}")
-        dense = transform_dense(frame.select(pl.col(_DENSE).fill_null(0)).to_numpy(order="c"))
-        return Batch(dense, sparse, None if labels is None else labels.astype(np.float32))
-
-    def _find_bad_line(self, text: bytes, first_line: int) -> None:
-        """Raise DataError for the first line that is not a row."""
-        for number, line in enumerate(text.split(b"\n")[:-1], first_line):
-            cause = self._fault(line)
-            if cause:
-                raise DataError(f"{self.path}:{number}: {cause}")
-
-    def _fault(self, line: bytes) -> str | None:
-        fields = line.split(b"\t")
-        if len(fields) != len(self._columns):
-            return f"expected {len(self._columns)} tab-separated fields, got {len(fields)}"
-        for column, (name, field) in enumerate(zip(self._columns, fields), 1):
-            where, got = f"field {column} ({name}): expected", f", got {field.decode(errors='replace')[:40]!r}"
-            if name == "label":
-                if field not in (b"0", b"1"):
-                    return f"{where} 0 or 1{got}"
-            elif name in _SPARSE_SET:
-                if len(field) > MAX_HEX_DIGITS or set(field) - _HEX_DIGITS:
-                    return f"{where} up to {MAX_HEX_DIGITS} hexadecimal digits{got}"
-            elif field and not _is_int64(field):
-                return f"{where} an integer{got}"
-        return None
-
-
-_SPARSE_SET = frozenset(_SPARSE)
-_HEX_DIGITS = frozenset(b"0123456789abcdefABCDEF")
-
-
-def _is_int64(field: bytes) -> bool:
-    digits = field.removeprefix(b"-")
-    return digits.isdigit() and -(1 << 63) <= int(field) < 1 << 63
+            raise OSError(
+                error.errno, f"{error.strerror}, while unpacking {self._path}", tempfile.gettempdir()
+            ) from None
+        return _read_npy_header(unpacked, self._path, 0)

@@ -10,17 +10,18 @@ scores any rows of the file, read back by any reader, as the best possible model
 
 import argparse
 import gzip
-import os
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
-import polars as pl
 from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 
-from data.formats import NUM_DENSE, NUM_SPARSE, transform_dense
+from data.rows import MISSING, NUM_DENSE, NUM_SPARSE, Layout, to_batch
+from data.storage import whole_file
+from data.writers import to_frame, write_tsv
 
 # Criteo Kaggle: distinct values per category, and roughly the share of rows in which a field is empty.
 CARDINALITIES = (
@@ -93,31 +94,27 @@ class Signal:
         self._offset = 0.0
         self._offset = self._calibrate()
 
-    def sample(self, rows: int, stream: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Draw rows; the same (seed, rows, stream) draws the same ones.
-
-        Returns:
-            integers (B, 13) int64, which of them are missing (B, 13) bool, ids (B, 26) int64 with 0 for missing, and
-            labels (B,) int64.
-        """
+    def sample(self, rows: int, stream: int) -> np.ndarray:
+        """Records of drawn rows; the same (seed, rows, stream) draws the same ones."""
         rng = np.random.default_rng([self.seed, 1, stream])
         spread = rng.lognormal(0, 1.5, (rows, NUM_DENSE)) * DENSE_SCALE
         integers = spread.astype(np.int64)
         integers[:, 1] -= 3 * (rng.random(rows) < 0.1)  # the only column of the logs that goes below zero
-        missing = rng.random((rows, NUM_DENSE)) < DENSE_MISSING
+        integers[rng.random((rows, NUM_DENSE)) < DENSE_MISSING] = MISSING
         # Inverse of the distribution function of a power law on [1, n + 1), rounded down.
         power = 1 - ZIPF_EXPONENT
         top = (np.array(CARDINALITIES) + 1.0) ** power
         ranks = (1 + rng.random((rows, NUM_SPARSE)) * (top - 1)) ** (1 / power) - 1
         ranks = np.minimum(ranks.astype(np.uint32), np.array(CARDINALITIES, dtype=np.uint32) - np.uint32(1))
-        ids = _permute32(ranks + _column_offsets()).astype(np.int64)
+        ids = _permute32(ranks + _column_offsets())
         ids[rng.random((rows, NUM_SPARSE)) < SPARSE_MISSING] = 0
-        dense = transform_dense(np.where(missing, 0, integers))
-        labels = rng.random(rows) < 1 / (1 + np.exp(-self.logits(dense, ids)))
-        return integers, missing, ids, labels.astype(np.int64)
+        records = Layout().records(rows)
+        records["dense"], records["sparse"], records["label"] = integers, ids, 0
+        records["label"] = rng.random(rows) < 1 / (1 + np.exp(-self._logits(records)))
+        return records
 
     def logits(self, dense: np.ndarray, sparse: np.ndarray) -> np.ndarray:
-        """The true log-odds of rows as data.formats reads them: dense (B, 13), sparse (B, 26). Returns (B,) float64."""
+        """The true log-odds of rows as models get them: dense (B, 13), sparse (B, 26). Returns (B,) float64."""
         ranks = (_unpermute32(sparse) - _column_offsets()).astype(np.float64)
         damping = np.where(sparse == 0, 1, 1 / np.sqrt(1 + ranks / _RANK_SCALE))
 
@@ -136,15 +133,14 @@ class Signal:
         """The AUC of the true probabilities on freshly drawn rows: no model can be better, but for chance."""
         scores, labels = [], []
         for stream in range(-(-rows // _ROWS_AT_A_TIME)):
-            integers, missing, ids, clicks = self.sample(_ROWS_AT_A_TIME, -1 - stream & 0xFFFFFFFF)
-            scores.append(self.logits(transform_dense(np.where(missing, 0, integers)), ids))
-            labels.append(clicks)
+            records = self.sample(_ROWS_AT_A_TIME, -1 - stream & 0xFFFFFFFF)
+            scores.append(self._logits(records))
+            labels.append(records["label"])
         return float(roc_auc_score(np.concatenate(labels), np.concatenate(scores)))
 
     def _calibrate(self) -> float:
         """The offset at which a pilot sample has the positive rate of the logs."""
-        integers, missing, ids, _ = self.sample(_ROWS_AT_A_TIME, 0xFFFFFFFF)
-        logits = self.logits(transform_dense(np.where(missing, 0, integers)), ids)
+        logits = self._logits(self.sample(_ROWS_AT_A_TIME, 0xFFFFFFFF))
         low, high = -20.0, 20.0
         for _ in range(60):
             middle = (low + high) / 2
@@ -152,17 +148,14 @@ class Signal:
             low, high = (low, middle) if rate > POSITIVE_RATE else (middle, high)
         return middle
 
-    def frames(self, rows: int, labelled: bool = True) -> Iterator[pl.DataFrame]:
-        """The rows as text columns, some at a time."""
+    def _logits(self, records: np.ndarray) -> np.ndarray:
+        batch = to_batch(records)
+        return self.logits(batch.dense, batch.sparse)
+
+    def records(self, rows: int) -> Iterator[np.ndarray]:
+        """The rows, some at a time."""
         for start in range(0, rows, _ROWS_AT_A_TIME):
-            integers, missing, ids, labels = self.sample(min(_ROWS_AT_A_TIME, rows - start), start // _ROWS_AT_A_TIME)
-            columns = {"label": pl.Series(labels)} if labelled else {}
-            for i in range(NUM_DENSE):
-                columns[f"int_{i}"] = pl.Series(integers[:, i]).set(pl.Series(missing[:, i]), None)
-            for i in range(NUM_SPARSE):
-                text = np.frombuffer(ids[:, i].astype(">u4").tobytes().hex().encode(), dtype="S8")
-                columns[f"cat_{i}"] = pl.Series(text.astype("U8")).set(pl.Series(ids[:, i] == 0), None)
-            yield pl.DataFrame(columns)
+            yield self.sample(min(_ROWS_AT_A_TIME, rows - start), start // _ROWS_AT_A_TIME)
 
 
 def write(path: str | Path, rows: int, seed: int = 0, labelled: bool = True, progress: bool = False) -> Signal:
@@ -173,18 +166,17 @@ def write(path: str | Path, rows: int, seed: int = 0, labelled: bool = True, pro
     """
     path = Path(path)
     signal = Signal(seed)
-    part = path.with_name(path.name + ".part")
-    try:
-        with (
-            gzip.open(part, "wb", compresslevel=4) if path.suffix == ".gz" else open(part, "wb") as file,
-            tqdm(total=rows, unit="row", unit_scale=True, desc=path.name, disable=not progress) as bar,
-        ):
-            for frame in signal.frames(rows, labelled):
-                file.write(frame.write_csv(separator="\t", include_header=False).encode())
-                bar.update(frame.height)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with (
+        whole_file(path) as file,
+        tqdm(total=rows, unit="row", unit_scale=True, desc=path.name, disable=not progress) as bar,
+    ):
+        # Without name and time, the same rows are the same bytes.
+        packed = gzip.GzipFile("", "wb", 4, file, mtime=0) if path.suffix == ".gz" else nullcontext(file)
+        with packed as text:
+            for records in signal.records(rows):
+                frame = to_frame(records)
+                write_tsv(text, frame if labelled else frame.drop("label"))
+                bar.update(len(records))
     return signal
 
 

@@ -21,6 +21,7 @@ class DLRMConfig:
     top_mlp: tuple[int, ...]  # likewise, the last one 1: the logit
     table_rows: tuple[int, ...]  # rows of the full table of each categorical feature
     num_dense: int = 13
+    hots: tuple[int, ...] | None = None  # ids of each feature in a row, whose embeddings are summed; None: one each
     embedding: str = "robe"  # "robe", "full" or "hash"
     compression: float | None = 1000.0  # robe, hash: full weights over weights kept; None where robe_size says it
     robe_size: int | None = None  # robe: number of weights in the array, instead of compression
@@ -47,6 +48,12 @@ class DLRMConfig:
             self.bottom_mlp,
         )
         _check(len(self.top_mlp) >= 1 and self.top_mlp[-1] == 1, "top_mlp", "widths that end with 1", self.top_mlp)
+        _check(
+            self.hots is None or (len(self.hots) == len(self.table_rows) and min(self.hots) >= 1),
+            "hots",
+            f"{len(self.table_rows)} numbers from 1",
+            self.hots,
+        )
         if self.embedding != "full":
             sizes = (self.compression is not None) + (self.robe_size is not None)
             _check(sizes == 1, "compression and robe_size", "exactly one of them", sizes or "neither")

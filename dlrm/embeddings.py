@@ -1,6 +1,7 @@
 """The embeddings a DLRM can be given: ROBE, or the tables it is compared with.
 
-Each is a module with forward(sparse (B, F) int64) -> (B, F, D). ROBE's is robe.RobeEmbeddingBagCollection.
+Each is a module with forward(sparse (B, F) int64) -> (B, F, D), and with forward(values, offsets) for sums of several
+ids, features major. ROBE's is robe.RobeEmbeddingBagCollection.
 """
 
 from collections.abc import Sequence
@@ -39,12 +40,21 @@ class Tables(nn.Module):
             for table in self.weight.split(list(table_rows)):
                 table.uniform_(-(len(table) ** -0.5), len(table) ** -0.5)
 
-    def rows(self, sparse: Tensor) -> Tensor:
-        """Each id's row in its table, (B, F)."""
-        return torch.remainder(sparse, self.table_rows)
+    def rows(self, ids: Tensor, feature: Tensor | slice = slice(None)) -> Tensor:
+        """Each id's row in its table; feature: of each id, by default one id for each in the last dimension."""
+        return torch.remainder(ids, self.table_rows[feature])
 
-    def forward(self, sparse: Tensor) -> Tensor:
-        return functional.embedding(self.rows(sparse) + self.first_rows, self.weight, sparse=True)
+    def forward(self, sparse: Tensor, offsets: Tensor | None = None) -> Tensor:
+        if offsets is None:
+            return functional.embedding(self.rows(sparse) + self.first_rows, self.weight, sparse=True)
+        features = len(self.table_rows)
+        lengths = offsets.diff().view(features, -1).sum(1)
+        feature = torch.arange(features, device=sparse.device).repeat_interleave(lengths)
+        rows = self.rows(sparse, feature) + self.first_rows[feature]
+        sums = functional.embedding_bag(
+            rows, self.weight, offsets, mode="sum", sparse=True, include_last_offset=True
+        )  # (F * B, D)
+        return sums.view(features, -1, self.weight.shape[1]).transpose(0, 1)
 
 
 class VocabularyTables(Tables):
@@ -69,15 +79,30 @@ class VocabularyTables(Tables):
         self.register_buffer("features", features, persistent=False)
         self.register_buffer("keys", keys)  # feature << 32 | id, ascending over all features
 
-    def rows(self, sparse: Tensor) -> Tensor:
-        keys = self.features | (sparse & ((1 << _ID_BITS) - 1))
+    def rows(self, ids: Tensor, feature: Tensor | slice = slice(None)) -> Tensor:
+        keys = self.features[feature] | (ids & ((1 << _ID_BITS) - 1))
         place = torch.searchsorted(self.keys, keys)
         known = self.keys[place.clamp(max=len(self.keys) - 1)] == keys
-        known &= sparse >> _ID_BITS == 0
+        known &= ids >> _ID_BITS == 0
         before = self.first_rows - torch.arange(
-            len(self.table_rows), device=sparse.device
+            len(self.table_rows), device=ids.device
         )  # known ids of earlier features
-        return torch.where(known, place - before, self.table_rows - 1)
+        return torch.where(known, place - before[feature], self.table_rows[feature] - 1)
+
+
+def bags(sparse: Tensor, hots: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Several ids a feature as (values, offsets), features major.
+
+    Args:
+        sparse: (B, sum(hots)) int64, the ids of the first feature first.
+        hots: ids of each feature.
+
+    Returns:
+        values (B * sum(hots),), offsets (F * B + 1,): bag f * B + b has the ids of feature f of example b.
+    """
+    values = torch.cat([ids.reshape(-1) for ids in sparse.split(list(hots), dim=1)])
+    lengths = torch.tensor(hots, device=sparse.device).repeat_interleave(len(sparse))
+    return values, functional.pad(lengths.cumsum(0), (1, 0))
 
 
 def capped_rows(table_rows: Sequence[int], compression: float) -> list[int]:

@@ -16,7 +16,7 @@ EVALUATION_BATCH = 2048  # rows; large enough for the full speed of the MLPs
 
 
 def predict(model: nn.Module, batches: Iterable) -> Iterator[np.ndarray]:
-    """Click probabilities, float32 (B,) for each batch; batches have ``dense`` and ``sparse`` as data.formats.Batch."""
+    """Click probabilities, float32 (B,) for each batch; batches have ``dense`` and ``sparse`` as data.rows.Batch."""
     model.eval()
     with torch.inference_mode():
         for batch in batches:

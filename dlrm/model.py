@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dlrm.config import DLRMConfig
-from dlrm.embeddings import build_embeddings
+from dlrm.embeddings import bags, build_embeddings
 
 
 class MLP(nn.Sequential):
@@ -67,10 +67,11 @@ class DLRM(nn.Module):
 
         Args:
             dense: (B, num_dense) float.
-            sparse: (B, F) int64 ids.
+            sparse: (B, F) int64 ids; (B, sum(config.hots)) with several ids a feature, whose embeddings are summed.
 
         Returns:
             (B,) float.
         """
         x = self.bottom(dense)  # (B, D)
-        return self.top(self.interaction(x, self.embeddings(sparse))).squeeze(1)
+        rows = self.embeddings(sparse) if self.config.hots is None else self.embeddings(*bags(sparse, self.config.hots))
+        return self.top(self.interaction(x, rows)).squeeze(1)

@@ -24,6 +24,8 @@ _STEPS_A_LOOK = 20  # steps between readings of the loss; each reading waits for
 class TrainingError(RuntimeError):
     """Training can't go on; what was kept so far is still good."""
 
+    exit_code = 3  # of a program that ends with it
+
 
 def make_optimizers(model: nn.Module, config: TrainingConfig) -> list[torch.optim.Optimizer]:
     """The optimizers of a config.
@@ -63,7 +65,7 @@ def train(
 
     Args:
         model: (dense, sparse) -> logits.
-        make_batches: epoch -> its batches (dense, sparse, labels as data.formats.Batch), of config.batch_size rows.
+        make_batches: epoch -> its batches (dense, sparse, labels as data.rows.Batch), of config.batch_size rows.
         rows: in an epoch.
         evaluate: the validation scores of the model as it is now, with "auc".
         keep: called when those are the best so far.

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from data.batches import in_background, rebatch, shuffled, split_rows, vocabulary
-from data.formats import Batch
+from data.rows import Batch, Layout
 
 
 def pieces(sizes):
@@ -89,5 +89,5 @@ def test_vocabulary_is_the_distinct_ids_of_each_column():
     rng = np.random.default_rng(0)
     sparse = rng.integers(0, 50, (300, 26))
     batches = [Batch(None, sparse[a : a + 100], None) for a in (0, 100, 200)]
-    for column, known in enumerate(vocabulary(batches)):
+    for column, known in enumerate(vocabulary(batches, Layout().features)):
         assert known.tolist() == sorted(set(sparse[:, column].tolist()))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.formats import Batch
+from data.rows import Batch
 from dlrm.metrics import environment, evaluate, peak_rss_bytes, predict, score
 
 

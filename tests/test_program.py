@@ -2,7 +2,7 @@
 
 import pytest
 
-from dlrm.program import exit_code
+from data.program import exit_code
 from dlrm.trainer import TrainingError
 
 

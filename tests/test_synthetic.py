@@ -6,8 +6,9 @@ from scipy.special import expit
 from sklearn.metrics import roc_auc_score
 
 from data import synthetic
-from data.formats import Batch, CriteoTSV
+from data.rows import Batch
 from data.synthetic import CARDINALITIES, DENSE_MISSING, POSITIVE_RATE, SPARSE_MISSING, Signal, write
+from data.tsv import CriteoTSV
 
 ROWS = 60_000
 
@@ -91,7 +92,7 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Signal, "frames", fail)
+    monkeypatch.setattr(Signal, "records", fail)
     with pytest.raises(OSError, match="No space left"):
         write(tmp_path / "rows.tsv", 10)
     assert list(tmp_path.iterdir()) == []

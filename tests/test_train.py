@@ -11,8 +11,9 @@ from sklearn.metrics import log_loss, roc_auc_score
 
 import train
 from data.batches import split_rows, vocabulary
-from data.formats import Batch, CriteoTSV
+from data.rows import Batch
 from data.synthetic import write
+from data.tsv import CriteoTSV
 from dlrm import checkpoint
 from dlrm.metrics import predict
 
@@ -71,7 +72,8 @@ def test_compression_is_that_of_the_tables_chosen(rows, tmp_path):
     assert json.loads((tmp_path / "preset" / "metrics.json").read_text())["array_floats"] == 540_201
     run("--data", rows, "--output", tmp_path / "data", *QUICK, "--table-rows", "data", "--compression", 10)
     metrics = json.loads((tmp_path / "data" / "metrics.json").read_text())
-    known = vocabulary(CriteoTSV(rows).read(0, split_rows(ROWS)[0].stop))
+    file = CriteoTSV(rows)
+    known = vocabulary(file.read(0, split_rows(ROWS)[0].stop), file.layout.features)
     assert metrics["full_floats"] == 16 * sum(len(ids) + 1 for ids in known)
     assert metrics["array_floats"] == metrics["full_floats"] // 10
 
@@ -100,9 +102,10 @@ def write_lines(path, count, change=lambda lines: lines):
 BAD = {
     "missing": (None, "rows.tsv: No such file or directory"),
     "empty": (lambda path: path.write_text(""), "rows.tsv: the file is empty"),
-    "not rows": (lambda path: path.write_bytes(b"PAR1\x15\x04"), "rows.tsv:1: not a Criteo row"),
+    "not rows": (lambda path: path.write_bytes(b"a,b,c\n1,2,3\n"), "rows.tsv:1: not a Criteo row"),
+    "not Parquet": (lambda path: path.write_bytes(b"PAR1\x15\x04"), "rows.tsv: not a Parquet file that can be read"),
     "too few": (lambda path: write(path, 5), "rows.tsv: expected at least 7 rows"),
-    "no labels": (lambda path: write(path, 20, labelled=False), "rows.tsv: has no labels (39 fields)"),
+    "no labels": (lambda path: write(path, 20, labelled=False), "rows.tsv: has no labels"),
     # In the test part, which training itself would reach last.
     "bad line": (lambda path: write_lines(path, 20, lambda lines: [*lines[:19], "1\t2"]), "rows.tsv:20: expected 40"),
 }

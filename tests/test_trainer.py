@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from data.formats import Batch
+from data.rows import Batch
 from dlrm import DLRM, DLRMConfig, TrainingConfig
 from dlrm.trainer import TrainingError, train
 

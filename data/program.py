@@ -3,21 +3,22 @@
 import sys
 from collections.abc import Callable
 
-from dlrm.trainer import TrainingError
-
 
 def exit_code(program: Callable[[], None]) -> int:
     """Run a program.
 
     Returns:
-        0: done. 2: input, options or machine did not allow it. 3: training can't go on. 130: interrupted.
+        0: done. 2: input, options or machine did not allow it. 130: interrupted. An exception that has an ``exit_code``
+        of its own: that.
     """
     try:
         program()
-    except TrainingError as error:
-        return _fail(str(error), 3)
     except (ValueError, OSError, MemoryError) as error:
         return _fail(_describe(error), 2)
+    except RuntimeError as error:
+        if not hasattr(error, "exit_code"):
+            raise
+        return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     return 0

@@ -7,8 +7,9 @@ import math
 import numpy as np
 import pytest
 
-import data.formats
-from data.formats import Batch, CriteoTSV, DataError, transform_dense
+import data.tsv
+from data.rows import Batch, DataError, transform_dense
+from data.tsv import CriteoTSV
 
 
 def make_lines(rows, labelled=True, seed=0):
@@ -43,7 +44,7 @@ def read(path, *args):
 @pytest.fixture(params=[1 << 22, 5000], ids=["one piece", "small pieces"])
 def piece_bytes(request, monkeypatch):
     """Every test of content also runs with pieces that end in the middle of lines."""
-    monkeypatch.setattr(data.formats, "_PIECE_BYTES", request.param)
+    monkeypatch.setattr(data.tsv, "_PIECE_BYTES", request.param)
 
 
 @pytest.mark.usefixtures("piece_bytes")
@@ -99,7 +100,7 @@ def test_windows_line_ends_and_upper_case(tmp_path):
     [
         (0, "2", r"field 1 \(label\): expected 0 or 1, got '2'"),
         (0, "", r"field 1 \(label\): expected 0 or 1, got ''"),
-        (3, "1.5", r"field 4 \(int_2\): expected an integer, got '1.5'"),
+        (3, "1.5", r"field 4 \(int_2\): expected an integer of 32 bits, got '1.5'"),
         (3, "+1", r"field 4 \(int_2\): expected an integer"),
         (3, " 1", r"field 4 \(int_2\): expected an integer"),
         (3, "9" * 30, r"field 4 \(int_2\): expected an integer"),
@@ -149,7 +150,7 @@ def test_files_that_are_not_rows(tmp_path):
 
 
 def test_a_line_without_end_is_refused_in_bounded_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(data.formats, "_PIECE_BYTES", 1 << 16)
+    monkeypatch.setattr(data.tsv, "_PIECE_BYTES", 1 << 16)
     path = tmp_path / "rows.tsv"
     path.write_bytes((make_lines(1)[0] + "\n").encode() + b"7" * (1 << 20))
     with pytest.raises(DataError, match=r"rows.tsv:2: not a Criteo row: a line of over 65536 bytes"):
@@ -158,7 +159,7 @@ def test_a_line_without_end_is_refused_in_bounded_memory(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("compress", [gzip.compress, lzma.compress])
 def test_broken_archives(tmp_path, compress, monkeypatch):
-    monkeypatch.setattr(data.formats, "_PIECE_BYTES", 5000)
+    monkeypatch.setattr(data.tsv, "_PIECE_BYTES", 5000)
     whole = compress("\n".join(make_lines(500)).encode())
     path = tmp_path / "rows"
     path.write_bytes(whole[: len(whole) * 3 // 4])

@@ -1,0 +1,341 @@
+"""Sources on their way to a folder: shards written one after the other, each safe before the manifest names it."""
+
+import fcntl
+import os
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from data.counts import CountMinSketch, Frequent, IdCounts
+from data.dataset import MANIFEST, OWN_FORMAT, VERSION, load_json, part_manifest
+from data.rows import DataError
+from data.sources import Piece, Source, require_one_layout
+from data.storage import write_json
+from data.writers import WRITERS, Writer
+
+FAULTS_KEPT = 5  # of each source, with their text, for the report
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the bytes depend on, beside the sources."""
+
+    format: str = OWN_FORMAT
+    shard_rows: int = 1 << 20
+    max_rows: int | None = None  # lines read of each source
+    max_ind_range: int | None = None  # ids become id % max_ind_range, as in facebookresearch/dlrm
+    min_count: int | None = None  # ids seen less often become data.counts.RARE
+    sketch_bytes: int | None = (
+        None  # min_count: count in the same pass, in so much memory; None: exactly, in one before
+    )
+    on_error: str = "raise"  # of a bad row: "raise", "skip" or "quarantine"
+
+    def __post_init__(self):
+        for name in ("shard_rows", "max_rows", "max_ind_range", "min_count", "sketch_bytes"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
+        if self.max_ind_range is not None and self.max_ind_range > 1 << 31:
+            raise ValueError(f"max_ind_range: expected at most 2**31, got {self.max_ind_range}")
+
+
+@dataclass
+class Progress:
+    """How far a source has been prepared: its manifest."""
+
+    version: int = VERSION
+    complete: bool = False
+    lines: int = 0  # read, and what they hold safe in shards
+    rows: int = 0
+    bad_rows: int = 0
+    bad_bytes: int = 0  # of the quarantine file
+    bad_examples: list[str] = field(default_factory=list)
+    shards: list[dict[str, Any]] = field(default_factory=list)
+
+
+def quarantine_file(folder: Path, name: str) -> Path:
+    """Where the bad rows of a source go: file:line and cause, a tab, the line as it was."""
+    return folder / f"{name}.bad"
+
+
+class Preparation:
+    """A run over sources.
+
+    Args:
+        sources: with different names; the order of the rows.
+        output: the folder.
+        options: see Options.
+        split: for the reader of the data: {"by": "rows" or "days"}, or {"by": "files", "train": [names], "validation":
+            [names], "test": [names]} in the order of the sources.
+        part: (i, n): prepare every n-th source, beginning with number i.
+        workers: threads that parse.
+        resume: go on with what is there.
+        advance: called with the number of rows that were written.
+
+    Raises:
+        DataError: sources that don't fit together or into the format, or the folder holds something else.
+    """
+
+    def __init__(
+        self,
+        sources: list[Source],
+        output: Path,
+        options: Options,
+        split: dict[str, Any],
+        part: tuple[int, int] = (0, 1),
+        workers: int = 1,
+        resume: bool = False,
+        advance: Callable[[int], object] = lambda _: None,
+    ):
+        self._sources, self._output, self._options, self._workers = sources, output, options, workers
+        self._advance = advance
+        names: dict[str, Source] = {}
+        for source in sources:
+            if source.name in names:
+                raise DataError(f"{source.path} and {names[source.name].path}: expected files of different names")
+            names[source.name] = source
+        self.layout = require_one_layout(sources)
+        WRITERS[options.format].check(self.layout)
+        if part[1] > 1 and options.min_count is not None:
+            raise ValueError("min_count: counts the ids of all sources; expected no parts")
+        self._mine = sources[part[0] :: part[1]]
+        self._stop = threading.Event()
+        self._filters: list[Callable[[np.ndarray], None]] = []  # of records, in any order
+        self._sketch: CountMinSketch | None = None
+        _claim(
+            output / MANIFEST,
+            {
+                "version": VERSION,
+                "format": options.format,
+                "layout": self.layout.to_dict(),
+                "split": split,
+                "options": asdict(options),
+                "sources": [source.name for source in sources],
+            },
+            resume,
+        )
+
+    def run(self) -> list[Progress]:
+        """Prepare the sources of this part.
+
+        Returns:
+            the manifest of each.
+
+        Raises:
+            DataError: a source that can't be read, or with on_error "raise" a bad row.
+            OSError: a file that can't be written. What is in the manifests is safe in either case.
+        """
+        options, features = self._options, self.layout.features
+        with ThreadPoolExecutor(self._workers) as parsers:
+            try:
+                if options.max_ind_range is not None:
+                    self._filters.append(self._cap)
+                if options.min_count is not None and options.sketch_bytes is not None:
+                    self._sketch = CountMinSketch(features, options.min_count, options.sketch_bytes)
+                elif options.min_count is not None:
+                    counts = IdCounts(features)
+                    for source in self._sources:
+                        for piece in self._read(source, 0, parsers, self._workers + 1):
+                            counts.add(piece.records)
+                    self._filters.append(Frequent(counts, options.min_count))
+                return self._run_sources(parsers)
+            finally:
+                self._stop.set()
+
+    def _run_sources(self, parsers: ThreadPoolExecutor) -> list[Progress]:
+        # What a sketch says of a row depends on all before it: one source after the other.
+        at_once = 1 if self._sketch or not self._mine else min(self._workers, len(self._mine))
+        with ThreadPoolExecutor(at_once) as readers:
+            running = [readers.submit(self._run_source, source, parsers, at_once) for source in self._mine]
+            try:
+                wait(running, return_when=FIRST_EXCEPTION)
+                for future in running:
+                    if future.done() and (error := future.exception()):
+                        raise error
+            finally:
+                self._stop.set()  # the others leave off after their piece
+                for future in running:
+                    future.cancel()
+        return [future.result() for future in running]
+
+    def _run_source(self, source: Source, parsers: ThreadPoolExecutor, at_once: int) -> Progress:
+        job = _SourceJob(source.name, self._output, self.layout, self._options, self._sketch)
+        try:
+            self._advance(job.progress.rows)
+            if not job.progress.complete or self._sketch:
+                # A sketch has to see again what it has seen before; the job then leaves out what is there.
+                start = 0 if self._sketch else job.progress.lines
+                for piece in self._read(source, start, parsers, self._workers // at_once + 1):
+                    self._advance(job.add(piece))
+                job.complete()
+            return job.progress
+        except OSError as error:
+            raise OSError(error.errno, error.strerror or str(error), str(self._output / source.name)) from None
+        finally:
+            job.close()
+
+    def _read(self, source: Source, start: int, parsers: ThreadPoolExecutor, ahead: int) -> Iterator[Piece]:
+        """The pieces from line ``start`` to the last one wanted, some of them read ahead."""
+        stop = sys.maxsize if self._options.max_rows is None else self._options.max_rows
+        if start >= stop:
+            return
+        for piece in self._in_order(source.pieces(start), parsers, ahead):
+            wanted = piece.split(stop)[0]
+            if wanted.faults and self._options.on_error == "raise":
+                raise DataError(wanted.faults[0].describe(piece.path))
+            yield wanted
+            if piece.first + piece.lines >= stop:
+                return
+            if self._stop.is_set():
+                raise InterruptedError("another source failed")
+
+    def _in_order(self, calls: Iterable[Callable[[], Piece]], pool: ThreadPoolExecutor, ahead: int) -> Iterator[Piece]:
+        """What the calls return, in their order, while the next ones run."""
+        waiting: deque[Future[Piece]] = deque()
+        try:
+            for call in calls:
+                waiting.append(pool.submit(self._filtered, call))
+                if len(waiting) > ahead:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+    def _filtered(self, call: Callable[[], Piece]) -> Piece:
+        piece = call()
+        for keep in self._filters:
+            keep(piece.records)
+        return piece
+
+    def _cap(self, records: np.ndarray) -> None:
+        records["sparse"] %= self._options.max_ind_range
+
+
+class _SourceJob:
+    """Writes what a source becomes, and its manifest."""
+
+    def __init__(self, name: str, folder: Path, layout, options: Options, sketch: CountMinSketch | None):
+        self._name, self._folder, self._layout, self._options, self._sketch = name, folder, layout, options, sketch
+        self._make = WRITERS[options.format]
+        self._lock = _lock(folder / f".{name}.lock")
+        self._manifest = part_manifest(folder, name)
+        self.progress = Progress(**load_json(self._manifest)) if self._manifest.exists() else Progress()
+        self._line: int | None = None  # the next one
+        self._writer: Writer | None = None
+        self._bad_rows, self._bad_examples = 0, list(self.progress.bad_examples)
+        self._quarantine: BinaryIO | None = None
+        if options.on_error == "quarantine" and not self.progress.complete:
+            self._quarantine = open(quarantine_file(folder, name), "ab")  # noqa: SIM115
+            self._quarantine.truncate(self.progress.bad_bytes)
+
+    def add(self, piece: Piece) -> int:
+        """Take the lines of a piece; those that are in the shards already are left out. Returns the rows written."""
+        written = 0
+        while piece.lines:
+            shard_end = (piece.first // self._options.shard_rows + 1) * self._options.shard_rows
+            head, piece = piece.split(shard_end if self._make.sharded else sys.maxsize)
+            if self._sketch:
+                self._sketch(head.records)
+            if head.first < self.progress.lines or self.progress.complete:
+                continue
+            self._write(head)
+            written += len(head.records)
+            self._line = head.first + head.lines
+            if self._line == shard_end and self._make.sharded:
+                self._commit()
+        return written
+
+    def complete(self) -> None:
+        """All lines are through."""
+        if not self.progress.complete:
+            if self._line is not None or not self.progress.shards:
+                self._commit()
+            self.progress.complete = True
+            write_json(self._manifest, asdict(self.progress))
+
+    def close(self) -> None:
+        """Leave nothing unfinished behind."""
+        if self._writer:
+            self._writer.abort()
+        if self._quarantine:
+            self._quarantine.close()
+        self._lock.close()
+        Path(self._lock.name).unlink(missing_ok=True)
+
+    def _open(self) -> Writer:
+        if not self._writer:
+            number = f"-{self.progress.lines // self._options.shard_rows:05d}" if self._make.sharded else ""
+            self._writer = self._make(self._folder, self._name + number, self._layout)
+        return self._writer
+
+    def _write(self, piece: Piece) -> None:
+        self._open().write(piece.records)
+        self._bad_rows += len(piece.faults)
+        for fault in piece.faults:
+            where = fault.describe(piece.path)
+            if len(self._bad_examples) < FAULTS_KEPT:
+                self._bad_examples.append(where)
+            if self._quarantine:
+                self._quarantine.write(where.encode() + b"\t" + fault.text + b"\n")
+
+    def _commit(self) -> None:
+        writer, progress = self._open(), self.progress
+        shards = writer.finish()
+        if self._quarantine:
+            self._quarantine.flush()
+            os.fsync(self._quarantine.fileno())
+            progress.bad_bytes = self._quarantine.tell()
+        progress.shards += [asdict(shard) for shard in shards]
+        progress.rows += writer.rows
+        progress.lines = self._line or 0
+        progress.bad_rows += self._bad_rows
+        progress.bad_examples = list(self._bad_examples)
+        write_json(self._manifest, asdict(progress))
+        self._writer, self._line, self._bad_rows = None, None, 0
+
+
+def _claim(path: Path, manifest: dict[str, Any], resume: bool) -> None:
+    """Have a folder be that of a preparation."""
+    folder = path.parent
+    if not path.exists():
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise DataError(f"{folder}: there is something else; expected a new name or an empty folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(path, manifest)
+        return
+    if not resume:
+        raise DataError(f"{folder}: has prepared data; go on with --resume, or choose another --output")
+    there = _flat(load_json(path))
+    for what, value in _flat(manifest).items():
+        if there.get(what) != value:
+            raise DataError(
+                f"{folder}: was begun with {what} {there.get(what)}, this is {value}; expected the same command"
+            )
+
+
+def _flat(manifest: dict[str, Any]) -> dict[str, Any]:
+    """With "options.max_rows" in place of nested values, so that a difference has a name."""
+    flat: dict[str, Any] = {}
+    for name, value in manifest.items():
+        flat |= {f"{name}.{inner}": v for inner, v in value.items()} if isinstance(value, dict) else {name: value}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in flat.items()}
+
+
+def _lock(path: Path) -> BinaryIO:
+    """Keep a second process off the same files. The system lets go of a lock when a process dies."""
+    file = open(path, "wb")  # noqa: SIM115
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise DataError(f"{path.with_suffix('')}: another process is preparing it") from None
+    return file
