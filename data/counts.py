@@ -8,6 +8,8 @@ import polars as pl
 from data.rows import feature_ids
 
 RARE = 1  # the id that all rare ids of a feature become
+# Most frequent ids that a sample keeps whatever their hash; one may have been dropped before it was frequent.
+TOP_IDS = 1024
 _MERGE_ROWS = 1 << 19  # rows whose ids are counted before they are added to the counts so far
 
 
@@ -20,7 +22,7 @@ def mix64(x: np.ndarray) -> np.ndarray:
 
 
 class IdCounts:
-    """Counts of each feature's ids.
+    """Counts of each feature's ids; 0, which stands for a missing value, is none.
 
     Without ``sample`` exact, and memory grows with the number of different ids, 16 bytes or more each. With it, exact
     counts of a random sample of about so many different ids of each feature (of all, if there are no more) and of
@@ -31,8 +33,6 @@ class IdCounts:
         features: the ids of each feature in a record.
         sample: different ids to keep of each feature.
     """
-
-    _TOP = 1024  # most frequent ids that are kept whatever their hash; one may have been dropped before it was frequent
 
     def __init__(self, features: Sequence[slice], sample: int | None = None):
         self.features, self.sample = list(features), sample
@@ -69,7 +69,8 @@ class IdCounts:
         sparse = np.concatenate(self._pending)
         self._pending = []
         for feature, columns in enumerate(self.features):
-            new = _frame(sparse[:, columns].reshape(-1).astype(np.uint64))
+            ids = sparse[:, columns].reshape(-1)
+            new = _frame(ids[ids != 0].astype(np.uint64))
             both = pl.concat([self._counts[feature], new.group_by("id").agg(pl.col("count").sum())])
             counts = both.group_by("id").agg(pl.col("count").sum())
             if self.sample is not None and len(counts) > 2 * self.sample:
@@ -81,7 +82,7 @@ class IdCounts:
         ids = counts["id"].to_numpy()
         while _below(ids, self._shares[feature]).sum() > self.sample:
             self._shares[feature] /= 2
-        top = counts["count"].rank("ordinal", descending=True).to_numpy() <= self._TOP
+        top = counts["count"].rank("ordinal", descending=True).to_numpy() <= TOP_IDS
         return counts.filter(pl.Series(_below(ids, self._shares[feature]) | top))
 
 

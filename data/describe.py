@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.counts import IdCounts
+from data.counts import TOP_IDS, IdCounts
 from data.rows import DENSE_NAMES, MISSING, NUM_DENSE, NUM_SPARSE, SPARSE_NAMES
 from data.sources import Source
 
@@ -21,8 +21,8 @@ class Description:
         positives: None without labels.
         missing: share of rows without a value, by column; floating-point columns have no way to tell.
         smallest, largest: values of the 13 dense columns that are not missing.
-        ids: the counts of the 26 features' ids, 0 (missing) among them.
-        zeros: how often each feature has id 0.
+        ids: the counts of the 26 features' ids.
+        zeros: how often each feature has id 0, that is, none.
     """
 
     path: Path
@@ -70,9 +70,9 @@ def table(found: Description) -> str:
     lines += ["", f"{'':8}{'missing':>9}{'ids':>14}{'most frequent':>16}{'seen once':>11}"]
     for feature, name in enumerate(SPARSE_NAMES):
         occurrences = max(found.rows * found.ids_a_row[feature], 1)
-        ids, counts = found.ids.counts(feature)
+        _, counts = found.ids.counts(feature)
         sample, share = found.ids.sampled(feature)
-        top = counts[ids != 0].max(initial=0)
+        top = counts[0] if len(counts) else 0
         different = f"{'~' if share < 1 else ''}{found.ids.distinct(feature):,}"
         once = (sample == 1).mean() if len(sample) else 0
         lines.append(
@@ -113,8 +113,8 @@ def frequency_curve(found: Description, feature: int) -> tuple[np.ndarray, np.nd
     _, counts = found.ids.counts(feature)
     sample, share = found.ids.sampled(feature)
     if share < 1:
-        # Ids above this rank are the ones that are always kept; below, each of the sample stands for 1 / share ids.
-        top = counts[: int(1 / share) + 1]
+        # The first ones are among those that are always kept; below, each of the sample stands for 1 / share ids.
+        top = counts[: TOP_IDS // 2]
         rest = sample[sample < top[-1]]
         ranks = len(top) + np.arange(1, len(rest) + 1) / share
         return np.concatenate([np.arange(1, len(top) + 1), ranks]), np.concatenate([top, rest]) / found.rows

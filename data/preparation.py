@@ -7,6 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -226,7 +227,8 @@ class _SourceJob:
     def __init__(self, name: str, folder: Path, layout, options: Options, sketch: CountMinSketch | None):
         self._name, self._folder, self._layout, self._options, self._sketch = name, folder, layout, options, sketch
         self._make = WRITERS[options.format]
-        self._lock = _lock(folder / f".{name}.lock")
+        self._lock = ExitStack()
+        self._lock.enter_context(_locked(folder / f".{name}.lock", wait=False))
         self._manifest = part_manifest(folder, name)
         self.progress = Progress(**load_json(self._manifest)) if self._manifest.exists() else Progress()
         self._line: int | None = None  # the next one
@@ -269,7 +271,6 @@ class _SourceJob:
         if self._quarantine:
             self._quarantine.close()
         self._lock.close()
-        Path(self._lock.name).unlink(missing_ok=True)
 
     def _open(self) -> Writer:
         if not self._writer:
@@ -306,12 +307,15 @@ class _SourceJob:
 def _claim(path: Path, manifest: dict[str, Any], resume: bool) -> None:
     """Have a folder be that of a preparation."""
     folder = path.parent
-    if not path.exists():
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise DataError(f"{folder}: there is something else; expected a new name or an empty folder")
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, manifest)
-        return
+    if folder.exists() and not folder.is_dir():
+        raise DataError(f"{folder}: is a file; expected a new name or an empty folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder / ".lock", wait=True):
+        if not path.exists():
+            if any(not file.name.startswith(".") for file in folder.iterdir()):
+                raise DataError(f"{folder}: there is something else; expected a new name or an empty folder")
+            write_json(path, manifest)
+            return
     if not resume:
         raise DataError(f"{folder}: has prepared data; go on with --resume, or choose another --output")
     there = _flat(load_json(path))
@@ -330,12 +334,16 @@ def _flat(manifest: dict[str, Any]) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in flat.items()}
 
 
-def _lock(path: Path) -> BinaryIO:
-    """Keep a second process off the same files. The system lets go of a lock when a process dies."""
-    file = open(path, "wb")  # noqa: SIM115
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        raise DataError(f"{path.with_suffix('')}: another process is preparing it") from None
-    return file
+@contextmanager
+def _locked(path: Path, wait: bool) -> Iterator[None]:
+    """Keep other processes off the same files. The system lets go of a lock when a process dies."""
+    with open(path, "wb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            name = path.stem.removeprefix(".")
+            raise DataError(f"{path.parent / name}: another process is preparing it") from None
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
