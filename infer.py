@@ -49,6 +49,7 @@ def run_predict(args: argparse.Namespace) -> None:
         raise ValueError(f"--output: {args.output} is a folder; expected the name of a file")
     model = checkpoint.load(args.checkpoint)
     source = open_source(args.data)
+    source.verify()
     if source.layout.hots != model.config.hots:
         raise DataError(
             f"{args.data}: has {describe_hots(source.layout.hots)}, the model was trained on "

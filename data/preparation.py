@@ -314,16 +314,19 @@ def _claim(path: Path, manifest: dict[str, Any], resume: bool) -> None:
         if not path.exists():
             if any(not file.name.startswith(".") for file in folder.iterdir()):
                 raise DataError(f"{folder}: there is something else; expected a new name or an empty folder")
-            write_json(path, manifest)
-            return
-    if not resume:
-        raise DataError(f"{folder}: has prepared data; go on with --resume, or choose another --output")
-    there = _flat(load_json(path))
-    for what, value in _flat(manifest).items():
-        if there.get(what) != value:
-            raise DataError(
-                f"{folder}: was begun with {what} {there.get(what)}, this is {value}; expected the same command"
-            )
+            return write_json(path, manifest)
+        if not resume:
+            raise DataError(f"{folder}: has prepared data; go on with --resume, or choose another --output")
+        there, here = _flat(load_json(path)), _flat(manifest)
+        if there.get("options.on_error") == "raise":
+            # Up to now there was no bad row, so it does not matter what would have become of one.
+            there["options.on_error"] = here["options.on_error"]
+        for what, value in here.items():
+            if there.get(what) != value:
+                raise DataError(
+                    f"{folder}: was begun with {what} {there.get(what)}, this is {value}; expected the same command"
+                )
+        write_json(path, manifest)
 
 
 def _flat(manifest: dict[str, Any]) -> dict[str, Any]:
