@@ -97,7 +97,9 @@ def _mixed_blocks(
     mixed = mixed_rows > batch_size
     size = batch_size * max(_BLOCK_ROWS // batch_size, 1) if mixed else batch_size
     whole = len(rows) // size
-    starts = [*(generator.permutation(whole) * size + rows.start).tolist(), rows.start + whole * size]
+    starts = (generator.permutation(whole) * size + rows.start).tolist()
+    if len(rows) % size:
+        starts.append(rows.start + whole * size)
     blocks = max((mixed_rows if mixed else several) // size, 1)
     window = source.layout.records(min(blocks * size, len(rows)))
     for first in range(0, len(starts), blocks):
@@ -112,7 +114,7 @@ def _mixed_blocks(
             order = generator.permutation(filled)
             for at in range(0, filled, several):
                 yield to_batch(items.take(order[at : at + several], axis=0).view(window.dtype).reshape(-1))
-        elif filled:
+        else:
             yield to_batch(window[:filled])
 
 

@@ -79,10 +79,11 @@ class IdCounts:
 
     def _thin_out(self, counts: pl.DataFrame, feature: int) -> pl.DataFrame:
         assert self.sample is not None
+        counts = counts.sort("count", "id", descending=[True, False])  # also so that the same rows give the same
         ids = counts["id"].to_numpy()
         while _below(ids, self._shares[feature]).sum() > self.sample:
             self._shares[feature] /= 2
-        top = counts["count"].rank("ordinal", descending=True).to_numpy() <= TOP_IDS
+        top = np.arange(len(ids)) < TOP_IDS
         return counts.filter(pl.Series(_below(ids, self._shares[feature]) | top))
 
 

@@ -113,9 +113,10 @@ def frequency_curve(found: Description, feature: int) -> tuple[np.ndarray, np.nd
     _, counts = found.ids.counts(feature)
     sample, share = found.ids.sampled(feature)
     if share < 1:
-        # The first ones are among those that are always kept; below, each of the sample stands for 1 / share ids.
+        # The first ones are among those that are always kept; below them, each of the sample stands for 1 / share ids.
         top = counts[: TOP_IDS // 2]
-        rest = sample[sample < top[-1]]
-        ranks = len(top) + np.arange(1, len(rest) + 1) / share
-        return np.concatenate([np.arange(1, len(top) + 1), ranks]), np.concatenate([top, rest]) / found.rows
+        ranks = np.arange(1, len(sample) + 1) / share
+        below = ranks > len(top)
+        rest = np.minimum(sample[below], top[-1])
+        return np.concatenate([np.arange(1, len(top) + 1), ranks[below]]), np.concatenate([top, rest]) / found.rows
     return np.arange(1, len(counts) + 1), counts / found.rows

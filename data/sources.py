@@ -39,15 +39,22 @@ class Piece:
     lines: int
     records: np.ndarray
     faults: list[Fault] = field(default_factory=list)
+    before: int = 0  # lines of the files before this one, which ``first`` counts and the faults don't
 
     def split(self, line: int) -> "tuple[Piece, Piece]":
         """The lines before a line, and the others."""
         lines = min(max(line - self.first, 0), self.lines)
-        faults = bisect_left(self.faults, self.first + lines, key=lambda fault: fault.line)
+        faults = bisect_left(self.faults, self.first + lines - self.before, key=lambda fault: fault.line)
         rows = lines - faults
         return (
-            Piece(self.path, self.first, lines, self.records[:rows], self.faults[:faults]),
-            Piece(self.path, self.first + lines, self.lines - lines, self.records[rows:], self.faults[faults:]),
+            replace(self, lines=lines, records=self.records[:rows], faults=self.faults[:faults]),
+            replace(
+                self,
+                first=self.first + lines,
+                lines=self.lines - lines,
+                records=self.records[rows:],
+                faults=self.faults[faults:],
+            ),
         )
 
 
@@ -88,12 +95,12 @@ class Source(ABC):
             return
         for read in self.pieces(start):
             piece = read()
-            for fault in piece.faults:
+            wanted = piece if stop is None else piece.split(stop)[0]
+            for fault in wanted.faults:
                 raise DataError(fault.describe(piece.path))
+            yield wanted.records
             if stop is not None and piece.first + piece.lines >= stop:
-                yield piece.split(stop)[0].records
                 return
-            yield piece.records
 
     def read(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
         """Rows start to stop (default: the end) as batches of whatever size is cheap to read."""
@@ -159,7 +166,7 @@ class Several(Source):
 
 
 def _later(piece: Piece, rows: int) -> Piece:
-    return replace(piece, first=piece.first + rows)
+    return replace(piece, first=piece.first + rows, before=piece.before + rows)
 
 
 class SeveralRandomAccess(Several, RandomAccess):

@@ -211,6 +211,8 @@ def _parse_rows(text: bytes, lines: int, labelled: bool) -> np.ndarray | None:
     names = (["label"] if labelled else []) + DENSE_NAMES
     if b"\r" in text:
         text = text.replace(b"\r\n", b"\n")
+        if b"\r" in text:  # polars drops it at the end of a field
+            return None
     try:
         frame = pl.read_csv(
             text,
@@ -218,7 +220,10 @@ def _parse_rows(text: bytes, lines: int, labelled: bool) -> np.ndarray | None:
             separator="\t",
             quote_char=None,
             schema=dict.fromkeys(names, pl.Int32) | dict.fromkeys(SPARSE_NAMES, pl.String),
-        ).with_columns(pl.col(SPARSE_NAMES).str.to_integer(base=16, dtype=pl.Int64))
+        )
+        # Not the value: it may have zeros before it.
+        longest = frame.select(pl.max_horizontal(pl.col(SPARSE_NAMES).str.len_bytes().max())).item()
+        frame = frame.with_columns(pl.col(SPARSE_NAMES).str.to_integer(base=16, dtype=pl.Int64))
     except pl.exceptions.PolarsError:
         return None
     # polars skips blank lines and fills short ones up with nulls: the counts show both.
@@ -228,7 +233,7 @@ def _parse_rows(text: bytes, lines: int, labelled: bool) -> np.ndarray | None:
     dense = frame.select(DENSE_NAMES)
     if (
         sparse.min() < 0
-        or sparse.max() >= 1 << (4 * MAX_HEX_DIGITS)
+        or (longest or 0) > MAX_HEX_DIGITS
         or (labelled and not frame["label"].fill_null(-1).is_in([0, 1]).all())
         or (dense.min_horizontal() == MISSING).any()
         or b"+" in text  # polars reads "+1" and " 1" as numbers
