@@ -1,12 +1,20 @@
 """Splitting, regrouping, shuffling and reading ahead: no row lost, none twice."""
 
 import threading
+import time
+import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
+from test_sources import Numbered
+from test_tsv import make_lines, write
 
-from data.batches import in_background, rebatch, shuffled, split_rows, vocabulary
-from data.rows import Batch, Layout
+import data.batches
+from data.batches import epoch_batches, in_background, rebatch, shuffled, split_rows, vocabulary
+from data.rows import Batch, DataError, Layout
+from data.sources import Several, SeveralRandomAccess
+from data.tsv import CriteoTSV
 
 
 def pieces(sizes):
@@ -91,3 +99,185 @@ def test_vocabulary_is_the_distinct_ids_of_each_column():
     batches = [Batch(None, sparse[a : a + 100], None) for a in (0, 100, 200)]
     for column, known in enumerate(vocabulary(batches, Layout().features)):
         assert known.tolist() == sorted(set(sparse[:, column].tolist()))
+
+
+# -- epoch_batches ----------------------------------------------------------------------------------------------------
+
+
+def numbered_log(path, first, rows):
+    """A log whose ids are the numbers of its rows."""
+    lines = [line.rsplit("\t", 26)[0] for line in make_lines(rows)]
+    return CriteoTSV(write(path, [line + f"\t{first + i:x}" * 26 for i, line in enumerate(lines)]))
+
+
+def make_source(kind, rows, folder):
+    cut = rows // 3
+    return {
+        "random access": lambda: Numbered(rows),
+        "several of random access": lambda: SeveralRandomAccess(
+            Path("all"), [Numbered(cut), Numbered(0), Numbered(rows - cut, cut)]
+        ),
+        "log": lambda: numbered_log(folder / "log", 0, rows),
+        "logs": lambda: Several(
+            folder, [numbered_log(folder / "a", 0, cut), numbered_log(folder / "b", cut, rows - cut)]
+        ),
+        "log and random access": lambda: Several(
+            folder, [numbered_log(folder / "a", 0, cut), Numbered(rows - cut, cut)]
+        ),
+    }[kind]()
+
+
+KINDS = ["random access", "several of random access", "log", "logs", "log and random access"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("rows", "batch_size"), [(range(0, 600), 64), (range(37, 600), 64), (range(5, 581), 64), (range(100, 130), 64),
+                             (range(3, 400), 1), (range(0, 512), 256), (range(0, 600), 300), (range(9, 10), 7)]
+)  # fmt: skip
+@pytest.mark.parametrize("mixed_rows", [1, 200, 1 << 14])
+def test_every_row_once_an_epoch(tmp_path, kind, rows, batch_size, mixed_rows):
+    source = make_source(kind, 600, tmp_path)
+    batches = list(epoch_batches(source, rows, batch_size, mixed_rows=mixed_rows))
+    assert sorted(numbers(batches)) == list(rows)
+    assert [len(batch) for batch in batches[:-1]] == [batch_size] * (-(-len(rows) // batch_size) - 1)
+    assert 0 < len(batches[-1]) <= batch_size
+    for batch in batches:
+        assert (batch.sparse == batch.sparse[:, :1]).all(), "rows stay whole"
+
+
+@pytest.mark.parametrize(("blocks", "extra"), [(64, 0), (128, 0), (64, 1), (65, 0), (1, 0)])
+def test_windows_that_are_just_full(blocks, extra):
+    rows = blocks * 256 + extra
+    batches = list(epoch_batches(Numbered(rows), range(rows), 64))
+    assert sorted(numbers(batches)) == list(range(rows))
+    assert {len(batch) for batch in batches} == {64} | ({extra} - {0})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mixed_rows", [1, 1 << 14])
+def test_no_rows_no_batches(tmp_path, kind, mixed_rows):
+    assert list(epoch_batches(make_source(kind, 9, tmp_path), range(4, 4), 2, mixed_rows=mixed_rows)) == []
+
+
+@pytest.mark.parametrize("kind", ["several of random access", "logs"])
+def test_the_order_is_that_of_seed_and_epoch(tmp_path, kind):
+    source = make_source(kind, 900, tmp_path)
+
+    def order(**options):
+        return numbers(epoch_batches(source, range(900), 100, **options))
+
+    orders = [order(seed=seed, epoch=epoch) for seed in (0, 1) for epoch in (0, 1)]
+    assert len(set(map(tuple, orders))) == 4
+    assert [order(seed=seed, epoch=epoch) for seed in (0, 1) for epoch in (0, 1)] == orders
+    assert order() == orders[0]
+
+
+def test_values_are_those_of_the_rows():
+    for batch in epoch_batches(Numbered(2000), range(2000), 30):
+        np.testing.assert_array_equal(batch.labels, batch.sparse[:, 0] % 2)
+        np.testing.assert_allclose(batch.dense[:, 12], np.log1p(batch.sparse[:, 0] % 1000), rtol=1e-6)
+
+
+@pytest.mark.parametrize("batch_size", [16, 100, 5000])
+@pytest.mark.parametrize("start", [0, 11])
+def test_without_mixing_a_batch_is_a_run_of_rows(batch_size, start):
+    rows = range(start, 20_011)
+    batches = list(epoch_batches(Numbered(20_011), rows, batch_size, mixed_rows=1))
+    for batch in batches:
+        first = batch.sparse[0, 0]
+        assert numbers([batch]) == list(range(first, first + len(batch)))
+        assert (first - start) % batch_size == 0
+    firsts = [int(batch.sparse[0, 0]) for batch in batches]
+    assert firsts != sorted(firsts)
+
+
+@pytest.mark.parametrize("batch_size", [64, 256, 1000, 4000])
+def test_rows_of_a_batch_come_from_all_over(batch_size):
+    rows = 200_000
+    batches = list(epoch_batches(Numbered(rows), range(rows), batch_size))
+    for batch in batches[: 12 * 16_000 // batch_size - 1]:  # a window of fewer blocks comes last
+        got = np.sort(batch.sparse[:, 0])
+        places = len(np.unique(got // max(256, batch_size)))
+        assert places >= min(0.4 * batch_size, 0.6 * (1 << 14) / max(256, batch_size))
+        assert got[-1] - got[0] > rows / 3
+    first_of = [batch.sparse[0, 0] for batch in batches]
+    assert abs(np.corrcoef(first_of, np.arange(len(first_of)))[0, 1]) < 0.35
+
+
+def test_a_window_reads_blocks_of_whole_batches():
+    source = Numbered(10_000)
+    list(epoch_batches(source, range(10_000), 100))
+    assert sorted(source.calls) == [(start, 200) for start in range(0, 10_000, 200)]
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 7])
+@pytest.mark.parametrize("kind", ["random access", "log"])
+def test_the_parts_of_the_processes_make_the_batch(tmp_path, world_size, kind):
+    source = make_source(kind, 401, tmp_path)
+    whole = list(epoch_batches(source, range(401), 50, 3, 2))
+    of_rank = [list(epoch_batches(source, range(401), 50, 3, 2, rank, world_size)) for rank in range(world_size)]
+    for batch, *parts in zip(whole, *of_rank, strict=True):
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+        joined = Batch.concatenate(parts)
+        np.testing.assert_array_equal(joined.sparse, batch.sparse)
+        np.testing.assert_array_equal(joined.dense, batch.dense)
+        np.testing.assert_array_equal(joined.labels, batch.labels)
+
+
+@pytest.mark.parametrize("mixed_rows", [1, 1 << 14])
+def test_errors_of_the_source_reach_the_consumer(tmp_path, mixed_rows):
+    with pytest.raises(DataError, match="row 70 is broken"):
+        list(epoch_batches(Numbered(100, fail_at=70), range(100), 10, mixed_rows=mixed_rows))
+    log = CriteoTSV(write(tmp_path / "rows", [*make_lines(30), "x"]))
+    with pytest.raises(DataError, match="rows:31: expected 40"):
+        list(epoch_batches(log, range(31), 10))
+
+
+@pytest.mark.parametrize("mixed_rows", [1, 1 << 14])
+@pytest.mark.parametrize("left", ["closed", "dropped"])
+def test_no_thread_stays_behind(mixed_rows, left):
+    before = threading.active_count()
+    batches = epoch_batches(Numbered(10**6), range(10**6), 10, mixed_rows=mixed_rows)
+    next(batches)
+    assert threading.active_count() == before + 1
+    if left == "closed":
+        batches.close()
+    del batches
+    assert threading.active_count() == before
+
+
+def test_reading_ahead_is_bounded():
+    source = Numbered(10**6)
+    batches = epoch_batches(source, range(10**6), 100, mixed_rows=1)
+    next(batches)
+    time.sleep(0.2)
+    read = sum(rows for _, rows in source.calls)
+    assert 2000 < read <= 7 * 2048, "some, not all"
+    batches.close()
+
+
+@pytest.mark.parametrize("mixed_rows", [1, 1 << 14])
+def test_memory_does_not_grow_with_the_rows(mixed_rows):
+    rows = 10**9
+    tracemalloc.start()
+    start = time.perf_counter()
+    batches = epoch_batches(Numbered(rows), range(rows), 2048, mixed_rows=mixed_rows)
+    got = np.concatenate([next(batches).sparse[:, 0] for _ in range(20)])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    batches.close()
+    assert peak < 100e6
+    assert time.perf_counter() - start < 5
+    assert np.ptp(got) > rows / 2
+
+
+def test_streams_are_shuffled_in_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(data.batches, "SHUFFLE_ROWS", 50)
+    monkeypatch.setattr(data.batches.shuffled, "__defaults__", (50,))
+    source = numbered_log(tmp_path / "log", 0, 120)
+    order = numbers(epoch_batches(source, range(10, 115), 20))
+    for start, stop in ((10, 60), (60, 110), (110, 115)):
+        run = order[start - 10 : stop - 10]
+        assert sorted(run) == list(range(start, stop))
+        assert len(run) == 5 or run != sorted(run)

@@ -1,12 +1,14 @@
 """The tables ROBE is compared with, against nn.Embedding and a Python dictionary."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional
 
 from dlrm import DLRMConfig
-from dlrm.embeddings import Tables, VocabularyTables, build_embeddings, capped_rows
+from dlrm.embeddings import Tables, VocabularyTables, bags, build_embeddings, capped_rows
 from robe import RobeEmbeddingBagCollection
 
 ROWS = (7, 1, 30)
@@ -84,3 +86,71 @@ def test_built_as_configured():
     sparse = torch.randint(0, 2**32, (5, 3))
     for embedding in ("robe", "full", "hash"):
         assert build_embeddings(config(embedding=embedding, compression=2))(sparse).shape == (5, 3, 4)
+
+
+# -- Several ids a feature --------------------------------------------------------------------------------------------
+
+HOTS = (2, 1, 3)
+
+
+def bag_sums(tables, rows):
+    """nn.EmbeddingBag of each feature on its own table: (B, F, D)."""
+    ends = np.cumsum(HOTS).tolist()
+    parts = [rows[:, end - hot : end] for end, hot in zip(ends, HOTS)]
+    return torch.stack([functional.embedding_bag(part, table, mode="sum") for part, table in zip(parts, tables)], 1)
+
+
+@pytest.mark.parametrize("examples", [0, 1, 4])
+def test_bags(examples):
+    sparse = torch.randint(0, 2**32, (examples, 6))
+    values, offsets = bags(sparse, HOTS)
+    assert len(offsets) == 3 * examples + 1
+    got = [values[a:b].tolist() for a, b in pairwise(offsets.tolist())]
+    rows = sparse.tolist()
+    assert got == [row[a:b] for a, b in ((0, 2), (2, 3), (3, 6)) for row in rows]
+
+
+@pytest.mark.parametrize("kind", ["tables", "vocabulary", "robe"])
+def test_sums_of_several_ids(kind):
+    torch.manual_seed(0)
+    sparse = torch.randint(0, 2**32, (20, 6))
+    sparse[0, 0] = sparse[0, 1] = sparse[1, 0]  # the same id twice in a bag, and in two
+    if kind == "robe":
+        embeddings = build_embeddings(config(compression=2, hots=HOTS))
+        sparse %= 50
+        ids = torch.arange(50).unsqueeze(1).expand(-1, 3)
+        own = embeddings(ids.contiguous()).detach().transpose(0, 1)
+        rows = sparse
+    else:
+        if kind == "tables":
+            embeddings = Tables(ROWS, 4)
+            rows_of = [lambda i, n=n: i % n for n in ROWS]
+        else:
+            known = [[int(sparse[1, 0]), 5], [], sparse[:, 3:].reshape(-1).unique().tolist()[:29]]
+            known = [sorted(ids) for ids in known]
+            tables = [len(ids) + 1 for ids in known]
+            embeddings = VocabularyTables(tables, 4, [torch.tensor(ids, dtype=torch.int64) for ids in known])
+            rows_of = [lambda i, ids=ids: ids.index(i) if i in ids else len(ids) for ids in known]
+        own = embeddings.weight.detach().split(embeddings.table_rows.tolist())
+        feature = [f for f, hot in enumerate(HOTS) for _ in range(hot)]
+        rows = torch.tensor([[rows_of[f](i) for f, i in zip(feature, row)] for row in sparse.tolist()])
+    own = [table.clone().requires_grad_() for table in own]
+    expected, got = bag_sums(own, rows), embeddings(*bags(sparse, HOTS))
+    torch.testing.assert_close(got, expected)
+    factor = torch.randn(20, 3, 4)
+    (got * factor).sum().backward()
+    (expected * factor).sum().backward()
+    if kind == "robe":
+        virtual = embeddings(ids.contiguous()).transpose(0, 1)
+        dense = torch.stack([table.grad for table in own])
+        (grad,) = torch.autograd.grad((virtual * dense).sum(), embeddings.array.weight)
+        torch.testing.assert_close(embeddings.array.weight.grad, grad)
+    else:
+        torch.testing.assert_close(embeddings.weight.grad.to_dense(), torch.cat([table.grad for table in own]))
+
+
+@pytest.mark.parametrize("embedding", ["robe", "full", "hash"])
+def test_hots_of_one_are_one_id_each(embedding):
+    embeddings = build_embeddings(config(embedding=embedding, compression=2))
+    sparse = torch.randint(0, 2**32, (5, 3))
+    torch.testing.assert_close(embeddings(*bags(sparse, (1, 1, 1))), embeddings(sparse))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dlrm import DLRM, PRESETS, DLRMConfig
+from dlrm import DLRM, PRESETS, DLRMConfig, checkpoint
 from dlrm.model import MLP, DotInteraction
 
 SMALL = DLRMConfig(
@@ -100,3 +100,22 @@ def test_compiles_without_graph_breaks():
     logits.sum().backward()
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.grad, expected[name])
+
+
+@pytest.mark.parametrize("embedding", ["robe", "full", "hash"])
+def test_several_ids_a_feature_are_summed(embedding, tmp_path):
+    torch.manual_seed(0)
+    hots = (2, 1, 3)
+    model = DLRM(replace(SMALL, embedding=embedding, hots=hots))
+    dense, sparse = torch.randn(6, 13), torch.randint(0, 2**32, (6, 6))
+    firsts, columns = (0, 2, 3), []
+    for first, hot in zip(firsts, hots):
+        columns.append([first + min(i, hot - 1) for i in range(3)])
+    one_each = [model.embeddings(sparse[:, [column[i] for column in columns]]) for i in range(3)]
+    summed = torch.stack([sum(one_each[i][:, f] for i in range(hot)) for f, hot in enumerate(hots)], 1)
+    expected = model.top(model.interaction(model.bottom(dense), summed)).squeeze(1)
+    torch.testing.assert_close(model(dense, sparse), expected)
+    checkpoint.save(tmp_path, model)
+    loaded = checkpoint.load(tmp_path)
+    assert loaded.config.hots == hots
+    assert torch.equal(loaded(dense, sparse), model(dense, sparse))

@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 from sklearn.metrics import log_loss, roc_auc_score
 
+import infer
 import train
+from data import prepare
 from data.batches import split_rows, vocabulary
+from data.formats import open_source
 from data.rows import Batch
 from data.synthetic import write
 from data.tsv import CriteoTSV
@@ -177,3 +180,77 @@ def test_from_the_command_line(rows, tmp_path):
     bad = subprocess.run([*command, "--data", tmp_path / "nowhere"], capture_output=True, text=True, check=False)
     assert (bad.returncode, bad.stdout) == (2, "")
     assert bad.stderr == f"error: {tmp_path / 'nowhere'}: No such file or directory\n"
+
+
+# -- Data in other formats --------------------------------------------------------------------------------------------
+
+
+def multi_hot(folder, rows, hots, seed=0):
+    """torchrec's files."""
+    rng = np.random.default_rng(seed)
+    folder.mkdir()
+    np.save(folder / "day_0_dense.npy", rng.normal(size=(rows, 13)).astype("f4"))
+    np.save(folder / "day_0_labels.npy", rng.integers(0, 2, (rows, 1)).astype("i4"))
+    ids = {str(i): rng.integers(0, 1000, (rows, hot)).astype("i4") for i, hot in enumerate(hots)}
+    np.savez(folder / "day_0_sparse_multi_hot.npz", **ids)
+    return folder
+
+
+def metrics_of(tmp_path, data, *options):
+    assert run("--data", data, "--output", tmp_path / "run", *QUICK, "--robe-size", 500, *options) == 0
+    return json.loads((tmp_path / "run" / "metrics.json").read_text())
+
+
+# Arrays leave their files to the garbage collector.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.parametrize("options", [[], ["--embedding", "full", "--table-rows", "data"]], ids=["robe", "full"])
+def test_several_ids_a_feature(tmp_path, options, capsys, rows):
+    hots = (3, 1, 2) + (1,) * 22 + (4,)
+    data = multi_hot(tmp_path / "data", 700, hots)
+    size = [] if options else ["--robe-size", 500]
+    assert run("--data", data, "--output", tmp_path / "run", *QUICK, *size, *options) == 0
+    assert checkpoint.load(tmp_path / "run").config.hots == hots
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["rows"] == {"train": 500, "validation": 100, "test": 100}
+    command = ["predict", "--checkpoint", str(tmp_path / "run"), "--output", str(tmp_path / "p.csv"), "--data"]
+    assert infer.main([*command, str(data)]) == 0
+    assert len((tmp_path / "p.csv").read_text().splitlines()) == 701
+    capsys.readouterr()
+    assert infer.main([*command, str(rows)]) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1
+    assert "has one id a feature, the model was trained on 3, 1, 2, 1" in error[0]
+
+
+@pytest.mark.parametrize("split", ["rows", "days", "files"])
+def test_a_prepared_folder(tmp_path, split):
+    for i, count in enumerate((300, 200, 101)):
+        write(tmp_path / f"day_{i}.gz", count, seed=i)
+    days = [str(tmp_path / f"day_{i}.gz") for i in range(3)]
+    options = {
+        "rows": days,
+        "days": [*days, "--split", "days"],
+        "files": [days[0], "--validation", days[1], "--test", days[2]],
+    }[split]
+    assert prepare.main([*options, "--output", str(tmp_path / "prepared")]) == 0
+    expected = {"rows": (429, 86, 86), "days": (500, 50, 51), "files": (300, 200, 101)}[split]
+    metrics = metrics_of(tmp_path, tmp_path / "prepared")
+    assert metrics["rows"] == dict(zip(("train", "validation", "test"), expected))
+
+
+def test_logs_their_folder_and_what_is_prepared_of_them_have_the_same_rows(tmp_path):
+    (tmp_path / "logs").mkdir()
+    for i in (10, 2):
+        write(tmp_path / "logs" / f"day_{i}.gz", 350, seed=i)
+    scores = [metrics_of(tmp_path, tmp_path / "logs")]
+    for format in ("rows", "parquet"):
+        out = tmp_path / format
+        assert prepare.main([str(tmp_path / "logs"), "--format", format, "--output", str(out)]) == 0
+        scores.append(metrics_of(tmp_path, out))
+        batches = [Batch.concatenate(list(open_source(path).read())) for path in (tmp_path / "logs", out)]
+        np.testing.assert_array_equal(batches[0].sparse, batches[1].sparse)
+        np.testing.assert_array_equal(batches[0].dense, batches[1].dense)
+        np.testing.assert_array_equal(batches[0].labels, batches[1].labels)
+    assert [metrics["rows"]["train"] for metrics in scores] == [500] * 3
+    assert scores[0]["auc"] == scores[2]["auc"], "both are streams"
