@@ -97,14 +97,14 @@ def _mixed_blocks(
     mixed = mixed_rows > batch_size
     size = batch_size * max(_BLOCK_ROWS // batch_size, 1) if mixed else batch_size
     whole = len(rows) // size
-    starts = (generator.permutation(whole) * size + rows.start).tolist()
+    starts = generator.permutation(whole) * size + rows.start
     if len(rows) % size:
-        starts.append(rows.start + whole * size)
+        starts = np.append(starts, rows.start + whole * size)
     blocks = max((mixed_rows if mixed else several) // size, 1)
     window = source.layout.records(min(blocks * size, len(rows)))
     for first in range(0, len(starts), blocks):
         filled = 0
-        for start in starts[first : first + blocks]:
+        for start in starts[first : first + blocks].tolist():
             block = window[filled : filled + min(size, rows.stop - start)]
             source.fill(block, start)
             filled += len(block)

@@ -261,14 +261,12 @@ def test_reading_ahead_is_bounded():
 def test_memory_does_not_grow_with_the_rows(mixed_rows):
     rows = 10**9
     tracemalloc.start()
-    start = time.perf_counter()
     batches = epoch_batches(Numbered(rows), range(rows), 2048, mixed_rows=mixed_rows)
     got = np.concatenate([next(batches).sparse[:, 0] for _ in range(20)])
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     batches.close()
     assert peak < 100e6
-    assert time.perf_counter() - start < 5
     assert np.ptp(got) > rows / 2
 
 
