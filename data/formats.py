@@ -13,6 +13,8 @@ unpacked into a temporary file first. Ids of 32 bits are taken as unsigned: Crit
 logs, also from tools that write them as int32. Nothing in a file is ever unpickled.
 """
 
+import math
+import os
 import re
 import shutil
 import tempfile
@@ -28,7 +30,7 @@ import polars as pl
 from data.dataset import MANIFEST, Dataset
 from data.rows import DENSE_NAMES, MISSING, NUM_DENSE, NUM_SPARSE, SPARSE_NAMES, DataError, Layout
 from data.sources import Piece, RandomAccess, Several, SeveralRandomAccess, Source
-from data.storage import ArrayFile, natural_order, open_binary
+from data.storage import ArrayFile, ClosedWhenUnused, natural_order, open_binary
 from data.tsv import CriteoTSV
 
 _NPY_MAGIC = b"\x93NUMPY"
@@ -75,10 +77,11 @@ def open_sources(path: Path) -> list[Source]:
     if not files:
         raise DataError(f"{path}: no data in this folder")
     triples = [_triple_name(file) for file in files]
+    for file, name in zip(files, triples):
+        if name is not None and not file.with_name(f"{name}_dense.npy").exists():
+            raise DataError(f"{path}: has {file.name}, but no {name}_dense.npy")
     # A triple is opened by its dense part; without ids of one each, by its multi-hot ids.
     sources = [_open_file(file) for file, name in zip(files, triples) if name is None or _what(file) == "dense"]
-    if not sources:
-        raise DataError(f"{path}: has {files[0].name}, but no {triples[0]}_dense.npy")
     return sources
 
 
@@ -170,11 +173,14 @@ class FacebookNpz(RandomAccess):
 
     def fill(self, records: np.ndarray, start: int) -> None:
         stop = start + len(records)
-        records["label"] = self._labels.take(start, stop)
-        _check_labels(records["label"], self.path, start)
+        labels = self._labels.take(start, stop)
+        _check_labels(labels, self.path, start)
+        records["label"] = labels
         integers = self._dense.take(start, stop)
-        if integers.dtype.itemsize > 4 and len(integers) and np.abs(integers).max() > np.iinfo(np.int32).max:
-            raise DataError(f"{self.path}: X_int: expected integers of 32 bits, got {np.abs(integers).max()}")
+        limits = np.iinfo(np.int32)
+        wrong = (integers < limits.min) | (integers > limits.max)
+        if wrong.any():
+            raise DataError(f"{self.path}: X_int: expected integers of 32 bits, got {integers[wrong][0]}")
         records["dense"] = integers
         if self._by_column:
             for column in range(NUM_SPARSE):
@@ -185,7 +191,8 @@ class FacebookNpz(RandomAccess):
 
     def _ids(self, ids: np.ndarray) -> np.ndarray:
         """As uint32; the processed files have them as float64."""
-        wide = ids.astype(np.int64)
+        with np.errstate(invalid="ignore"):  # what is no number is no integer, as compared below
+            wide = ids.astype(np.int64)
         if (wide != ids).any() or (len(wide) and (wide.min() < -(1 << 31) or wide.max() >= 1 << 32)):
             raise DataError(f"{self.path}: ids: expected integers of 32 bits, got {ids.min()} to {ids.max()}")
         return wide.astype(np.uint32)
@@ -365,8 +372,11 @@ def _read_npy_header(file: BinaryIO, path: Path, offset: int) -> tuple[ArrayFile
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, column_order, dtype = read(file)
     except (ValueError, EOFError) as error:
-        raise DataError(f"{path}: not a .npy array: {error}") from None
-    if dtype.hasobject or column_order or not shape:
+        raise DataError(f"{path}: not a .npy array: {_first_line(error)}") from None
+    numbers = (
+        dtype.kind in "biuf" and not column_order and bool(shape) and shape[0] >= 0 and min(shape[1:], default=1) > 0
+    )
+    if not numbers or math.prod(shape[1:]) >= 1 << 31:
         raise DataError(f"{path}: expected an array of numbers, row by row, got {dtype}, {shape}")
     return ArrayFile(file, path, np.dtype((dtype, shape[1:])) if shape[1:] else dtype, file.tell(), shape[0]), shape
 
@@ -394,13 +404,18 @@ class _Npz:
             file = open_binary(self._path)
             file.seek(info.header_offset + 26)  # of the local header: the lengths of name and extra field
             lengths = np.frombuffer(file.read(4), "<u2").astype(int)
-            return _read_npy_header(file, self._path, info.header_offset + 30 + int(lengths.sum()))
-        unpacked = tempfile.TemporaryFile()  # noqa: SIM115
+            start = info.header_offset + 30 + int(lengths.sum())
+            array, shape = _read_npy_header(file, self._path, start)
+            there = start + info.file_size - array.offset
+            if there < array.rows * array.dtype.itemsize:
+                raise DataError(f"{self._path}: {name}: truncated: {shape} {array.dtype.base.str[1:]} in {there} bytes")
+            return array, shape
         try:
-            with self._zip.open(info) as member:
-                shutil.copyfileobj(member, unpacked, 1 << 20)
-            unpacked.flush()
-        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+            with tempfile.TemporaryFile() as temporary, self._zip.open(info) as member:
+                shutil.copyfileobj(member, temporary, 1 << 20)
+                temporary.flush()
+                unpacked = ClosedWhenUnused(os.dup(temporary.fileno()))
+        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # RuntimeError: encrypted, or how
             raise DataError(f"{self._path}: {name}: corrupt archive: {error}") from None
         except OSError as error:
             raise OSError(

@@ -1,5 +1,6 @@
 """Files: arrays read at any place, and files that appear whole or not at all."""
 
+import io
 import json
 import os
 import re
@@ -18,14 +19,21 @@ def natural_order(path: Path) -> list[Any]:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
 
 
+class ClosedWhenUnused(io.FileIO):
+    """A file of which it is meant that it stays open as long as something refers to it, and no longer."""
+
+    def __del__(self):
+        self.close()
+
+
 def open_binary(path: Path) -> BinaryIO:
-    """Open a file for reading, unbuffered.
+    """Open a file for reading, unbuffered; it is closed with the last reference to it.
 
     Raises:
         DataError: it can't be opened.
     """
     try:
-        return open(path, "rb", buffering=0)
+        return ClosedWhenUnused(path)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}") from None
 
