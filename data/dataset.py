@@ -45,8 +45,8 @@ def part_manifest(folder: Path, name: str) -> Path:
     return folder / f"{name}.manifest.json"
 
 
-def load_json(path: Path) -> dict[str, Any]:
-    """A manifest.
+def load_json(path: Path, *names: str) -> dict[str, Any]:
+    """A manifest with values of these names.
 
     Raises:
         DataError: it isn't one.
@@ -59,6 +59,9 @@ def load_json(path: Path) -> dict[str, Any]:
         raise DataError(f"{path}: not a manifest: {error}") from None
     if not isinstance(values, dict) or values.get("version") != VERSION:
         raise DataError(f"{path}: not a manifest of version {VERSION}")
+    for name in names:
+        if name not in values:
+            raise DataError(f"{path}: not a manifest: it has no {name}")
     return values
 
 
@@ -79,7 +82,7 @@ class Dataset(RandomAccess):
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.name = self.path.name
-        manifest = load_json(self.path / MANIFEST)
+        manifest = load_json(self.path / MANIFEST, "sources", "format", "layout", "split")
         self.shards: list[Shard] = []
         unfinished = []
         self._names: list[str] = manifest["sources"]

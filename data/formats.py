@@ -154,6 +154,8 @@ class FacebookNpz(RandomAccess):
                 raise DataError(f"{path}: expected arrays X_int, X_cat or X_cat_t, and y, got {sorted(npz.names)}")
             self._dense, shape = npz.array("X_int")
             self.rows = shape[0]
+            if not self.rows:
+                raise DataError(f"{path}: the file is empty")
             _expect(
                 path,
                 "X_int",
@@ -211,6 +213,8 @@ class TorchrecNpy(RandomAccess):
         self.path, self.name = path, name
         self._dense = self._open("dense", "f4", NUM_DENSE)
         self.rows = self._dense.rows
+        if not self.rows:
+            raise DataError(f"{self._dense.path}: the file is empty")
         self._labels = self._open("labels", "i4", 1)
         multi_hot = path.with_name(f"{name}_sparse_multi_hot.npz")
         if path == multi_hot or (multi_hot.exists() and not path.with_name(f"{name}_sparse.npy").exists()):

@@ -230,14 +230,18 @@ class _SourceJob:
         self._lock = ExitStack()
         self._lock.enter_context(_locked(folder / f".{name}.lock", wait=False))
         self._manifest = part_manifest(folder, name)
-        self.progress = Progress(**load_json(self._manifest)) if self._manifest.exists() else Progress()
         self._line: int | None = None  # the next one
         self._writer: Writer | None = None
-        self._bad_rows, self._bad_examples = 0, list(self.progress.bad_examples)
         self._quarantine: BinaryIO | None = None
-        if options.on_error == "quarantine" and not self.progress.complete:
-            self._quarantine = open(quarantine_file(folder, name), "ab")  # noqa: SIM115
-            self._quarantine.truncate(self.progress.bad_bytes)
+        try:
+            self.progress = Progress(**load_json(self._manifest)) if self._manifest.exists() else Progress()
+            if options.on_error == "quarantine" and not self.progress.complete:
+                self._quarantine = open(quarantine_file(folder, name), "ab")  # noqa: SIM115
+                self._quarantine.truncate(self.progress.bad_bytes)
+        except BaseException:
+            self.close()
+            raise
+        self._bad_rows, self._bad_examples = 0, list(self.progress.bad_examples)
 
     def add(self, piece: Piece) -> int:
         """Take the lines of a piece; those that are in the shards already are left out. Returns the rows written."""

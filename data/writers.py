@@ -7,9 +7,11 @@ until ``finish`` has them take their names.
 import hashlib
 import io
 import os
+import re
 import shutil
 import tempfile
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, Protocol
 
@@ -83,7 +85,8 @@ class Writer:
 
     def _close_temporaries(self) -> None:
         for file in self._temporaries:
-            file.close()
+            with suppress(OSError):  # of what is still buffered: by now it has been read, or nobody wants it
+                file.close()
 
     def _temporary(self) -> BinaryIO:
         """A file that goes with the writer, for what has its place at the end."""
@@ -129,7 +132,8 @@ class PartFile:
 
     def abort(self) -> None:
         """Remove it; after ``finish`` does nothing."""
-        self.file.close()
+        with suppress(OSError):  # of what is still buffered, on a full disk
+            self.file.close()
         Path(self.file.name).unlink(missing_ok=True)
 
 
@@ -276,7 +280,14 @@ class ParquetWriter(Writer):
     def _finish(self) -> None:
         # Of no rows there is still a file, with its columns.
         frames = self._frames or [to_frame(self.layout.records(0))]
-        pl.concat(frames).write_parquet(self._file.file)
+        try:
+            pl.concat(frames).write_parquet(self._file.file)
+        except pl.exceptions.PolarsError as error:
+            # A full disk, as polars has it.
+            number = re.search(r"os error (\d+)", str(error))
+            if not number:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) from None
         self._frames.clear()
 
 
