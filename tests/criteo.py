@@ -1,0 +1,124 @@
+"""Criteo rows made by hand, and every format they come in, written by numpy, zipfile and polars alone.
+
+Nothing here imports the project: what the tests compare the readers and writers with must not be them.
+"""
+
+import gzip
+import lzma
+from dataclasses import dataclass
+
+import numpy as np
+import polars as pl
+from backports import zstd
+
+MISSING = -(2**31)
+NAMES = [f"int_{i}" for i in range(13)] + [f"cat_{i}" for i in range(26)]
+COMPRESS = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstd.compress}
+
+
+@dataclass
+class Rows:
+    """The values of rows."""
+
+    labels: np.ndarray  # (n,)
+    dense: np.ndarray  # (n, 13) int32, MISSING where there is none
+    ids: np.ndarray  # (n, 26) int64, 0 where there is none
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, rows):
+        return Rows(self.labels[rows], self.dense[rows], self.ids[rows])
+
+    def lines(self, labelled=True):
+        """As a log has them."""
+        return [
+            "\t".join(
+                [str(label)] * labelled
+                + ["" if x == MISSING else str(x) for x in dense]
+                + [f"{x:08x}" if x else "" for x in ids]
+            )
+            for label, dense, ids in zip(self.labels.tolist(), self.dense.tolist(), self.ids.tolist())
+        ]
+
+    def text(self, labelled=True):
+        return "".join(line + "\n" for line in self.lines(labelled)).encode()
+
+
+def make_rows(count, seed=0, different=None):
+    """Random rows: some integers missing, some negative, some ids missing, others over the whole 32 bits."""
+    rng = np.random.default_rng(seed)
+    dense = rng.integers(-3, 10**6, (count, 13)).astype(np.int32)
+    dense[rng.random((count, 13)) < 0.3] = MISSING
+    if different is None:
+        ids = rng.integers(1, 2**32, (count, 26))
+        ids[rng.random((count, 26)) < 0.2] = 0
+    else:
+        ids = rng.zipf(1.3, (count, 26)) % different
+    return Rows(rng.integers(0, 2, count).astype(np.int32), dense, ids)
+
+
+def together(*several):
+    return Rows(*(np.concatenate([getattr(rows, what) for rows in several]) for what in ("labels", "dense", "ids")))
+
+
+def without_missing(dense):
+    return np.where(dense == MISSING, 0, dense).astype(np.int32)
+
+
+def log_dense(dense):
+    return np.log(np.maximum(dense, 0) + 1.0).astype(np.float32)
+
+
+def write_log(path, rows, labelled=True, end=""):
+    path.write_bytes(COMPRESS[end](rows.text(labelled)))
+    return path
+
+
+def int32(ids):
+    """The same 32 bits, signed."""
+    return np.asarray(ids).astype(np.uint32).view(np.int32)
+
+
+def write_bin(path, rows):
+    np.concatenate([rows.labels[:, None], rows.dense, int32(rows.ids)], 1).astype("<i4").tofile(path)
+    return path
+
+
+def write_npz(path, rows, save=np.savez):
+    """facebook's day_N.npz"""
+    save(path, X_int=rows.dense, X_cat_t=np.ascontiguousarray(int32(rows.ids).T), y=rows.labels)
+    return path
+
+
+def write_processed(path, rows, save=np.savez_compressed):
+    """facebook's NAME_processed.npz"""
+    save(path, X_int=rows.dense, X_cat=rows.ids.astype(float), y=rows.labels, counts=np.full(26, 9, np.int32))
+    return path
+
+
+def write_npy(folder, name, rows, dense=None, hots=None, single=True):
+    """torchrec's triple. With hots {"0": (n, h)...} also its multi-hot ids; ``single``: and those of one each."""
+    np.save(folder / f"{name}_dense.npy", log_dense(rows.dense) if dense is None else dense)
+    np.save(folder / f"{name}_labels.npy", rows.labels[:, None])
+    if single:
+        np.save(folder / f"{name}_sparse.npy", int32(rows.ids))
+    if hots is not None:
+        np.savez(folder / f"{name}_sparse_multi_hot.npz", **hots)
+    return folder / f"{name}_dense.npy"
+
+
+def frame(rows, **replaced):
+    """As columns, integers null where missing; columns can be replaced."""
+    columns = {"label": pl.Series(rows.labels)}
+    for i in range(13):
+        values = [None if x == MISSING else x for x in rows.dense[:, i].tolist()]
+        columns[f"int_{i}"] = pl.Series(values, dtype=pl.Int32)
+    columns |= {f"cat_{i}": pl.Series(rows.ids[:, i].astype(np.uint32)) for i in range(26)}
+    columns |= replaced
+    return pl.DataFrame({name: values for name, values in columns.items() if values is not None})
+
+
+def write_parquet(path, rows, **replaced):
+    frame(rows, **replaced).write_parquet(path, row_group_size=50)
+    return path
