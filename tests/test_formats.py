@@ -686,3 +686,22 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path):
     cut(tmp_path / "a.bin")
     with pytest.raises(DataError, match=r"a.bin: truncated: it ends at byte 11520"):
         read(source)
+
+
+def test_a_bad_row_in_a_later_piece(tmp_path, monkeypatch):
+    """Has its number in the file, and is no matter to the rows before it."""
+    monkeypatch.setattr(data.sources, "PIECE_ROWS", 50)
+    rows = Rows(with_value(ROWS.labels, 50, 9), ROWS.dense, ROWS.ids)
+    source = open_source(write_bin(tmp_path / "a.bin", rows))
+    compare(read(source, 0, 50), ROWS[:50])
+    with pytest.raises(DataError, match=r"a.bin: row 51: label: expected 0 or 1, got 9"):
+        read(source)
+
+
+def test_a_folder_with_multi_hot_ids_of_other_features(tmp_path):
+    """As many in all."""
+    hots, _ = multi_hot(ROWS)
+    write_npy(tmp_path, "day_0", ROWS, hots=hots, single=False)
+    write_npy(tmp_path, "day_1", ROWS, hots=hots | {"0": hots["1"], "1": hots["0"]}, single=False)
+    with pytest.raises(DataError, match=r"day_1.*: its rows have .*expected one kind"):
+        open_source(tmp_path)

@@ -1,6 +1,7 @@
 """Every format data.prepare writes, read back by numpy and polars, and by way of it back again."""
 
 import itertools
+import zipfile
 
 import numpy as np
 import polars as pl
@@ -74,6 +75,8 @@ def test_parquet(tmp_path, log):
 def test_npz(tmp_path, log):
     folder = converted(log, "npz", tmp_path / "out")
     assert names(folder) == ["day_0.npz"]
+    with zipfile.ZipFile(folder / "day_0.npz") as archive:  # no time of its own in it
+        assert {member.date_time for member in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
     with np.load(folder / "day_0.npz", allow_pickle=False) as npz:
         assert set(npz) == {"X_int", "X_cat_t", "y"}
         assert {npz[name].dtype for name in npz} == {np.dtype("<i4")}
