@@ -327,7 +327,7 @@ def test_two_at_once(tmp_path, days, capsys):
     assert run(*days, "--output", out, "--max-rows", 10) == 0
     (out / "day_1.manifest.json").unlink()
     with open(out / ".day_1.lock", "wb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        fcntl.flock(lock, fcntl.LOCK_SH)
         assert run(*days, "--output", out, "--max-rows", 10, "--resume") == 2
         assert "day_1: another process is preparing it" in error_of(capsys)
         assert not (out / "day_1.manifest.json").exists()
