@@ -44,6 +44,7 @@ _PARQUET_NAMES = (
         *(f"categorical_feature_{i + 1}" for i in range(NUM_SPARSE)),
     ],
 )
+_INTEGERS = (pl.Int8, pl.Int16, pl.Int32, pl.Int64, pl.UInt8, pl.UInt16, pl.UInt32, pl.UInt64)
 # Beside the data in a folder, and not data.
 _NOT_DATA = ("README", "LICENSE", ".json", ".md", ".part", ".png", ".crc", ".bad", ".sketch")
 
@@ -288,11 +289,11 @@ class CriteoParquet(Source):
             raise DataError(f"{self.path}: expected columns label, int_0 .. int_12, cat_0 .. cat_25; no {missing[0]}")
         dense = [schema[name] for name in names[1 : 1 + NUM_DENSE]]
         for name, kind in zip(names[1:], dense):
-            if not kind.is_numeric():
+            if kind not in _INTEGERS and not kind.is_float():
                 raise DataError(f"{self.path}: column {name}: expected numbers, got {kind}")
         sparse = {name: schema[name] for name in names[1 + NUM_DENSE :]}
         for name, kind in sparse.items():
-            if not (kind.is_integer() or kind == pl.String):
+            if kind not in _INTEGERS and kind != pl.String:
                 raise DataError(f"{self.path}: column {name}: expected integers or hexadecimal text, got {kind}")
         wide = any(kind in (pl.Int64, pl.UInt64) for kind in sparse.values())
         return names, Layout(

@@ -322,15 +322,15 @@ def _claim(path: Path, manifest: dict[str, Any], resume: bool) -> None:
         if not resume:
             raise DataError(f"{folder}: has prepared data; go on with --resume, or choose another --output")
         there, here = _flat(load_json(path)), _flat(manifest)
-        if there.get("options.on_error") == "raise":
+        differences = [what for what in here if there.get(what) != here[what]]
+        if differences == ["options.on_error"] and there[differences[0]] == "raise":
             # Up to now there was no bad row, so it does not matter what would have become of one.
-            there["options.on_error"] = here["options.on_error"]
-        for what, value in here.items():
-            if there.get(what) != value:
-                raise DataError(
-                    f"{folder}: was begun with {what} {there.get(what)}, this is {value}; expected the same command"
-                )
-        write_json(path, manifest)
+            return write_json(path, manifest)
+        if differences:
+            what = differences[0]
+            raise DataError(
+                f"{folder}: was begun with {what} {there.get(what)}, this is {here[what]}; expected the same command"
+            )
 
 
 def _flat(manifest: dict[str, Any]) -> dict[str, Any]:

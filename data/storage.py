@@ -94,6 +94,16 @@ def read_at(descriptor: int, path: Path, items: np.ndarray, position: int) -> No
         rest, position = rest[got:], position + got
 
 
+def rename(part: Path, path: Path) -> None:
+    """Have a file take its name, also after a power cut."""
+    os.replace(part, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """A file to write: it takes the name ``path`` when all went well, else nothing is left of it.
@@ -107,7 +117,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
+        rename(part, path)
     except OSError as error:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from None
     finally:

@@ -20,6 +20,7 @@ import polars as pl
 
 from data.dataset import Shard
 from data.rows import DENSE_NAMES, MISSING, NUM_DENSE, NUM_SPARSE, SPARSE_NAMES, DataError, Layout, transform_dense
+from data.storage import rename
 
 
 class SupportsWrite(Protocol):
@@ -59,6 +60,11 @@ class Writer:
         self.rows = 0
         self._parts: list[PartFile] = []
         self._temporaries: list[BinaryIO] = []
+        try:
+            self._begin()
+        except BaseException:
+            self.abort()
+            raise
 
     def write(self, records: np.ndarray) -> None:
         """Add records."""
@@ -76,6 +82,9 @@ class Writer:
         self._close_temporaries()
         for file in self._parts:
             file.abort()
+
+    def _begin(self) -> None:
+        raise NotImplementedError
 
     def _write(self, records: np.ndarray) -> None:
         raise NotImplementedError
@@ -127,7 +136,7 @@ class PartFile:
             self._hash = hashlib.file_digest(self.file, "sha256")
         status = os.fstat(self.file.fileno())
         self.file.close()
-        os.replace(self.file.name, self._path)
+        rename(Path(self.file.name), self._path)
         return Shard(self._path.name, rows, size, self._hash.hexdigest(), status.st_mtime_ns)
 
     def abort(self) -> None:
@@ -147,8 +156,7 @@ class RowsWriter(Writer):
     def can_hold(layout: Layout) -> bool:
         return True
 
-    def __init__(self, folder: Path, name: str, layout: Layout):
-        super().__init__(folder, name, layout)
+    def _begin(self) -> None:
         self._file = self._open(".rows")
 
     def _write(self, records: np.ndarray) -> None:
@@ -164,8 +172,7 @@ class BinWriter(Writer):
     def can_hold(layout: Layout) -> bool:
         return layout == Layout()
 
-    def __init__(self, folder: Path, name: str, layout: Layout):
-        super().__init__(folder, name, layout)
+    def _begin(self) -> None:
         self._file = self._open(".bin")
 
     def _write(self, records: np.ndarray) -> None:
@@ -181,8 +188,7 @@ class NpzWriter(Writer):
     def can_hold(layout: Layout) -> bool:
         return BinWriter.can_hold(layout)
 
-    def __init__(self, folder: Path, name: str, layout: Layout):
-        super().__init__(folder, name, layout)
+    def _begin(self) -> None:
         self._file = self._open(".npz")
         # Ids lie there by column, the rows come one after the other: a temporary file for each column.
         self._dense, self._labels = self._temporary(), self._temporary()
@@ -216,13 +222,12 @@ class NpyWriter(Writer):
     def can_hold(layout: Layout) -> bool:
         return layout.labelled and layout.ids == "u4"
 
-    def __init__(self, folder: Path, name: str, layout: Layout):
-        super().__init__(folder, name, layout)
+    def _begin(self) -> None:
         self._dense, self._labels = self._array("_dense.npy"), self._array("_labels.npy")
         self._columns: list[BinaryIO] = []
-        if layout.hots:
+        if self.layout.hots:
             self._sparse = self._open("_sparse_multi_hot.npz")
-            self._columns = [self._temporary() for _ in layout.hots]
+            self._columns = [self._temporary() for _ in self.layout.hots]
         else:
             self._sparse = self._array("_sparse.npy")
 
@@ -269,8 +274,7 @@ class ParquetWriter(Writer):
     def can_hold(layout: Layout) -> bool:
         return layout.hots is None
 
-    def __init__(self, folder: Path, name: str, layout: Layout):
-        super().__init__(folder, name, layout)
+    def _begin(self) -> None:
         self._file = self._open(".parquet")
         self._frames: list[pl.DataFrame] = []
 
@@ -300,8 +304,7 @@ class TSVWriter(Writer):
     def can_hold(layout: Layout) -> bool:
         return layout == Layout(labelled=layout.labelled)
 
-    def __init__(self, folder: Path, name: str, layout: Layout):
-        super().__init__(folder, name, layout)
+    def _begin(self) -> None:
         self._file = self._open(".tsv")
 
     def _write(self, records: np.ndarray) -> None:

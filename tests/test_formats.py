@@ -556,6 +556,16 @@ BAD = {
         r"a.parquet: row 120, column cat_0: expected up to 8 hexadecimal digits",
     ),
     "ids are floats": ("a.parquet", columns(cat_0=[1.0] * 120), "a.parquet: column cat_0: expected integers or"),
+    "ids are of 128 bits": (
+        "a.parquet",
+        columns(cat_0=pl.Series([1] * 120, dtype=pl.Int128)),
+        "a.parquet: column cat_0: expected integers or",
+    ),
+    "integers are decimals": (
+        "a.parquet",
+        columns(int_0=pl.Series([1] * 120).cast(pl.Decimal(10, 2))),
+        "a.parquet: column int_0: expected numbers, got",
+    ),
     "integers are text": ("a.parquet", columns(int_0=["1"] * 120), "a.parquet: column int_0: expected numbers, got"),
     "wide integers": (
         "a.parquet",

@@ -161,6 +161,20 @@ def test_bad_rows_are_left_out_and_counted(tmp_path, capsys):
     np.testing.assert_array_equal(read(tmp_path / "out")["dense"], together(left, DAYS[1]).dense)
 
 
+def test_a_run_that_stopped_at_a_bad_row_goes_on_without_it(tmp_path, capsys):
+    log, options = tmp_path / "day_0", ("--shard-rows", 50)
+    good = with_bad(log, DAYS[0], {120: "bad"})
+    assert run(log, "--output", tmp_path / "out", *options) == 2
+    assert "day_0:121: expected 40" in error_of(capsys)
+    for on_error in (("skip",), ("quarantine", tmp_path / "bad")):  # begun with skip, it can't go on otherwise
+        code = run(log, "--output", tmp_path / "out", *options, "--resume", "--on-error", *on_error)
+        assert code == (0 if on_error == ("skip",) else 2)
+    assert "options.on_error skip, this is quarantine" in error_of(capsys)
+    np.testing.assert_array_equal(read(tmp_path / "out")["sparse"], good.ids)
+    assert run(log, "--output", tmp_path / "new", *options, "--on-error", "skip") == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "new")
+
+
 def quarantined(path):
     """(line number, text) of a quarantine file."""
     lines = path.read_bytes().removesuffix(b"\n").split(b"\n")
@@ -251,7 +265,7 @@ def test_a_folder_with_something_else(tmp_path, days, capsys):
         assert "there is something else" in error_of(capsys)
     assert os.listdir(tmp_path / "out") == ["mine"]
     assert run(*days, "--output", days[0]) == 2
-    assert "there is something else" in error_of(capsys)
+    assert "is a file; expected a new name" in error_of(capsys)
 
 
 def test_a_second_run(tmp_path, days, capsys):
@@ -268,7 +282,7 @@ def test_a_second_run(tmp_path, days, capsys):
         (("--shard-rows", 30, "--max-rows", 9), "options.max_rows None, this is 9"),
         (("--shard-rows", 30, "--max-ind-range", 9), "options.max_ind_range None, this is 9"),
         (("--shard-rows", 30, "--min-count", 9), "options.min_count None, this is 9"),
-        (("--shard-rows", 30, "--on-error", "skip"), "options.on_error raise, this is skip"),
+        (("--shard-rows", 31, "--on-error", "skip"), "options.shard_rows 30, this is 31"),
         (("--shard-rows", 30, "--format", "npz"), "format rows, this is npz"),
         (("--shard-rows", 30, "--split", "days"), "split.by rows, this is days"),
     ):
@@ -444,8 +458,8 @@ def test_describe(tmp_path, capsys):
     assert len(of_column) == 39
     assert of_column["int_0"] == ["25.00%", "-2", "2.14748e+09"]
     assert of_column["int_1"] == ["100.00%", "-", "-"]
-    assert of_column["cat_0"] == ["25.00%", "3", "50.00%", "66.7%"]
-    assert of_column["cat_1"] == ["100.00%", "1", "0.00%", "0.0%"]
+    assert of_column["cat_0"] == ["25.00%", "2", "50.00%", "50.0%"]
+    assert of_column["cat_1"] == ["100.00%", "0", "0.00%", "0.0%"]
     assert (tmp_path / "ids.png").read_bytes().startswith(b"\x89PNG\r\n")
 
 

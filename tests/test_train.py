@@ -201,9 +201,6 @@ def metrics_of(tmp_path, data, *options):
     return json.loads((tmp_path / "run" / "metrics.json").read_text())
 
 
-# Arrays leave their files to the garbage collector.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.filterwarnings("ignore::ResourceWarning")
 @pytest.mark.parametrize("options", [[], ["--embedding", "full", "--table-rows", "data"]], ids=["robe", "full"])
 def test_several_ids_a_feature(tmp_path, options, capsys, rows):
     hots = (3, 1, 2) + (1,) * 22 + (4,)

@@ -21,7 +21,8 @@ from criteo import (
 
 from data import prepare
 from data.formats import open_source
-from data.writers import WRITERS
+from data.rows import Layout
+from data.writers import WRITERS, Writer
 
 ROWS = make_rows(250)
 RECORD = np.dtype([("label", "<i4"), ("dense", "<i4", 13), ("sparse", "<u4", 26)])
@@ -188,3 +189,17 @@ def test_the_same_rows_are_the_same_bytes(tmp_path, log):
     for kind in WRITERS:
         a, b = (converted(log, kind, tmp_path / kind / name) for name in "ab")
         assert [(a / name).read_bytes() for name in names(a)] == [(b / name).read_bytes() for name in names(b)]
+
+
+def test_a_writer_that_cannot_begin_leaves_nothing(tmp_path, monkeypatch):
+    opened = Writer._open
+
+    def second_fails(self, suffix):
+        if suffix == "_labels.npy":
+            raise OSError(28, "No space left on device")
+        return opened(self, suffix)
+
+    monkeypatch.setattr(Writer, "_open", second_fails)
+    with pytest.raises(OSError, match="No space left"):
+        WRITERS["npy"](tmp_path, "day_0", Layout())
+    assert list(tmp_path.iterdir()) == []
