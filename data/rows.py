@@ -8,6 +8,7 @@ log(x + 1); a missing category is id 0.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -128,6 +129,14 @@ def to_batch(records: np.ndarray) -> Batch:
         sparse.astype(np.int64, order="C"),
         records["label"].astype(np.float32) if "label" in (records.dtype.names or ()) else None,
     )
+
+
+def check_labels(labels: np.ndarray, path: Path, start: int) -> None:
+    """Raise DataError for the first label that is not 0 or 1; they are those of rows ``start`` on."""
+    wrong = (labels != 0) & (labels != 1)
+    if wrong.any():
+        row = int(np.flatnonzero(wrong)[0])
+        raise DataError(f"{path}: row {start + row + 1}: label: expected 0 or 1, got {labels[row]}")
 
 
 def feature_ids(records: np.ndarray, features: Sequence[slice]) -> list[np.ndarray]:

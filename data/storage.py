@@ -2,8 +2,13 @@
 
 import io
 import json
+import math
 import os
 import re
+import shutil
+import tempfile
+import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -92,6 +97,81 @@ def read_at(descriptor: int, path: Path, items: np.ndarray, position: int) -> No
         if not got:
             raise DataError(f"{path}: truncated: it ends at byte {position}")
         rest, position = rest[got:], position + got
+
+
+def read_npy_header(file: BinaryIO, path: Path, offset: int) -> tuple[ArrayFile, tuple[int, ...]]:
+    """The rows of the .npy array that begins at an offset of a file, and its shape."""
+    try:
+        file.seek(offset)
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, column_order, dtype = read(file)
+    except (ValueError, EOFError) as error:
+        raise DataError(f"{path}: not a .npy array: {first_line(error)}") from None
+    numbers = (
+        dtype.kind in "biuf" and not column_order and bool(shape) and shape[0] >= 0 and min(shape[1:], default=1) > 0
+    )
+    if not numbers or math.prod(shape[1:]) >= 1 << 31:
+        raise DataError(f"{path}: expected an array of numbers, row by row, got {dtype}, {shape}")
+    return ArrayFile(file, path, np.dtype((dtype, shape[1:])) if shape[1:] else dtype, file.tell(), shape[0]), shape
+
+
+class NpzFile:
+    """The arrays of a .npz file: where they lie if they are stored, else unpacked into temporary files.
+
+    Raises:
+        DataError: it isn't one.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+        try:
+            self._zip = zipfile.ZipFile(open_binary(path))
+        except zipfile.BadZipFile as error:
+            raise DataError(f"{path}: not a .npz file, or one that ends early: {error}") from None
+        self.names = {name.removesuffix(".npy") for name in self._zip.namelist()}
+
+    def __enter__(self) -> "NpzFile":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._zip.close()
+
+    def array(self, name: str) -> tuple[ArrayFile, tuple[int, ...]]:
+        """The rows of an array, and its shape.
+
+        Raises:
+            DataError: it is broken, or not one of numbers.
+            OSError: there is no room to unpack it.
+        """
+        info = self._zip.getinfo(name + ".npy")
+        if info.compress_type == zipfile.ZIP_STORED:
+            file = open_binary(self._path)
+            file.seek(info.header_offset + 26)  # of the local header: the lengths of name and extra field
+            lengths = np.frombuffer(file.read(4), "<u2").astype(int)
+            start = info.header_offset + 30 + int(lengths.sum())
+            array, shape = read_npy_header(file, self._path, start)
+            there = start + info.file_size - array.offset
+            if there < array.rows * array.dtype.itemsize:
+                raise DataError(f"{self._path}: {name}: truncated: {shape} {array.dtype.base.str[1:]} in {there} bytes")
+            return array, shape
+        try:
+            with tempfile.TemporaryFile() as temporary, self._zip.open(info) as member:
+                shutil.copyfileobj(member, temporary, 1 << 20)
+                temporary.flush()
+                unpacked = ClosedWhenUnused(os.dup(temporary.fileno()))
+        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # RuntimeError: encrypted, or how
+            raise DataError(f"{self._path}: {name}: corrupt archive: {error}") from None
+        except OSError as error:
+            raise OSError(
+                error.errno, f"{error.strerror}, while unpacking {self._path}", tempfile.gettempdir()
+            ) from None
+        return read_npy_header(unpacked, self._path, 0)
+
+
+def first_line(error: Exception) -> str:
+    """Of an error's message."""
+    return str(error).partition("\n")[0]
 
 
 def rename(part: Path, path: Path) -> None:
