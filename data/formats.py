@@ -3,8 +3,8 @@
 - Criteo's own logs: see data/tsv.py
 - facebookresearch/dlrm: ``day_N.npz`` {X_int i4 (n, 13), X_cat_t i4 (26, n), y i4 (n,)}, ``*_processed.npz`` {X_int,
   X_cat (n, 26), y}, ``terabyte_processed_*.bin``: rows of 40 int32, the label, 13 integers, 26 ids
-- torchrec: ``day_N_dense.npy`` f4 (n, 13), ``day_N_labels.npy`` i4 (n, 1), and ``day_N_sparse.npy`` i4 (n, 26) or
-  ``day_N_sparse_multi_hot.npz`` {"0" .. "25": i4 (n, hots)}
+- torchrec: ``day_N_dense.npy`` f4 (n, 13), ``day_N_labels.npy`` i4 (n, 1), and ``day_N_sparse.npy`` or
+  ``day_N_sparse_contig_freq.npy``, i4 or i8 (n, 26), or ``day_N_sparse_multi_hot.npz`` {"0" .. "25": (n, hots)}
 - Parquet: label, int_0 .. int_12, cat_0 .. cat_25, or under the other names that data/parquet.py knows
 - the project's own: see data/dataset.py
 
@@ -26,7 +26,9 @@ from data.storage import ArrayFile, NpzFile, natural_order, open_binary, read_np
 from data.tsv import CriteoTSV
 
 _NPY_MAGIC = b"\x93NUMPY"
-_TRIPLE = re.compile(r"(?P<name>.+)_(?P<what>dense|labels|sparse)\.npy|(?P<multi>.+)_sparse_multi_hot\.npz")
+_SPARSE_ENDS = ("_sparse.npy", "_sparse_contig_freq.npy", "_sparse_multi_hot.npz")  # the first that is there counts
+_TRIPLE = re.compile(rf"(?P<name>.+?)(?P<end>_dense\.npy|_labels\.npy|{'|'.join(map(re.escape, _SPARSE_ENDS))})")
+_INTEGERS = ["<i4", "<i8"]
 # Beside the data in a folder, and not data.
 _NOT_DATA = ("README", "LICENSE", ".json", ".md", ".part", ".png", ".crc", ".bad")
 
@@ -75,8 +77,8 @@ def _open_files(path: Path) -> list[Source]:
     for file, name in zip(files, triples):
         if name is not None and not file.with_name(f"{name}_dense.npy").exists():
             raise DataError(f"{path}: has {file.name}, but no {name}_dense.npy")
-    # A triple is opened by its dense part; without ids of one each, by its multi-hot ids.
-    return [_open_file(file) for file, name in zip(files, triples) if name is None or _what(file) == "dense"]
+    # A triple is opened once, by its dense part.
+    return [_open_file(file) for file, name in zip(files, triples) if name is None or file.name == f"{name}_dense.npy"]
 
 
 def _is_data(file: Path) -> bool:
@@ -100,12 +102,7 @@ def _open_file(path: Path) -> Source:
 def _triple_name(path: Path) -> str | None:
     """day_0 of day_0_dense.npy."""
     match = _TRIPLE.fullmatch(path.name)
-    return (match["name"] or match["multi"]) if match else None
-
-
-def _what(path: Path) -> str | None:
-    match = _TRIPLE.fullmatch(path.name)
-    return match and match["what"]
+    return match and match["name"]
 
 
 def _expect(path: Path, name: str, fits: bool, shape: tuple, array: ArrayFile, expected: str | None = None) -> None:
@@ -189,9 +186,9 @@ class FacebookNpz(RandomAccess):
 
 
 class TorchrecNpy(RandomAccess):
-    """torchrec's ``NAME_dense.npy``, ``NAME_sparse.npy`` and ``NAME_labels.npy``, opened by the name of any of them.
+    """torchrec's ``NAME_dense.npy``, ``NAME_labels.npy`` and ids, opened by the name of any of them.
 
-    By the name of ``NAME_sparse_multi_hot.npz``, or where it is there and ``NAME_sparse.npy`` is not, with its ids.
+    Where there are several files of ids and none of them is named, it is the first of ``_SPARSE_ENDS``.
     """
 
     def __init__(self, path: Path):
@@ -199,26 +196,30 @@ class TorchrecNpy(RandomAccess):
         if name is None:
             raise DataError(f"{path}: expected a name like day_0_dense.npy, day_0_sparse.npy or day_0_labels.npy")
         self.path, self.name = path, name
-        self._dense = self._open("dense", "f4", NUM_DENSE)
-        self.rows = self._dense.rows
-        if not self.rows:
+        self._dense = self._open("_dense.npy", ["<f4"], NUM_DENSE)
+        if not self._dense.rows:
             raise DataError(f"{self._dense.path}: the file is empty")
-        self._labels = self._open("labels", "i4", 1)
-        multi_hot = path.with_name(f"{name}_sparse_multi_hot.npz")
-        if path == multi_hot or (multi_hot.exists() and not path.with_name(f"{name}_sparse.npy").exists()):
-            self._sparse = self._open_multi_hot(multi_hot)
+        self._labels = self._open("_labels.npy", ["<i4"], 1)
+        ends = [end for end in _SPARSE_ENDS if path.with_name(name + end).exists()] or [_SPARSE_ENDS[0]]
+        end = next((end for end in _SPARSE_ENDS if path.name == name + end), ends[0])
+        if end.endswith(".npz"):
+            self._sparse = self._open_multi_hot(path.with_name(name + end))
             hots = tuple(ids.dtype.shape[0] for ids in self._sparse)
-            self.layout = Layout(dense="f4", hots=hots)
         else:
-            self._sparse = [self._open("sparse", "i4", NUM_SPARSE)]
-            self.layout = Layout(dense="f4")
+            self._sparse, hots = [self._open(end, _INTEGERS, NUM_SPARSE)], None
+        wide = any(array.dtype.base == np.int64 for array in self._sparse)
+        self.layout = Layout(dense="f4", ids="i8" if wide else "u4", hots=hots)
 
-    def _open(self, what: str, kind: str, width: int) -> ArrayFile:
-        path = self.path.with_name(f"{self.name}_{what}.npy")
+    @property
+    def rows(self) -> int:  # type: ignore[override]
+        return self._dense.rows
+
+    def _open(self, end: str, kinds: list[str], width: int) -> ArrayFile:
+        path = self.path.with_name(self.name + end)
         array, shape = read_npy_header(open_binary(path), path, 0)
-        rows = self.rows if what != "dense" else shape[0]
-        fits = array.dtype.base == np.dtype("<" + kind) and shape in ((rows, width), (rows,) * (width == 1))
-        _expect(path, "array", fits, shape, array, f"{kind} ({rows}, {width})")
+        rows = shape[0] if end == "_dense.npy" else self.rows
+        fits = array.dtype.base.str in kinds and shape in ((rows, width), (rows,) * (width == 1))
+        _expect(path, "array", fits, shape, array, f"{' or '.join(kind[1:] for kind in kinds)} ({rows}, {width})")
         return array
 
     def _open_multi_hot(self, path: Path) -> list[ArrayFile]:
@@ -228,8 +229,8 @@ class TorchrecNpy(RandomAccess):
             arrays = []
             for i in range(NUM_SPARSE):
                 array, shape = npz.array(str(i))
-                fits = array.dtype.base == np.dtype("<i4") and len(shape) == 2 and shape[0] == self.rows
-                _expect(path, str(i), fits and shape[1] >= 1, shape, array, f"i4 ({self.rows}, hots)")
+                fits = array.dtype.base.str in _INTEGERS and len(shape) == 2 and shape[0] == self.rows
+                _expect(path, str(i), fits and shape[1] >= 1, shape, array, f"i4 or i8 ({self.rows}, hots)")
                 arrays.append(array)
         return arrays
 
@@ -243,4 +244,5 @@ class TorchrecNpy(RandomAccess):
             raise DataError(f"{self._dense.path}: row {start + row + 1}: expected finite numbers, got NaN or infinity")
         slices = self.layout.features if self.layout.hots else [slice(None)]
         for ids, array in zip(slices, self._sparse):
-            records["sparse"][:, ids] = array.take(start, stop).view(np.uint32)
+            taken = array.take(start, stop)
+            records["sparse"][:, ids] = taken if taken.dtype == np.int64 else taken.view(np.uint32)

@@ -164,7 +164,7 @@ class RowsWriter(Writer):
 
 
 class BinWriter(Writer):
-    """facebookresearch/dlrm's rows of 40 int32. A missing integer is 0 there."""
+    """facebookresearch/dlrm's rows of 40 int32. Missing and negative integers are 0, as its preprocessing has them."""
 
     holds = "labelled rows with integers and one 32-bit id a feature"
 
@@ -176,7 +176,9 @@ class BinWriter(Writer):
         self._file = self._open(".bin")
 
     def _write(self, records: np.ndarray) -> None:
-        self._file.write(without_missing(records).tobytes())
+        records = records.copy()
+        records["dense"] = np.maximum(records["dense"], 0)
+        self._file.write(records.tobytes())
 
 
 class NpzWriter(Writer):
@@ -195,8 +197,7 @@ class NpzWriter(Writer):
         self._columns = [self._temporary() for _ in range(NUM_SPARSE)]
 
     def _write(self, records: np.ndarray) -> None:
-        records = without_missing(records)
-        self._dense.write(records["dense"].tobytes())
+        self._dense.write(np.where(records["dense"] == MISSING, 0, records["dense"]).tobytes())
         self._labels.write(records["label"].tobytes())
         for column, ids in zip(self._columns, records["sparse"].T):
             column.write(ids.tobytes())
@@ -216,11 +217,11 @@ class NpyWriter(Writer):
     Integers become log(x + 1), which is what the project's models are given.
     """
 
-    holds = "labelled rows with 32-bit ids"
+    holds = "labelled rows"
 
     @staticmethod
     def can_hold(layout: Layout) -> bool:
-        return layout.labelled and layout.ids == "u4"
+        return layout.labelled
 
     def _begin(self) -> None:
         self._dense, self._labels = self._array("_dense.npy"), self._array("_labels.npy")
@@ -248,15 +249,16 @@ class NpyWriter(Writer):
 
     def _finish(self) -> None:
         arrays = [(self._dense, "<f4", NUM_DENSE), (self._labels, "<i4", 1)]
+        ids = "<i4" if self.layout.ids == "u4" else "<i8"
         if self._columns:
             assert self.layout.hots is not None
             members = [
-                (str(i), (self.rows, hot), np.dtype("<i4"), [file])
+                (str(i), (self.rows, hot), np.dtype(ids), [file])
                 for i, (hot, file) in enumerate(zip(self.layout.hots, self._columns))
             ]
             write_npz(self._sparse.file, members)
         else:
-            arrays.append((self._sparse, "<i4", NUM_SPARSE))
+            arrays.append((self._sparse, ids, NUM_SPARSE))
         for file, kind, width in arrays:
             header = npy_header((self.rows, width), np.dtype(kind))
             assert len(header) == _NPY_HEADER_BYTES
@@ -319,13 +321,6 @@ WRITERS: dict[str, type[Writer]] = {
     "npy": NpyWriter,
     "tsv": TSVWriter,
 }
-
-
-def without_missing(records: np.ndarray) -> np.ndarray:
-    """A copy in which missing integers are 0."""
-    records = records.copy()
-    records["dense"][records["dense"] == MISSING] = 0
-    return records
 
 
 def to_frame(records: np.ndarray) -> pl.DataFrame:

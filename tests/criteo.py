@@ -49,6 +49,7 @@ def make_rows(count, seed=0, different=None):
     """Random rows: some integers missing, some negative, some ids missing, others over the whole 32 bits."""
     rng = np.random.default_rng(seed)
     dense = rng.integers(-3, 10**6, (count, 13)).astype(np.int32)
+    dense[:, 1] = rng.integers(-3, 5, count)
     dense[rng.random((count, 13)) < 0.3] = MISSING
     if different is None:
         ids = rng.integers(1, 2**32, (count, 26))

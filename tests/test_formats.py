@@ -501,10 +501,10 @@ BAD = {
     "sparse of other rows": (
         "day_0_dense.npy",
         triple(sparse=int32(ROWS.ids)[:119]),
-        r"day_0_sparse.npy: array: expected i4 \(120, 26\), got i4 \(119, 26\)",
+        r"day_0_sparse.npy: array: expected i4 or i8 \(120, 26\), got i4 \(119, 26\)",
     ),
     "sparse of 25": ("day_0_dense.npy", triple(sparse=int32(ROWS.ids)[:, :25]), "day_0_sparse.npy: array: expected"),
-    "sparse of 64 bits": ("day_0_dense.npy", triple(sparse=ROWS.ids), "day_0_sparse.npy: array: .* got i8"),
+    "sparse of floats": ("day_0_dense.npy", triple(sparse=ROWS.ids * 1.0), "day_0_sparse.npy: array: .* got f8"),
     "labels of two columns": (
         "day_0_dense.npy",
         triple(labels=np.stack([ROWS.labels] * 2, 1)),
@@ -607,12 +607,32 @@ def test_what_cannot_be_read_is_one_error_that_names_the_file(tmp_path, case):
     assert re.search(message, str(error.value)), str(error.value)
 
 
+def test_ids_of_64_bits_as_torchrec_writes_them(tmp_path):
+    path = write_npy(tmp_path, "day_0", ROWS, single=False)
+    wide = ROWS.ids * 2**20 - 5
+    np.save(tmp_path / "day_0_sparse_contig_freq.npy", wide)
+    np.testing.assert_array_equal(Batch.concatenate(list(open_source(path).read())).sparse, wide)
+    np.save(tmp_path / "day_0_sparse.npy", ROWS.ids)  # comes first, unless the other is named
+    np.testing.assert_array_equal(Batch.concatenate(list(open_source(tmp_path).read())).sparse, ROWS.ids)
+    named = open_source(tmp_path / "day_0_sparse_contig_freq.npy")
+    assert named.name == "day_0"
+    np.testing.assert_array_equal(Batch.concatenate(list(named.read())).sparse, wide)
+    hots, ids = multi_hot(ROWS)
+    hots["1"] = hots["1"].astype(np.int64) + 2**40
+    np.savez(tmp_path / "day_0_sparse_multi_hot.npz", **hots)
+    several = open_source(tmp_path / "day_0_sparse_multi_hot.npz")
+    at = several.layout.features[1]
+    batch = Batch.concatenate(list(several.read()))
+    np.testing.assert_array_equal(batch.sparse[:, at], hots["1"])
+    np.testing.assert_array_equal(np.delete(batch.sparse, at, 1), np.delete(ids, at, 1))
+
+
 def test_multi_hot_ids_that_do_not_fit(tmp_path):
     hots, _ = multi_hot(ROWS)
     path = tmp_path / "day_0_sparse_multi_hot.npz"
     for changed, message in (
-        ({"3": hots["3"][:-1]}, r"3: expected i4 \(120, hots\), got i4 \(119, 1\)"),
-        ({"3": hots["3"].astype(np.int64)}, "3: expected i4"),
+        ({"3": hots["3"][:-1]}, r"3: expected i4 or i8 \(120, hots\), got i4 \(119, 1\)"),
+        ({"3": hots["3"].astype(np.int16)}, "3: expected i4"),
         ({"3": hots["3"][:, 0]}, "3: expected i4"),
         ({"3": hots["3"][:, :0]}, "expected an array of numbers, row by row"),
         ({"26": hots["3"]}, "expected arrays 0 to 25"),

@@ -326,9 +326,9 @@ def test_days_of_one_source(tmp_path, days, capsys):
 @pytest.mark.parametrize("how", ["cut", "changed"])
 def test_broken_archives(tmp_path, end, how, capsys):
     write_log(tmp_path / "day_0", DAYS[0])
-    path = write_log(tmp_path / f"day_1{end}", make_rows(1000), end=end)
+    path = write_log(tmp_path / f"day_1{end}", make_rows(3000), end=end)
     content = path.read_bytes()
-    middle = len(content) // 2
+    middle = len(content) * 3 // 4
     path.write_bytes(content[:middle] + (b"" if how == "cut" else bytes(100) + content[middle + 100 :]))
     out = tmp_path / "out"
     assert run(tmp_path / "day_0", path, "--output", out, "--shard-rows", 25, "--workers", 2) == 2
