@@ -102,6 +102,7 @@ def _mixed_blocks(
         starts = np.append(starts, rows.start + whole * size)
     blocks = max((mixed_rows if mixed else several) // size, 1)
     window = source.layout.records(min(blocks * size, len(rows)))
+    order = generator.permutation(len(window))  # one for all windows of the epoch: each has other blocks
     for first in range(0, len(starts), blocks):
         filled = 0
         for start in starts[first : first + blocks].tolist():
@@ -111,7 +112,8 @@ def _mixed_blocks(
         if mixed:
             # As bytes: numpy copies structures field by field.
             items = window[:filled].view(np.uint8).reshape(filled, -1)
-            order = generator.permutation(filled)
+            if filled < len(window):
+                order = generator.permutation(filled)
             for at in range(0, filled, several):
                 yield to_batch(items.take(order[at : at + several], axis=0).view(window.dtype).reshape(-1))
         else:
