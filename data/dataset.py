@@ -10,7 +10,6 @@
 import hashlib
 import json
 import os
-from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from data.rows import DataError, Layout
-from data.sources import RandomAccess, Source
+from data.sources import RandomAccess, Source, each_part
 from data.storage import read_at
 
 MANIFEST = "dataset.json"
@@ -123,12 +122,8 @@ class Dataset(RandomAccess):
         ]
 
     def fill(self, records: np.ndarray, start: int) -> None:
-        at, filled = bisect_right(self._starts, start) - 1, 0
-        while filled < len(records):
-            first = start + filled - self._starts[at]
-            part = records[filled : filled + self.shards[at].rows - first]
-            self._read(self.path / self.shards[at].file, part, first)
-            at, filled = at + 1, filled + len(part)
+        for number, part, first in each_part(records, start, self._starts):
+            self._read(self.path / self.shards[number].file, part, first)
 
     def _read(self, file: Path, records: np.ndarray, first: int) -> None:
         # Opened each time: a large dataset has more shards than a process may have files open.

@@ -16,7 +16,7 @@ import numpy as np
 
 from data.counts import CountMinSketch, Frequent, IdCounts
 from data.dataset import MANIFEST, OWN_FORMAT, VERSION, load_json, part_manifest
-from data.rows import DataError
+from data.rows import DataError, Layout
 from data.sources import Piece, Source, require_one_layout
 from data.storage import write_json
 from data.writers import WRITERS, Writer
@@ -224,7 +224,7 @@ class Preparation:
 class _SourceJob:
     """Writes what a source becomes, and its manifest."""
 
-    def __init__(self, name: str, folder: Path, layout, options: Options, sketch: CountMinSketch | None):
+    def __init__(self, name: str, folder: Path, layout: Layout, options: Options, sketch: CountMinSketch | None):
         self._name, self._folder, self._layout, self._options, self._sketch = name, folder, layout, options, sketch
         self._make = WRITERS[options.format]
         self._lock = ExitStack()

@@ -177,12 +177,23 @@ class SeveralRandomAccess(Several, RandomAccess):
         self._starts = np.cumsum([0] + [source.rows for source in sources]).tolist()
 
     def fill(self, records: np.ndarray, start: int) -> None:
-        at, filled = bisect_right(self._starts, start) - 1, 0
-        while filled < len(records):
-            first = start + filled - self._starts[at]
-            part = records[filled : filled + self._starts[at + 1] - self._starts[at] - first]
-            self.sources[at].fill(part, first)  # type: ignore[attr-defined]
-            at, filled = at + 1, filled + len(part)
+        for number, part, first in each_part(records, start, self._starts):
+            self.sources[number].fill(part, first)  # type: ignore[attr-defined]
+
+
+def each_part(records: np.ndarray, start: int, starts: Sequence[int]) -> Iterator[tuple[int, np.ndarray, int]]:
+    """Deal out records to be filled with the rows from ``start`` on, where part i has rows starts[i] to starts[i + 1].
+
+    Returns:
+        (part, its records, the first of its rows that is wanted) of each part that has some.
+    """
+    part, filled = bisect_right(starts, start) - 1, 0
+    while filled < len(records):
+        first = start + filled - starts[part]
+        rows = min(starts[part + 1] - starts[part] - first, len(records) - filled)
+        if rows:
+            yield part, records[filled : filled + rows], first
+        part, filled = part + 1, filled + rows
 
 
 def require_one_layout(sources: Sequence[Source]) -> Layout:

@@ -11,6 +11,7 @@ import re
 import shutil
 import tempfile
 import zipfile
+from abc import ABC, abstractmethod
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, Protocol
@@ -30,7 +31,7 @@ class SupportsWrite(Protocol):
 _NPY_HEADER_BYTES = 128  # that numpy's own header takes for any shape here
 
 
-class Writer:
+class Writer(ABC):
     """Files of a format.
 
     Args:
@@ -52,8 +53,8 @@ class Writer:
             raise DataError(f"this format holds {cls.holds}; these rows have {layout.describe()}")
 
     @staticmethod
-    def can_hold(layout: Layout) -> bool:
-        raise NotImplementedError
+    @abstractmethod
+    def can_hold(layout: Layout) -> bool: ...
 
     def __init__(self, folder: Path, name: str, layout: Layout):
         self.folder, self.name, self.layout = folder, name, layout
@@ -83,14 +84,15 @@ class Writer:
         for file in self._parts:
             file.abort()
 
+    @abstractmethod
     def _begin(self) -> None:
-        raise NotImplementedError
+        """Open the files."""
 
-    def _write(self, records: np.ndarray) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _write(self, records: np.ndarray) -> None: ...
 
-    def _finish(self) -> None:
-        pass
+    def _finish(self) -> None:  # noqa: B027
+        """Write what has to wait for the last record."""
 
     def _close_temporaries(self) -> None:
         for file in self._temporaries:

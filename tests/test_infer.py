@@ -1,10 +1,13 @@
 """infer.py as its user runs it."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
 
 import infer
+from data import prepare
 from data.rows import Batch
 from data.synthetic import write
 from data.tsv import CriteoTSV
@@ -41,6 +44,30 @@ def test_one_probability_per_row_in_order(tmp_path, trained, name, labelled, cap
     out = capsys.readouterr().out
     assert "5,000 probabilities" in out
     assert ("AUC" in out) == labelled
+
+
+@pytest.mark.parametrize("made", ["rows", "parquet", "npz", "npy", "bin"])
+def test_any_format_has_the_probabilities_of_the_log(tmp_path, trained, made):
+    write(tmp_path / "rows.tsv.gz", 700)
+    options = ["--format", made, "--shard-rows", "300", "--output", str(tmp_path / made)]
+    assert prepare.main([str(tmp_path / "rows.tsv.gz"), *options]) == 0
+    assert run(trained[0], tmp_path / "rows.tsv.gz", tmp_path / "log.csv") == 0
+    assert run(trained[0], tmp_path / made, tmp_path / "made.csv") == 0
+    log, other = (np.loadtxt(tmp_path / name, skiprows=1) for name in ("log.csv", "made.csv"))
+    np.testing.assert_array_equal(other, log)
+
+
+def test_a_shard_that_was_changed_is_not_predicted_from(tmp_path, trained, capsys):
+    write(tmp_path / "rows.tsv", 50)
+    assert prepare.main([str(tmp_path / "rows.tsv"), "--output", str(tmp_path / "prepared")]) == 0
+    shard = tmp_path / "prepared" / "rows-00000.rows"
+    content = bytearray(shard.read_bytes())
+    content[500] ^= 1
+    shard.write_bytes(content)
+    os.utime(shard, ns=(0, 0))  # whatever the clock's resolution
+    assert run(trained[0], tmp_path / "prepared", tmp_path / "p.csv") == 2
+    assert "rows-00000.rows: changed since it was written" in capsys.readouterr().err
+    assert not (tmp_path / "p.csv").exists()
 
 
 def test_one_label_only_has_no_auc(tmp_path, trained, capsys):
