@@ -1,6 +1,7 @@
 """Criteo rows in Parquet, as Spark, NVTabular and the Hugging Face hub have them."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -70,12 +71,13 @@ class CriteoParquet(Source):
         try:
             batches = self._scan.select(names).slice(start).collect_batches(chunk_size=1 << 16, maintain_order=True)
             for frame in batches:
-                yield lambda frame=frame, start=start: Piece(
-                    self.path, start, frame.height, self._records(frame, start)
-                )
+                yield partial(self._piece, frame, start)
                 start += frame.height
         except (pl.exceptions.PolarsError, OSError) as error:
             raise DataError(f"{self.path}: after row {start}: {first_line(error)}") from None
+
+    def _piece(self, frame: pl.DataFrame, start: int) -> Piece:
+        return Piece(self.path, start, frame.height, self._records(frame, start))
 
     def _records(self, frame: pl.DataFrame, start: int) -> np.ndarray:
         records = self.layout.records(frame.height)

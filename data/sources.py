@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -136,7 +137,10 @@ class RandomAccess(Source):
     def pieces(self, start: int = 0) -> Iterator[Callable[[], Piece]]:
         for first in range(start, self.rows, PIECE_ROWS):
             last = min(first + PIECE_ROWS, self.rows)
-            yield lambda first=first, last=last: Piece(self.path, first, last - first, self.take(first, last))
+            yield partial(self._piece, first, last)
+
+    def _piece(self, first: int, last: int) -> Piece:
+        return Piece(self.path, first, last - first, self.take(first, last))
 
 
 class Several(Source):
@@ -160,16 +164,17 @@ class Several(Source):
         for source in self.sources:
             if source.rows is None or start < before + source.rows:
                 for read in source.pieces(max(start - before, 0)):
-                    yield lambda read=read, before=before: _later(read(), before)
+                    yield partial(_later, read, before)
             assert source.rows is not None, "known once its pieces are through"
             before += source.rows
 
 
-def _later(piece: Piece, rows: int) -> Piece:
+def _later(read: Callable[[], Piece], rows: int) -> Piece:
+    piece = read()
     return replace(piece, first=piece.first + rows, before=piece.before + rows)
 
 
-class SeveralRandomAccess(Several, RandomAccess):
+class SeveralRandomAccess(Several, RandomAccess):  # type: ignore[misc]
     """Random-access sources one behind the other."""
 
     def __init__(self, path: Path, sources: Sequence[RandomAccess]):

@@ -88,7 +88,7 @@ def read_at(descriptor: int, path: Path, items: np.ndarray, position: int) -> No
     Raises:
         DataError: the file ends before.
     """
-    rest = memoryview(items.reshape(-1).view(np.uint8)) if items.size else memoryview(b"")
+    rest = memoryview(items.reshape(-1).view(np.uint8).data) if items.size else memoryview(b"")
     while rest:
         try:
             got = os.preadv(descriptor, [rest], position)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -30,8 +31,12 @@ SUFFIXES = (".gz", ".xz", ".zst", ".tsv", ".txt", ".csv")
 
 _PIECE_BYTES = 1 << 21  # of text parsed at a time, 9,000 rows: larger pieces parse no faster and take more memory
 _MAX_LINE_BYTES = 1 << 16
-_OPENERS = {b"\x1f\x8b": igzip.open, b"\xfd7zXZ\x00": lzma.open, b"\x28\xb5\x2f\xfd": zstd.open}
-_BROKEN = (igzip.BadGzipFile, isal_zlib.error, lzma.LZMAError, zstd.ZstdError)
+_OPENERS: dict[bytes, Callable[..., Any]] = {
+    b"\x1f\x8b": igzip.open,
+    b"\xfd7zXZ\x00": lzma.open,
+    b"\x28\xb5\x2f\xfd": zstd.open,
+}
+_BROKEN: tuple[Any, ...] = (igzip.BadGzipFile, isal_zlib.error, lzma.LZMAError, zstd.ZstdError)
 
 
 class CriteoTSV(Source):

@@ -12,6 +12,7 @@ import shutil
 import tempfile
 import zipfile
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, Protocol
@@ -101,7 +102,7 @@ class Writer(ABC):
 
     def _temporary(self) -> BinaryIO:
         """A file that goes with the writer, for what has its place at the end."""
-        file: BinaryIO = tempfile.TemporaryFile(dir=self.folder)  # type: ignore[assignment]  # noqa: SIM115
+        file: BinaryIO = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115
         self._temporaries.append(file)
         return file
 
@@ -361,7 +362,7 @@ def npy_header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
     return header.getvalue()
 
 
-def write_npz(file: BinaryIO, arrays: list[tuple[str, tuple[int, ...], np.dtype, list[BinaryIO]]]) -> None:
+def write_npz(file: BinaryIO, arrays: Sequence[tuple[str, tuple[int, ...], np.dtype, list[BinaryIO]]]) -> None:
     """Write a .npz of (name, shape, dtype, files whose bytes one after the other are the array), not compressed."""
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as npz:
         for name, shape, dtype, sources in arrays:
