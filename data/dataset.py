@@ -85,16 +85,15 @@ class Dataset(RandomAccess):
         self.shards: list[Shard] = []
         unfinished = []
         self._names: list[str] = manifest["sources"]
-        self._rows_of: list[int] = []  # of each source
+        rows_of: list[int] = []  # of each source
         for name in self._names:
             part = part_manifest(self.path, name)
             values = load_json(part) if part.exists() else {}
             if not values.get("complete"):
                 unfinished.append(name)
                 continue
-            shards = [Shard(**shard) for shard in values["shards"]]
-            self.shards += shards
-            self._rows_of.append(values["rows"])
+            self.shards += [Shard(**shard) for shard in values["shards"]]
+            rows_of.append(values["rows"])
         if unfinished:
             raise DataError(
                 f"{self.path}: not complete: {len(unfinished)} of {len(self._names)} files are still to be prepared "
@@ -109,6 +108,7 @@ class Dataset(RandomAccess):
             if size != shard.bytes:
                 got = "is missing" if size is None else f"has {size}"
                 raise DataError(f"{file}: changed since it was written: expected {shard.bytes} bytes, it {got}")
+        self._source_starts = np.cumsum([0] + rows_of).tolist()
         self._starts = np.cumsum([0] + [shard.rows for shard in self.shards]).tolist()
         self.rows = self._starts[-1]
         if self.is_own and not self.rows:
@@ -116,10 +116,8 @@ class Dataset(RandomAccess):
 
     def sources(self) -> "list[Source]":
         """The rows of each source that was prepared, by its name."""
-        ends = np.cumsum([0] + self._rows_of).tolist()
-        return [
-            Span(self, name, *between) for name, between in zip(self._names, pairwise(ends)) if len(range(*between))
-        ]
+        spans = zip(self._names, pairwise(self._source_starts))
+        return [Span(self, name, start, stop) for name, (start, stop) in spans if start < stop]
 
     def fill(self, records: np.ndarray, start: int) -> None:
         for number, part, first in each_part(records, start, self._starts):
@@ -138,14 +136,14 @@ class Dataset(RandomAccess):
 
     def parts(self) -> dict[str, range] | None:
         """Rows of "train", "validation" and "test" as the manifest has them; None: by rows, as for every format."""
-        ends = np.cumsum([0] + self._rows_of).tolist()
+        starts = self._source_starts
         if self._split["by"] == "days":
             # As MLPerf has it: the first half of the last day is the test set.
-            half = ends[-2] + (self._rows_of[-1] + 1) // 2
-            return {"train": range(ends[-2]), "test": range(ends[-2], half), "validation": range(half, ends[-1])}
+            half = (starts[-2] + starts[-1] + 1) // 2
+            return {"train": range(starts[-2]), "test": range(starts[-2], half), "validation": range(half, starts[-1])}
         if self._split["by"] == "files":
             of_part = {part: [self._names.index(name) for name in self._split[part]] for part in PARTS}
-            return {part: range(ends[files[0]], ends[files[-1] + 1]) for part, files in of_part.items()}
+            return {part: range(starts[files[0]], starts[files[-1] + 1]) for part, files in of_part.items()}
         return None
 
     def verify(self, everything: bool = False, progress: Callable[[int], object] = lambda _: None) -> None:

@@ -113,10 +113,11 @@ class CriteoTSV(Source):
                     text = file.read(_PIECE_BYTES)
                     if text and not text.endswith(b"\n"):
                         text += file.readline(_MAX_LINE_BYTES)
+                    too_long = bool(text) and not text.endswith(b"\n") and bool(file.read(1))
                 if not text:
                     return
                 if not text.endswith(b"\n"):
-                    if file.read(1):
+                    if too_long:
                         line += text.count(b"\n")
                         raise DataError(f"{self.path}:{line}: not a Criteo row: a line of over {_MAX_LINE_BYTES} bytes")
                     text += b"\n"
@@ -203,11 +204,11 @@ def _parse_polars(text: bytes, lines: int, labelled: bool) -> tuple[np.ndarray, 
     if records is not None:
         return records, []
     split = text.split(b"\n")[:-1]
-    bad = [i for i, line in enumerate(split) if fault(line, labelled)]
-    good = b"".join(line + b"\n" for line in split if not fault(line, labelled))
-    records = _parse_rows(good, lines - len(bad), labelled)
+    faulty = [fault(line, labelled) is not None for line in split]
+    good = [line + b"\n" for line, wrong in zip(split, faulty) if not wrong]
+    records = _parse_rows(b"".join(good), len(good), labelled)
     assert records is not None, "a line that is a row can't be read"
-    return records, bad
+    return records, [i for i, wrong in enumerate(faulty) if wrong]
 
 
 def _parse_rows(text: bytes, lines: int, labelled: bool) -> np.ndarray | None:
