@@ -2,156 +2,356 @@
 
     python train.py --data rows.tsv --preset kaggle --compression 1000 --output runs/robe
     python train.py --data rows.tsv --preset kaggle --embedding full --table-rows data --output runs/full
+    python train.py --resume --output runs/robe
+    torchrun --nproc-per-node 2 train.py --data prepared --preset terabyte --output runs/terabyte
 
 PATH is a file or folder in any format of data/: Criteo's logs, what data.prepare wrote, facebookresearch/dlrm's or
 torchrec's files, Parquet. Unless the data says otherwise, rows are taken in their order: 5/7 train, 1/7 validate, 1/7
 test. The weights with the best validation AUC are kept and tested. The output folder gets model.safetensors and
-config.json (infer.py needs only these), metrics.json, and learning_curve.png.
+config.json (infer.py needs only these), metrics.json, learning_curve.png, metrics.jsonl and tensorboard/ (figures while
+it trains), and checkpoints/. Interrupted (Ctrl-C, SIGTERM), it saves where it is; --resume goes on from there, or from
+the last checkpoint after a kill, and ends with the same weights.
 """
 
 import argparse
 import os
+import shlex
+import shutil
+import signal
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.batches import epoch_batches, in_background, rebatch, split_rows, vocabulary
+from data.batches import epoch_batches, in_background, rebatch, share, split_rows, vocabulary
 from data.dataset import PARTS, Dataset
 from data.formats import open_source
 from data.program import exit_code
 from data.rows import Batch, DataError, Layout
 from data.sources import Source, require_one_layout
 from dlrm import DLRM, PRESETS, checkpoint
+from dlrm.checkpoint import Saved, TrainingCheckpoints
 from dlrm.config import EMBEDDINGS, OPTIMIZERS, DLRMConfig, TrainingConfig
+from dlrm.distributed import World
 from dlrm.embeddings import build_embeddings
+from dlrm.journal import Journal
 from dlrm.metrics import EVALUATION_BATCH, environment, evaluate, peak_rss_bytes
+from dlrm.mllog import MLLog
 from dlrm.plots import learning_curves
-from dlrm.trainer import train
+from dlrm.trainer import CHECKPOINT_SECONDS, Progress, Stopped, Trainer, TrainingError, make_optimizers
 
-METRICS = "metrics.json"
+METRICS, CURVES = "metrics.json", "learning_curve.png"
+LAST = -1  # --resume without a step
+# Options that need not be what they were when a run goes on.
+FREE = {"data", "eval_data", "epochs", "learning_rate", "target_auc"}
+DEFAULTS = {"preset": "kaggle", "embedding": "robe", "table_rows": "preset", "seed": 0}
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, metavar="PATH", help="file or folder")
-    parser.add_argument(
+    run = parser.add_argument_group("what is trained")
+    run.add_argument("--data", type=Path, metavar="PATH", help="file or folder; required but with --resume")
+    run.add_argument(
         "--eval-data",
         type=Path,
         metavar="PATH",
         help="validate on its first half, test on the second; train on all of --data",
     )
-    parser.add_argument("--preset", choices=PRESETS, default="kaggle")
-    parser.add_argument("--embedding", choices=EMBEDDINGS, default="robe")
-    size = parser.add_mutually_exclusive_group()
+    run.add_argument("--preset", choices=PRESETS, help="default kaggle")
+    run.add_argument("--embedding", choices=EMBEDDINGS, help="default robe")
+    size = run.add_mutually_exclusive_group()
     size.add_argument("--compression", type=float, help="times fewer weights than the full tables (default 1000)")
     size.add_argument("--robe-size", type=int, metavar="N", help="weights in the array")
-    parser.add_argument("--block-size", type=int, metavar="Z", help="weights per hashed block (default: the dimension)")
-    parser.add_argument("--init-std", type=float, metavar="X", help="scale of the initial array (default 0.01)")
-    parser.add_argument(
+    run.add_argument("--block-size", type=int, metavar="Z", help="weights per hashed block (default: the dimension)")
+    run.add_argument("--init-std", type=float, metavar="X", help="scale of the initial array (default 0.01)")
+    run.add_argument(
         "--table-rows",
         choices=("preset", "data"),
-        default="preset",
-        help="rows of the full tables: the preset's, read at id %% rows; or as many as ids occur in the training rows, "
-        "read through a dictionary of them. ROBE needs neither: this then only says what --compression refers to",
+        help="rows of the full tables: the preset's, read at id %% rows (default); or as many as ids occur in the "
+        "training rows, read through a dictionary of them. ROBE needs neither: this then only says what --compression "
+        "refers to",
     )
-    parser.add_argument("--epochs", type=int, metavar="N")
-    parser.add_argument("--batch-size", type=int, metavar="N")
-    parser.add_argument("--learning-rate", type=float, metavar="X")
-    parser.add_argument("--optimizer", choices=OPTIMIZERS)
-    parser.add_argument("--evaluations-per-epoch", type=int, metavar="N")
-    parser.add_argument("--seed", type=int, default=0, help="of initial values, hash and shuffling")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR")
-    return parser.parse_args(arguments)
+    run.add_argument("--seed", type=int, help="of initial values, hash and shuffling (default 0)")
+    how = parser.add_argument_group("how it is trained (default: as the preset has it)")
+    how.add_argument("--epochs", type=int, metavar="N")
+    how.add_argument("--target-auc", type=float, metavar="X", help="end with the first evaluation above it")
+    how.add_argument("--batch-size", type=int, metavar="N", help="of all processes together")
+    how.add_argument("--learning-rate", type=float, metavar="X")
+    how.add_argument("--warmup-steps", type=int, metavar="N", help="over which the learning rate grows linearly")
+    how.add_argument("--decay-start", type=int, metavar="N", help="step after which it falls, as MLPerf's")
+    how.add_argument("--decay-steps", type=int, metavar="N", help="over how many, with power 2")
+    how.add_argument("--optimizer", choices=OPTIMIZERS)
+    how.add_argument("--evaluations-per-epoch", type=int, metavar="N")
+    program = parser.add_argument_group("the program")
+    program.add_argument("--output", type=Path, required=True, metavar="DIR")
+    program.add_argument(
+        "--resume",
+        type=int,
+        nargs="?",
+        const=LAST,
+        metavar="STEP",
+        help="go on from the last checkpoint of --output, or from that of STEP, with the options the run was started "
+        "with; without a checkpoint, start",
+    )
+    program.add_argument("--checkpoint-minutes", type=float, default=CHECKPOINT_SECONDS / 60, metavar="X")
+    program.add_argument("--keep-checkpoints", type=int, default=2, metavar="K", help="the last K (default 2)")
+    program.add_argument("--mllog", type=Path, metavar="FILE", help="MLPerf's training log")
+    program.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
+    args = parser.parse_args(arguments)
+    args.run = {action.dest: getattr(args, action.dest) for group in (run, how) for action in group._group_actions}
+    return args
 
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
-    return exit_code(lambda: run(args))
+    return exit_code(lambda: run_in_world(args))
 
 
-def run(args: argparse.Namespace) -> None:
-    start = time.perf_counter()
+def run_in_world(args: argparse.Namespace) -> None:
+    world = World.join(args.device)
+    try:
+        run(args, world)
+    finally:
+        world.close()
+
+
+def run(args: argparse.Namespace, world: World) -> None:
+    start, start_ms = time.perf_counter(), int(time.time() * 1e3)
     if args.output.exists() and not args.output.is_dir():
         raise ValueError(f"--output: {args.output} is a file; expected a folder, or a new name")
-    training = training_config(args)
-    # The whole data is read once before anything is written: a bad line should not end a run hours later.
-    source, train_rows, parts = open_data(args.data, args.eval_data)
-    known = None
-    if args.table_rows == "data":
-        pieces = tqdm(source.read(train_rows.start, train_rows.stop), desc="counting ids", leave=False)
-        known = vocabulary(pieces, source.layout.features)
-    config = model_config(args, known, source.layout)
-    require_memory(config, training)
+    checkpoints = TrainingCheckpoints(args.output, args.keep_checkpoints)
+    saved = None
+    if args.resume is not None:
+        saved = world.each(lambda: checkpoints.load(None if args.resume == LAST else args.resume))
+    elif checkpoints.steps() and not (args.output / METRICS).exists():
+        raise ValueError(
+            f"--output: {args.output} has a run that is not finished, with a checkpoint of step "
+            f"{checkpoints.steps()[-1]}: go on with it (--resume), or give a new name"
+        )
+    options = merge_options(args.run, saved)
+    training = training_config(options, saved)
 
-    torch.manual_seed(args.seed)
-    ids = [torch.from_numpy(column) for column in known] if known and config.vocabulary else None
-    model = DLRM(config, build_embeddings(config, ids))
+    # The whole data is read once before anything is written: a bad line should not end a run hours later.
+    source, train_rows, parts = open_data(options.data, options.eval_data, world)
+    rows = {"train": len(train_rows)} | {name: len(of_part) for name, (_, of_part) in parts.items()}
+    if saved:
+        if saved.state["rows"] != rows:
+            raise DataError(
+                f"{options.data}: not the data of this run: {describe_rows(rows)}; expected "
+                f"{describe_rows(saved.state['rows'])}"
+            )
+        model = saved.model
+    else:
+        known = None
+        if options.table_rows == "data":
+            known = world.first(lambda: count_ids(source, train_rows))
+        config = model_config(options, known, source.layout)
+        require_memory(config, training)
+        torch.manual_seed(options.seed)
+        ids = [torch.from_numpy(column) for column in known] if known and config.vocabulary else None
+        model = DLRM(config, build_embeddings(config, ids))
+    model.to(world.device)
+    world.same_weights(model)
+    optimizers = make_optimizers(model, training, world)
+    if saved:
+        saved.restore(optimizers)
+    progress = Progress(**saved.state["progress"]) if saved else Progress()
+    command = saved.state["command"] if saved else shlex.join(sys.argv)
+    config = model.config
     array_floats = sum(p.numel() for p in model.embeddings.parameters())
-    print(
-        f"{args.preset}, {config.embedding}: {array_floats:,} floats of embeddings for {config.full_floats:,} in full "
-        f"tables ({config.full_floats / array_floats:.4g}x); {len(train_rows):,} rows train, "
-        f"{len(parts['validation'][1]):,} validate, {len(parts['test'][1]):,} test"
+    say = print if world.is_first else lambda *_: None
+    say(
+        f"{options.preset}, {config.embedding}: {array_floats:,} floats of embeddings for {config.full_floats:,} in "
+        f"full tables ({config.full_floats / array_floats:.4g}x); {describe_rows(rows)}"
+        + (f"; going on at step {progress.step}" if saved else "")
     )
 
-    def batches(epoch: int) -> Iterator[Batch]:
-        return epoch_batches(source, train_rows, training.batch_size, args.seed, epoch)
+    signals = StopSignals()
+    journal, mllog = None, None
+    if world.is_first:
+        if not saved:
+            # In this order: what is left after a kill is a finished run, or none.
+            shutil.rmtree(checkpoints.folder, ignore_errors=True)
+            (args.output / METRICS).unlink(missing_ok=True)
+        args.output.mkdir(parents=True, exist_ok=True)
+        positions = saved.state["positions"] if saved else {"journal": 0, "mllog": 0}
+        journal = Journal(args.output, positions["journal"], progress.step)
+        if args.mllog:
+            mllog = MLLog(args.mllog, positions["mllog"])
+            mllog.begin(config, training, rows["train"], rows["validation"], start_ms)
 
-    def scores(part: str) -> dict[str, float]:
-        file, rows = parts[part]
-        return evaluate(model, in_background(lambda: rebatch(file.read(rows.start, rows.stop), EVALUATION_BATCH)))
+    def batches(epoch: int, first: int) -> Iterator[Batch]:
+        size, seed = training.batch_size, options.seed
+        return epoch_batches(source, train_rows, size, seed, epoch, world.rank, world.size, start=first)
+
+    def scores(part: str, of: DLRM) -> dict[str, float]:
+        file, of_part = parts[part]
+        own = share(of_part, world.rank, world.size)
+        read = in_background(lambda: rebatch(file.read(own.start, own.stop), EVALUATION_BATCH))
+        return evaluate(of, read if world.size > 1 else signals.watch(read), world)
 
     def keep() -> None:
-        (args.output / METRICS).unlink(missing_ok=True)  # an earlier run's, of other weights
+        (args.output / METRICS).unlink(missing_ok=True)  # of fewer epochs
         checkpoint.save(args.output, model, training.to_dict())
 
-    args.output.mkdir(parents=True, exist_ok=True)
-    result = train(
+    def save(progress: Progress) -> None:
+        state = {
+            "progress": asdict(progress),
+            "training": training.to_dict(),
+            "rows": rows,
+            "positions": {"journal": journal.position(), "mllog": mllog.position() if mllog else 0},
+            "options": {k: str(v.absolute()) if isinstance(v, Path) else v for k, v in vars(options).items()},
+            "command": command,
+            "processes": world.size,
+        }
+        checkpoints.save(progress.step, model, optimizers, state)
+
+    trainer = Trainer(
         model,
         training,
         batches,
-        len(train_rows),
-        evaluate=lambda: scores("validation"),
+        rows["train"],
+        evaluate=lambda: scores("validation", model),
         keep=keep,
+        save=save,
+        wants_to_stop=lambda: signals.received,
+        optimizers=optimizers,
+        progress=progress,
+        world=world,
+        journal=journal,
+        mllog=mllog,
+        checkpoint_seconds=60 * args.checkpoint_minutes,
+        show=world.is_first,
     )
-    model = checkpoint.load(args.output)
-    test = scores("test")
+    try:
+        with signals:
+            trainer.train()
+            if mllog:
+                mllog.run_stop(training.target_auc is None or trainer.reached is not None)
+            test = scores("test", world.each(lambda: checkpoint.load(args.output)).to(world.device))
+    except Stopped:
+        say(f"stopped at step {progress.step}, all is saved; to go on:\n    {resume_command(args.output, world)}")
+        return
+    except TrainingError as error:
+        last = checkpoints.steps()[-1]
+        raise TrainingError(
+            f"{error}. Good until step {last}: {resume_command(args.output, world)} --learning-rate X"
+        ) from None
+    finally:
+        if journal and progress.history:
+            learning_curves(args.output / CURVES, {config.embedding: progress.history})
+        for log in (journal, mllog):
+            if log:
+                log.close()
+    best, reached = progress.best, trainer.reached
+    rate = trainer.trained_rows / progress.seconds
     metrics = {
         "auc": test["auc"],
         "log_loss": test["log_loss"],
-        "validation_auc": result["best"]["auc"],
-        "best_epoch": result["best"]["epoch"],
-        "samples_per_second": result["samples_per_second"],
+        "validation_auc": best["auc"],
+        "best_epoch": best["epoch"],
+        "target_auc": training.target_auc,
+        "target_epoch": reached and reached["epoch"],
+        "samples_per_second": rate,
         "array_floats": array_floats,
         "full_floats": config.full_floats,
         "compression": config.full_floats / array_floats,
         "epochs": training.epochs,
+        "steps": progress.step,
         "seconds": time.perf_counter() - start,
         "peak_rss_bytes": peak_rss_bytes(),
-        "seed": args.seed,
-        "preset": args.preset,
+        "seed": options.seed,
+        "preset": options.preset,
         "embedding": config.embedding,
-        "rows": {"train": len(train_rows)} | {name: len(rows) for name, (_, rows) in parts.items()},
-        "environment": environment(),
-        "history": result["history"],
+        "processes": world.size,
+        "rows": rows,
+        "environment": environment() | {"command": command},
+        "history": progress.history,
     }
-    checkpoint.write_json(args.output / METRICS, metrics)
-    learning_curves(args.output / "learning_curve.png", {config.embedding: result["history"]})
-    print(
-        f"test AUC {test['auc']:.4f}, log loss {test['log_loss']:.4f} (weights of epoch {result['best']['epoch']:.2f}, "
-        f"validation AUC {result['best']['auc']:.4f}); {result['samples_per_second']:,.0f} samples/s; in {args.output}"
+    if world.is_first:
+        checkpoint.write_json(args.output / METRICS, metrics)
+    if training.target_auc is not None:
+        target = f"AUC {training.target_auc}"
+        say(f"{target} reached at epoch {reached['epoch']:.2f}" if reached else f"{target} not reached")
+    say(
+        f"test AUC {test['auc']:.4f}, log loss {test['log_loss']:.4f} (weights of epoch {best['epoch']:.2f}, "
+        f"validation AUC {best['auc']:.4f}); {rate:,.0f} samples/s; in {args.output}"
     )
 
 
-def open_data(path: Path, eval_path: Path | None) -> tuple[Source, range, dict[str, tuple[Source, range]]]:
+class StopSignals:
+    """Within ``with``, SIGTERM and SIGINT ask the program to stop; a second SIGINT interrupts it."""
+
+    def __init__(self) -> None:
+        self.received = False
+
+    def __enter__(self) -> None:
+        self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: object) -> None:
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = True
+
+    def watch(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The same; raises Stopped when a signal has come."""
+        for batch in batches:
+            if self.received:
+                raise Stopped
+            yield batch
+
+
+def resume_command(folder: Path, world: World) -> str:
+    program = ["python"] if world.size == 1 else ["torchrun", "--nproc-per-node", str(world.size)]
+    return shlex.join([*program, sys.argv[0], "--resume", "--output", str(folder)])
+
+
+def merge_options(given: dict[str, Any], saved: Saved | None) -> argparse.Namespace:
+    """The options of a run: those given; of one that goes on, those it was started with.
+
+    Raises:
+        ValueError: given ones are others than those.
+    """
+    given = {name: value for name, value in given.items() if value is not None}
+    if saved is None:
+        if "data" not in given:
+            raise ValueError("--data: is needed to start a run (there is no checkpoint to go on from)")
+        names = ("data", "eval_data", "compression", "robe_size", "block_size", "init_std")
+        changes = (*TRAINING_OPTIONS, *names)
+        return argparse.Namespace(**dict.fromkeys(changes) | DEFAULTS | given)
+    started = dict(saved.state["options"])
+    for name in ("data", "eval_data"):
+        started[name] = started[name] and Path(started[name])
+    for name, value in given.items():
+        if name not in FREE and value != started[name]:
+            was = "was not given" if started[name] is None else f"was {started[name]}"
+            raise ValueError(
+                f"--{name.replace('_', '-')}: {value}, but {was} when this run was started; leave it out, or start "
+                "another run"
+            )
+    return argparse.Namespace(**started | given)
+
+
+def describe_rows(rows: dict[str, int]) -> str:
+    return f"{rows['train']:,} rows train, {rows['validation']:,} validate, {rows['test']:,} test"
+
+
+def open_data(
+    path: Path, eval_path: Path | None, world: World
+) -> tuple[Source, range, dict[str, tuple[Source, range]]]:
     """The training data, its training rows, and of validation and test the data and rows."""
-    source = open_source(path)
-    rows = check(source)
+    source = world.each(lambda: open_source(path))
+    rows = world.first(lambda: check(source))
     if eval_path is None:
         try:
             parts = source.parts() or dict(zip(PARTS, split_rows(rows)))
@@ -161,8 +361,8 @@ def open_data(path: Path, eval_path: Path | None) -> tuple[Source, range, dict[s
         if empty:
             raise DataError(f"{path}: no rows for {empty[0]}")
         return source, parts["train"], {part: (source, parts[part]) for part in ("validation", "test")}
-    other = open_source(eval_path)
-    count = check(other)
+    other = world.each(lambda: open_source(eval_path))
+    count = world.first(lambda: check(other))
     require_one_layout([source, other])
     if count < 2:
         raise DataError(f"{eval_path}: expected at least 2 rows, to validate and to test on")
@@ -186,10 +386,21 @@ def check(source: Source) -> int:
     return rows
 
 
-def training_config(args: argparse.Namespace) -> TrainingConfig:
-    names = ("epochs", "batch_size", "learning_rate", "optimizer", "evaluations_per_epoch")
-    changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    return replace(PRESETS[args.preset].training, seed=args.seed, **changes)
+def count_ids(source: Source, rows: range) -> list[np.ndarray]:
+    pieces = tqdm(source.read(rows.start, rows.stop), desc="counting ids", leave=False)
+    return vocabulary(pieces, source.layout.features)
+
+
+TRAINING_OPTIONS = (
+    "epochs", "target_auc", "batch_size", "learning_rate", "warmup_steps", "decay_start", "decay_steps", "optimizer",
+    "evaluations_per_epoch",
+)  # fmt: skip
+
+
+def training_config(options: argparse.Namespace, saved: Saved | None) -> TrainingConfig:
+    changes = {name: getattr(options, name) for name in TRAINING_OPTIONS if getattr(options, name) is not None}
+    before = TrainingConfig.from_dict(saved.state["training"]) if saved else PRESETS[options.preset].training
+    return replace(before, seed=options.seed, **changes)
 
 
 def model_config(args: argparse.Namespace, known: list[np.ndarray] | None, layout: Layout) -> DLRMConfig:

@@ -3,6 +3,7 @@
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 
 import numpy as np
 
@@ -63,6 +64,7 @@ def epoch_batches(
     rank: int = 0,
     world_size: int = 1,
     mixed_rows: int = MIXED_ROWS,
+    start: int = 0,
 ) -> Iterator[Batch]:
     """The training batches of an epoch, in an order that seed and epoch give; the last one is smaller.
 
@@ -75,24 +77,29 @@ def epoch_batches(
     Args:
         rows: of the source, its training rows.
         rank, world_size: of several processes, each gets its part of every batch: together they have the whole one.
+        start: number of batches to leave out: the others are those that come after them, not others. Nothing of what is
+            left out is read where rows can be read at any place.
     """
     generator = np.random.default_rng([seed, epoch])
     if isinstance(source, RandomAccess):
-        several = in_background(lambda: _mixed_blocks(source, rows, batch_size, generator, mixed_rows), 4)
+        several = in_background(lambda: _mixed_blocks(source, rows, batch_size, generator, mixed_rows, start), 4)
         batches: Iterable[Batch] = (
-            some[start : start + batch_size] for some in several for start in range(0, len(some), batch_size)
+            some[first : first + batch_size] for some in several for first in range(0, len(some), batch_size)
         )
     else:
         runs = in_background(lambda: shuffled(source.read(rows.start, rows.stop), generator))
-        batches = rebatch(runs, batch_size)
+        batches = islice(rebatch(runs, batch_size), start, None)
     for batch in batches:
-        yield batch if world_size == 1 else batch[_share(len(batch), rank, world_size)]
+        if world_size > 1:
+            own = share(range(len(batch)), rank, world_size)
+            batch = batch[own.start : own.stop]
+        yield batch
 
 
 def _mixed_blocks(
-    source: RandomAccess, rows: range, batch_size: int, generator: np.random.Generator, mixed_rows: int
+    source: RandomAccess, rows: range, batch_size: int, generator: np.random.Generator, mixed_rows: int, skipped: int
 ) -> Iterator[Batch]:
-    """Whole batches, one or several at a time. A block of fewer rows at the end of the range stays at the end."""
+    """Whole batches after the skipped ones, one or several at a time. A block of fewer rows stays at the end."""
     several = batch_size * max(_ROWS_AT_ONCE // batch_size, 1)
     mixed = mixed_rows > batch_size
     size = batch_size * max(_BLOCK_ROWS // batch_size, 1) if mixed else batch_size
@@ -103,7 +110,8 @@ def _mixed_blocks(
     blocks = max((mixed_rows if mixed else several) // size, 1)
     window = source.layout.records(min(blocks * size, len(rows)))
     order = generator.permutation(len(window))  # one for all windows of the epoch: each has other blocks
-    for first in range(0, len(starts), blocks):
+    skipped_windows, skipped = divmod(skipped, blocks * size // batch_size)
+    for first in range(skipped_windows * blocks, len(starts), blocks):
         filled = 0
         for start in starts[first : first + blocks].tolist():
             block = window[filled : filled + min(size, rows.stop - start)]
@@ -114,14 +122,16 @@ def _mixed_blocks(
             items = window[:filled].view(np.uint8).reshape(filled, -1)
             if filled < len(window):
                 order = generator.permutation(filled)
-            for at in range(0, filled, several):
+            for at in range(skipped * batch_size, filled, several):
                 yield to_batch(items.take(order[at : at + several], axis=0).view(window.dtype).reshape(-1))
-        else:
-            yield to_batch(window[:filled])
+        elif skipped * batch_size < filled:
+            yield to_batch(window[skipped * batch_size : filled])
+        skipped = 0
 
 
-def _share(rows: int, rank: int, world_size: int) -> slice:
-    return slice(rows * rank // world_size, rows * (rank + 1) // world_size)
+def share(rows: range, rank: int, world_size: int) -> range:
+    """One process's part of consecutive rows: the parts differ by a row at most."""
+    return rows[len(rows) * rank // world_size : len(rows) * (rank + 1) // world_size]
 
 
 def in_background(make: Callable[[], Iterable[Batch]], depth: int = 1) -> Iterator[Batch]:

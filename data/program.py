@@ -9,7 +9,7 @@ def exit_code(program: Callable[[], None]) -> int:
 
     Returns:
         0: done. 2: input, options or machine did not allow it. 130: interrupted. An exception that has an ``exit_code``
-        of its own: that.
+        of its own: that. One without a message is not printed: another process has said why.
     """
     try:
         program()
@@ -25,7 +25,8 @@ def exit_code(program: Callable[[], None]) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    if message:
+        print(f"error: {message}", file=sys.stderr)
     return code
 
 

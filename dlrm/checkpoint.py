@@ -1,9 +1,20 @@
-"""Checkpoints: a folder with config.json and model.safetensors, from which alone a model is rebuilt."""
+"""Checkpoints.
 
+A model is a folder with config.json and model.safetensors, from which alone it is rebuilt: ``save``, ``load``.
+
+A training run keeps more, to go on as if it had never stopped: ``TrainingCheckpoints``. Each is a folder
+step-000001234 with model.safetensors; optimizer.safetensors, the state of the optimizers and of torch's generator; and
+state.json, everything else, with the SHA-256 of the other two.
+"""
+
+import hashlib
 import json
 import os
-from collections.abc import Iterator
+import re
+import shutil
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +26,9 @@ from dlrm.config import DLRMConfig
 from dlrm.model import DLRM
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
+VERSION = 1
+_GENERATOR = "generator"  # torch's, among the tensors of the optimizers
 
 
 class CheckpointError(ValueError):
@@ -57,9 +71,8 @@ def save(folder: str | Path, model: DLRM, training: dict[str, Any] | None = None
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     with whole_file(folder / WEIGHTS) as part:
-        save_file(state, part)
+        save_file(_state(model), part)
     write_json(folder / CONFIG, {"model": model.config.to_dict(), "training": training})
 
 
@@ -78,17 +91,196 @@ def load(folder: str | Path) -> DLRM:
         config = DLRMConfig.from_dict(json.loads(config_path.read_text())["model"])
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{config_path}: not a model's config: {error}") from None
-    try:
-        state = load_file(weights_path)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{weights_path}: can't be read: {error}") from None
+    return _build(config, weights_path, config_path.name)
+
+
+def _state(model: DLRM) -> dict[str, torch.Tensor]:
+    return {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+
+
+def _build(config: DLRMConfig, weights_path: Path, config_name: str) -> DLRM:
+    state = _read(weights_path)
     with torch.device("meta"):
         expected = DLRM(config).state_dict()
     for name in sorted(expected.keys() | state.keys()):
         want = tuple(expected[name].shape) if name in expected else "none"
         got = tuple(state[name].shape) if name in state else "none"
         if want != got:
-            raise CheckpointError(f"{weights_path}: {name} has shape {got}, {config_path.name} makes it {want}")
+            raise CheckpointError(f"{weights_path}: {name} has shape {got}, {config_name} makes it {want}")
     model = DLRM(config)
     model.load_state_dict(state)
     return model
+
+
+def _read(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: can't be read: {error}") from None
+
+
+@dataclass
+class Saved:
+    """A training checkpoint that was read: ``model``, and the state with which ``restore`` goes on."""
+
+    path: Path
+    model: DLRM
+    state: dict[str, Any]
+    _tensors: dict[str, torch.Tensor]
+
+    def restore(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        """Put the optimizers, made for ``model``, and torch's generator into the state they were in.
+
+        Raises:
+            CheckpointError: it belongs to other optimizers.
+        """
+        numbers = self.state["optimizers"]
+        if len(numbers) != len(optimizers):
+            raise CheckpointError(
+                f"{self.path / OPTIMIZER}: has the state of {len(numbers)} optimizers, expected {len(optimizers)}"
+            )
+        for k, optimizer in enumerate(optimizers):
+            of_parameter: dict[int, dict[str, Any]] = {int(i): dict(values) for i, values in numbers[k].items()}
+            for name, tensor in self._tensors.items():
+                if name.startswith(f"{k}."):
+                    _, i, what = name.split(".")
+                    of_parameter.setdefault(int(i), {})[what] = tensor
+            # The groups are those of the config, which sets the rate of every step.
+            groups = optimizer.state_dict()["param_groups"]
+            try:
+                optimizer.load_state_dict({"state": of_parameter, "param_groups": groups})
+            except (ValueError, KeyError, RuntimeError) as error:
+                raise CheckpointError(f"{self.path / OPTIMIZER}: not the state of these optimizers: {error}") from None
+        torch.set_rng_state(self._tensors[_GENERATOR])
+
+
+class TrainingCheckpoints:
+    """The checkpoints of a training run, the last few of them.
+
+    Args:
+        folder: of the run; they are in its folder "checkpoints".
+        keep: how many; older ones are removed when a new one is whole.
+    """
+
+    def __init__(self, folder: Path, keep: int = 2):
+        if keep < 1:
+            raise ValueError(f"keep: expected at least 1 checkpoint, got {keep}")
+        self.folder, self.keep = folder / "checkpoints", keep
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"step-{step:09}"
+
+    def steps(self) -> list[int]:
+        """Those that are there, ascending."""
+        names = os.listdir(self.folder) if self.folder.is_dir() else []
+        return sorted(int(found[1]) for name in names if (found := re.fullmatch(r"step-(\d+)", name)))
+
+    def save(self, step: int, model: DLRM, optimizers: Sequence[torch.optim.Optimizer], state: dict[str, Any]) -> None:
+        """Write a checkpoint under a temporary name, flush it to the disk, rename it, and remove the oldest.
+
+        Args:
+            state: whatever else the run needs, for JSON.
+
+        Raises:
+            OSError: it can't be written; the earlier ones are as they were.
+        """
+        part = self.folder / "unfinished"
+        shutil.rmtree(part, ignore_errors=True)  # of a run that was killed here
+        tensors = {_GENERATOR: torch.get_rng_state()}
+        numbers: list[dict[int, dict[str, Any]]] = []
+        for k, optimizer in enumerate(optimizers):
+            numbers.append({})
+            for i, values in optimizer.state_dict()["state"].items():
+                numbers[k][i] = {what: x for what, x in values.items() if not isinstance(x, torch.Tensor)}
+                of_tensors = {what: x for what, x in values.items() if isinstance(x, torch.Tensor)}
+                tensors |= {f"{k}.{i}.{what}": x.contiguous() for what, x in of_tensors.items()}
+        try:
+            part.mkdir(parents=True)
+            with whole_file(part / WEIGHTS) as file:
+                save_file(_state(model), file)
+            with whole_file(part / OPTIMIZER) as file:
+                save_file(tensors, file)
+            digests = {name: _sha256(part / name) for name in (WEIGHTS, OPTIMIZER)}
+            write_json(
+                part / STATE,
+                {"version": VERSION, "model": model.config.to_dict(), "sha256": digests, "optimizers": numbers} | state,
+            )
+            for name in (WEIGHTS, OPTIMIZER, STATE, ""):
+                _flush(part / name)
+            path, replaced = self.path(step), self.folder / "replaced"
+            if path.exists():  # the same step again: of a run that went on from here or from an earlier one
+                shutil.rmtree(replaced, ignore_errors=True)
+                path.rename(replaced)
+            part.rename(path)
+            _flush(self.folder)
+            shutil.rmtree(replaced, ignore_errors=True)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+        # Those of later steps are of a run that this one, gone on from an earlier checkpoint, has left behind.
+        earlier = [other for other in self.steps() if other < step]
+        kept = {step, *earlier[max(len(earlier) - self.keep + 1, 0) :]}
+        for other in self.steps():
+            if other not in kept:
+                shutil.rmtree(self.path(other), ignore_errors=True)
+
+    def load(self, step: int | None = None) -> Saved | None:
+        """Read a checkpoint.
+
+        Args:
+            step: which; None: the last.
+
+        Returns:
+            None where there are none.
+
+        Raises:
+            CheckpointError: it is damaged, or no checkpoint of this program. Says which earlier one there is.
+        """
+        steps = self.steps()
+        if step is None and not steps:
+            return None
+        if step is None:
+            step = steps[-1]
+        elif step not in steps:
+            there = f"there are {', '.join(map(str, steps))}" if steps else "there are none"
+            raise CheckpointError(f"{self.folder}: no checkpoint of step {step}: {there}")
+        try:
+            return _load_training(self.path(step))
+        except CheckpointError as error:
+            earlier = [other for other in steps if other < step]
+            advice = f"; the one before it: --resume {earlier[-1]}" if earlier else "; there is none before it"
+            raise CheckpointError(f"{error}{advice}") from None
+
+
+def _load_training(path: Path) -> Saved:
+    try:
+        state = json.loads((path / STATE).read_text())
+        if state["version"] != VERSION:
+            raise ValueError(f"expected version {VERSION}, got {state['version']}")
+        config = DLRMConfig.from_dict(state["model"])
+        digests = {name: state["sha256"][name] for name in (WEIGHTS, OPTIMIZER)}
+    except OSError as error:
+        raise CheckpointError(f"{path / STATE}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path / STATE}: not the state of a training run: {error}") from None
+    for name, digest in digests.items():
+        try:
+            found = _sha256(path / name)
+        except OSError as error:
+            raise CheckpointError(f"{path / name}: {error.strerror}") from None
+        if found != digest:
+            raise CheckpointError(f"{path / name}: damaged: SHA-256 {found[:16]}..., {STATE} has {digest[:16]}...")
+    model = _build(config, path / WEIGHTS, STATE)
+    return Saved(path, model, state, _read(path / OPTIMIZER))
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

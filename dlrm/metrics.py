@@ -12,20 +12,26 @@ import torch
 from sklearn.metrics import log_loss, roc_auc_score
 from torch import nn
 
+from dlrm.distributed import World
+
 EVALUATION_BATCH = 2048  # rows; large enough for the full speed of the MLPs
 
 
 def predict(model: nn.Module, batches: Iterable) -> Iterator[np.ndarray]:
     """Click probabilities, float32 (B,) for each batch; batches have ``dense`` and ``sparse`` as data.rows.Batch."""
     model.eval()
+    device = next(model.parameters()).device
     with torch.inference_mode():
         for batch in batches:
-            logits = model(torch.from_numpy(batch.dense), torch.from_numpy(batch.sparse))
-            yield torch.sigmoid(logits).numpy()
+            logits = model(torch.from_numpy(batch.dense).to(device), torch.from_numpy(batch.sparse).to(device))
+            yield torch.sigmoid(logits).cpu().numpy()
 
 
-def evaluate(model: nn.Module, batches: Iterable) -> dict[str, float]:
+def evaluate(model: nn.Module, batches: Iterable, world: World | None = None) -> dict[str, float]:
     """Score a model on labelled batches.
+
+    Args:
+        world: of several processes, each scores its own rows: the result is that of all rows, exact, in all of them.
 
     Returns:
         auc, log_loss (natural logarithm), rows, seconds.
@@ -41,11 +47,19 @@ def evaluate(model: nn.Module, batches: Iterable) -> dict[str, float]:
             yield batch
 
     start = time.perf_counter()
+    world = world or World()
+    none = [np.empty(0, np.float32)]
     probabilities = list(predict(model, remember(batches)))
-    if not labels:
-        raise ValueError("no rows to evaluate")
-    scores = score(np.concatenate(labels), np.concatenate(probabilities))
-    return {**scores, "seconds": time.perf_counter() - start}
+    pairs = torch.from_numpy(np.stack([np.concatenate(none + labels), np.concatenate(none + probabilities)], axis=1))
+    pairs_of_all = world.gather_in_first(pairs)
+
+    def scores() -> dict[str, float]:
+        assert pairs_of_all is not None
+        if not len(pairs_of_all):
+            raise ValueError("no rows to evaluate")
+        return score(*pairs_of_all.cpu().numpy().T)
+
+    return {**world.first(scores), "seconds": time.perf_counter() - start}
 
 
 def score(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The deep learning recommendation model (Naumov et al. 2019): bottom MLP, embeddings, pairwise dots, top MLP.
+"""The deep learning recommendation model (Naumov et al. 2019): bottom MLP, embeddings, interaction, top MLP.
 
 B examples, F categorical features, D embedding_dim, N = F + 1 vectors that interact.
 """
@@ -45,6 +45,44 @@ class DotInteraction(nn.Module):
         return torch.ops.robe.dot_interaction(dense, embeddings)
 
 
+class LowRankCrossNet(nn.Module):
+    """DCNv2's cross net with matrices of low rank (Wang et al. 2021): x' = x0 * (W (V x) + b) + x, layer by layer.
+
+    Initial values as in torchrec: W, V ~ Xavier's normal distribution, b = 0.
+
+    Args:
+        width: of the input and of the output.
+        layers: how many.
+        rank: V is (rank, width), W (width, rank).
+    """
+
+    def __init__(self, width: int, layers: int, rank: int):
+        super().__init__()
+        self.v = nn.ModuleList(nn.Linear(width, rank, bias=False) for _ in range(layers))
+        self.w = nn.ModuleList(nn.Linear(rank, width) for _ in range(layers))
+        for name, parameter in self.named_parameters():
+            nn.init.zeros_(parameter) if name.endswith("bias") else nn.init.xavier_normal_(parameter)
+
+    def forward(self, x0: Tensor) -> Tensor:
+        """(B, width) -> (B, width)."""
+        x = x0
+        for v, w in zip(self.v, self.w):
+            x = torch.addcmul(x, x0, w(v(x)))
+        return x
+
+
+class CrossInteraction(nn.Module):
+    """The cross net over all N = F + 1 vectors, one behind the other."""
+
+    def __init__(self, width: int, layers: int, rank: int):
+        super().__init__()
+        self.net = LowRankCrossNet(width, layers, rank)
+
+    def forward(self, dense: Tensor, embeddings: Tensor) -> Tensor:
+        """dense (B, D) and embeddings (B, F, D) -> (B, N * D)."""
+        return self.net(torch.cat([dense, embeddings.flatten(1)], dim=1))
+
+
 class DLRM(nn.Module):
     """A DLRM; the loss and the sigmoid lie outside.
 
@@ -59,8 +97,13 @@ class DLRM(nn.Module):
         self.embeddings = build_embeddings(config) if embeddings is None else embeddings
         vectors = len(config.table_rows) + 1
         self.bottom = MLP((config.num_dense, *config.bottom_mlp), relu_last=True)
-        self.interaction = DotInteraction()
-        self.top = MLP((config.embedding_dim + vectors * (vectors - 1) // 2, *config.top_mlp), relu_last=False)
+        if config.interaction == "dot":
+            self.interaction: nn.Module = DotInteraction()
+            width = config.embedding_dim + vectors * (vectors - 1) // 2
+        else:
+            width = vectors * config.embedding_dim
+            self.interaction = CrossInteraction(width, config.cross_layers, config.cross_rank)
+        self.top = MLP((width, *config.top_mlp), relu_last=False)
 
     def forward(self, dense: Tensor, sparse: Tensor) -> Tensor:
         """The logits of clicks.

@@ -1,24 +1,36 @@
-"""The training loop."""
+"""The training loop: steps, evaluations, and where a run can go on.
+
+Everything that the next step depends on is in the model, the optimizers and ``Progress``; the order of the rows and the
+learning rate are functions of the step. So a run that goes on from a checkpoint ends with the same weights.
+"""
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
+from contextlib import closing, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
 import robe.optim
 from dlrm.config import TrainingConfig
+from dlrm.distributed import World
 from dlrm.embeddings import Tables
+from dlrm.journal import Journal
+from dlrm.mllog import MLLog
+from dlrm.model import DLRM
 from robe import RobeArray
 
 # Adam goes on moving a row by its momentum in the steps after it was read; SparseAdam does not, and needs larger steps
 # to get as far: see docs/accuracy.md.
 SPARSE_ADAM_RATE = 3
-_STEPS_A_LOOK = 20  # steps between readings of the loss; each reading waits for the device
+CHECKPOINT_SECONDS = 600.0
+_JOURNAL_STEPS = 100  # steps whose mean loss is a line of the journal
+_CUDA_LOOK = 20  # steps between readings of the loss there, each of which waits for the device
 
 
 class TrainingError(RuntimeError):
@@ -27,15 +39,38 @@ class TrainingError(RuntimeError):
     exit_code = 3  # of a program that ends with it
 
 
-def make_optimizers(model: nn.Module, config: TrainingConfig) -> list[torch.optim.Optimizer]:
+class Stopped(Exception):
+    """Training was asked to stop; a checkpoint has been saved."""
+
+
+@dataclass
+class Progress:
+    """How far a run has come. Beside weights and optimizers, all there is to go on from."""
+
+    step: int = 0
+    loss_sum: float = 0.0  # of the steps of this epoch
+    recent_sum: float = 0.0  # of the steps since the last line of the journal
+    history: list[dict[str, float]] = field(default_factory=list)  # evaluations: step, epoch, train_loss, auc, log_loss
+    seconds: float = 0.0  # of the steps alone
+
+    @property
+    def best(self) -> dict[str, float]:
+        """The first of the evaluations with the best AUC."""
+        return max(self.history, key=lambda point: point["auc"])
+
+
+def make_optimizers(model: DLRM, config: TrainingConfig, world: World | None = None) -> list[torch.optim.Optimizer]:
     """The optimizers of a config.
 
     Tables have sparse gradients, for which Adam is a class of its own (SparseAdam). ROBE arrays are updated by
-    robe.optim, which never builds their dense gradient; but with Adam, whose moments go on moving weights that are not
-    read, by torch's.
+    robe.optim, which never builds their dense gradient; but by torch's with Adam, whose moments go on moving weights
+    that are not read, and where several processes have less to send to each other with the dense gradient.
     """
+    world = world or World()
     tables = [p for module in model.modules() if isinstance(module, Tables) for p in module.parameters()]
     arrays = [m for m in model.modules() if isinstance(m, RobeArray)] if config.optimizer != "adam" else []
+    if world.size > 1 and not sends_touched_slots(model, config.batch_size):
+        arrays = []
     apart = tables + [array.weight for array in arrays]
     rest = [p for p in model.parameters() if all(p is not other for other in apart)]
     if tables:
@@ -46,91 +81,279 @@ def make_optimizers(model: nn.Module, config: TrainingConfig) -> list[torch.opti
         dense: list[torch.optim.Optimizer] = [torch.optim.Adam(rest, lr=lr)]
         return dense + [torch.optim.SparseAdam(tables, lr=SPARSE_ADAM_RATE * lr)] if tables else dense
     if config.optimizer == "adagrad":
-        optimizers: list[torch.optim.Optimizer] = [torch.optim.Adagrad(rest + tables, lr=lr)]
-        return optimizers + [robe.optim.Adagrad(arrays, lr=lr)] if arrays else optimizers
-    optimizers = [torch.optim.SGD(rest + tables, lr=lr)]
-    return optimizers + [robe.optim.SGD(arrays, lr=lr)] if arrays else optimizers
+        eps = config.adagrad_eps
+        dense = [torch.optim.Adagrad(rest + tables, lr=lr, eps=eps)]
+        return dense + [robe.optim.Adagrad(arrays, lr=lr, eps=eps, process_group=world.group)] if arrays else dense
+    dense = [torch.optim.SGD(rest + tables, lr=lr)]
+    return dense + [robe.optim.SGD(arrays, lr=lr, process_group=world.group)] if arrays else dense
 
 
-def train(
+def sends_touched_slots(model: DLRM, batch_size: int) -> bool:
+    """Whether the gradients of the embeddings that a batch reads, with the ids, are less than those of the arrays.
+
+    Gathering sends each number once to every process, averaging a dense gradient twice (to sum it, and the sum).
+    """
+    config = model.config
+    ids = sum(config.hots) if config.hots else len(config.table_rows)
+    touched = batch_size * (len(config.table_rows) * config.embedding_dim + 2 * ids)  # in units of 4 bytes
+    arrays = sum(m.size for m in model.modules() if isinstance(m, RobeArray))
+    return touched < 2 * arrays
+
+
+def train_step(
     model: nn.Module,
-    config: TrainingConfig,
-    make_batches: Callable[[int], Iterable],
-    rows: int,
-    evaluate: Callable[[], dict[str, float]],
-    keep: Callable[[], None],
-    progress: bool = True,
-) -> dict[str, Any]:
-    """Train, and keep the state with the best validation AUC.
+    optimizers: list[torch.optim.Optimizer],
+    batch: Any,
+    world: World | None = None,
+    rows: int | None = None,
+    stop: bool = False,
+) -> Tensor:
+    """One step of gradient descent on the mean binary cross-entropy.
+
+    Args:
+        batch: dense, sparse and labels as data.rows.Batch: this process's part.
+        rows: of the parts of all processes together; None: this is all.
+        stop: whether this process wants to stop training.
+
+    Returns:
+        (2,): the loss over all rows, and how many processes want to stop.
+    """
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    dense, sparse, labels = (torch.from_numpy(x) for x in (batch.dense, batch.sparse, batch.labels))
+    size = 1
+    if world is not None:
+        size = world.size
+        dense, sparse, labels = (x.to(world.device, non_blocking=True) for x in (dense, sparse, labels))
+    rows = len(labels) if rows is None else rows
+    loss = functional.binary_cross_entropy_with_logits(model(dense, sparse), labels, reduction="sum") / rows
+    (loss * size if size > 1 else loss).backward()  # gradients are averaged over the processes, not summed
+    numbers = torch.stack([loss.detach(), loss.detach().new_tensor(float(stop))])
+    if world is not None:
+        numbers = world.average_gradients(model.parameters(), numbers)
+    for optimizer in optimizers:
+        optimizer.step()
+    return numbers
+
+
+@dataclass
+class Trainer:
+    """A training run.
 
     Args:
         model: (dense, sparse) -> logits.
-        make_batches: epoch -> its batches (dense, sparse, labels as data.rows.Batch), of config.batch_size rows.
+        make_batches: (epoch, start) -> its batches (dense, sparse, labels as data.rows.Batch), this process's part of
+            each, from number ``start`` on; of config.batch_size rows in all processes together.
         rows: in an epoch.
-        evaluate: the validation scores of the model as it is now, with "auc".
-        keep: called when those are the best so far.
-
-    Returns:
-        history: the evaluations [{step, epoch, train_loss, auc, log_loss}], best: the best of them,
-        samples_per_second of the training alone, and train_seconds.
-
-    Raises:
-        TrainingError: the loss is NaN or infinite.
+        evaluate: the validation scores of the model as it is now, with "auc" and "log_loss"; the same in all processes.
+        keep: called in the first process when those are the best so far.
+        save: called there with the progress when a checkpoint is due: after each evaluation, when
+            ``checkpoint_seconds`` have passed, and before the run stops.
+        wants_to_stop: asked after each step.
+        optimizers: none: those of the config.
+        progress: where to go on.
     """
-    optimizers = make_optimizers(model, config)
-    steps = math.ceil(rows / config.batch_size)
-    evaluate_at = {
-        math.ceil(steps * k / config.evaluations_per_epoch) for k in range(1, config.evaluations_per_epoch + 1)
-    }
-    history: list[dict[str, float]] = []
-    best: dict[str, float] = {"auc": -1.0}
-    seconds, step = 0.0, 0
-    for epoch in range(config.epochs):
-        title = f"epoch {epoch + 1}/{config.epochs}"
-        loss_sum, shown = torch.zeros(()), {}
-        model.train()
-        start = time.perf_counter()
-        with tqdm(total=rows, unit="row", unit_scale=True, desc=title, disable=not progress) as bar:
-            for step_of_epoch, batch in enumerate(make_batches(epoch), 1):
-                loss_sum += train_step(model, optimizers, batch)
-                step += 1
-                bar.update(len(batch.labels))
-                if step_of_epoch % _STEPS_A_LOOK and step_of_epoch not in evaluate_at:
+
+    model: DLRM
+    config: TrainingConfig
+    make_batches: Callable[[int, int], Iterable]
+    rows: int
+    evaluate: Callable[[], dict[str, float]]
+    keep: Callable[[], None] = lambda: None
+    save: Callable[[Progress], None] = lambda progress: None
+    wants_to_stop: Callable[[], bool] = lambda: False
+    optimizers: list[torch.optim.Optimizer] = field(default_factory=list)
+    progress: Progress = field(default_factory=Progress)
+    world: World = field(default_factory=World)
+    journal: Journal | None = None
+    mllog: MLLog | None = None
+    checkpoint_seconds: float = CHECKPOINT_SECONDS
+    show: bool = True  # a progress bar
+
+    def __post_init__(self):
+        self.optimizers = self.optimizers or make_optimizers(self.model, self.config, self.world)
+        self.steps = math.ceil(self.rows / self.config.batch_size)  # in an epoch
+        count = self.config.evaluations_per_epoch
+        self._evaluate_at = {math.ceil(self.steps * k / count) for k in range(1, count + 1)}
+        self._rates: dict[int, float] = {}  # of each parameter group, where all others have 1
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                self._rates[id(group)] = group["lr"] / self.config.learning_rate
+        self._shown: dict[str, str] = {}
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """The epoch, counted from 0, and the number of its steps that are done: at its end, all of them."""
+        step = self.progress.step
+        epoch = max(step - 1, 0) // self.steps
+        return epoch, step - epoch * self.steps
+
+    @property
+    def epoch(self) -> float:
+        """How many are done."""
+        return self.progress.step / self.steps
+
+    @property
+    def reached(self) -> dict[str, float] | None:
+        """The first evaluation above the target."""
+        target = self.config.target_auc
+        return next((p for p in self.progress.history if target is not None and p["auc"] > target), None)
+
+    @property
+    def finished(self) -> bool:
+        return self.reached is not None or self.progress.step >= self.steps * self.config.epochs
+
+    @property
+    def trained_rows(self) -> int:
+        """Rows the steps so far have gone through."""
+        epoch, done = self.place
+        return epoch * self.rows + min(done * self.config.batch_size, self.rows)
+
+    def train(self) -> None:
+        """Train to the last epoch or to the target.
+
+        Raises:
+            TrainingError: the loss or a weight is NaN or infinite.
+            Stopped: it was asked to.
+        """
+        self._saved_at = time.perf_counter()
+        self._clock: float | None = None  # since when steps are made that ``seconds`` does not have
+        total = self.rows * self.config.epochs
+        self.model.train()
+        with tqdm(total=total, initial=self.trained_rows, unit="row", unit_scale=True, disable=not self.show) as bar:
+            self._bar = bar
+            if self._evaluation_is_due():  # the run was stopped while it was at it
+                self._evaluate()
+            while not self.finished:
+                self._train_epoch()
+
+    def _train_epoch(self) -> None:
+        progress, config, batch_size = self.progress, self.config, self.config.batch_size
+        epoch, done = divmod(progress.step, self.steps)
+        self._bar.set_description(f"epoch {epoch + 1}/{config.epochs}")
+        if not done:
+            progress.loss_sum = 0.0
+            if self.mllog:
+                self.mllog.epoch_start(epoch + 1)
+        look = 1 if self.world.device.type == "cpu" else _CUDA_LOOK
+        self._unread: list[Tensor] = []
+        self._clock = time.perf_counter()
+        self._line_clock, self._line_rows = self._clock, self.trained_rows
+        batches = self.make_batches(epoch, done)
+        with closing(batches) if isinstance(batches, Generator) else nullcontext():
+            for batch in batches:
+                progress.step += 1
+                done += 1
+                rows = min(batch_size, self.rows - (done - 1) * batch_size)
+                self._set_rate(config.rate(progress.step))
+                numbers = train_step(self.model, self.optimizers, batch, self.world, rows, self.wants_to_stop())
+                self._unread.append(numbers)
+                self._bar.update(rows)
+                due = done in self._evaluate_at
+                if len(self._unread) < look and not due and progress.step % _JOURNAL_STEPS:
                     continue
-                train_loss = loss_sum.item() / step_of_epoch
-                if not math.isfinite(train_loss):
-                    raise TrainingError(
-                        f"the loss is {train_loss} by step {step} (epoch {epoch + 1}); a lower learning rate than "
-                        f"{config.learning_rate} may help"
-                    )
-                shown["loss"] = f"{train_loss:.4f}"
-                if step_of_epoch in evaluate_at:
-                    seconds += time.perf_counter() - start
-                    scores = evaluate()
-                    point = {"step": step, "epoch": epoch + step_of_epoch / steps, "train_loss": train_loss}
-                    history.append(point | {name: scores[name] for name in ("auc", "log_loss")})
-                    shown["validation_auc"] = f"{scores['auc']:.4f}"
-                    if scores["auc"] > best["auc"]:
-                        best = history[-1]
-                        keep()
-                    model.train()
-                    start = time.perf_counter()
-                bar.set_postfix(shown)
-    return {
-        "history": history,
-        "best": best,
-        "samples_per_second": rows * config.epochs / seconds,
-        "train_seconds": seconds,
-    }
+                stop = self._read_losses()
+                if progress.step % _JOURNAL_STEPS == 0:
+                    self._write_line()
+                if due:
+                    self._evaluate()
+                if stop:
+                    self._save()
+                    raise Stopped
+                if self.reached:
+                    return
+                if time.perf_counter() - self._saved_at > self.checkpoint_seconds:
+                    self._save()
+                if self._clock is None:
+                    self._clock = time.perf_counter()
+                    self._line_clock, self._line_rows = self._clock, self.trained_rows
 
+    def _set_rate(self, rate: float) -> None:
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * self._rates[id(group)]
 
-def train_step(model: nn.Module, optimizers: list[torch.optim.Optimizer], batch) -> torch.Tensor:
-    """One step of gradient descent on the mean binary cross-entropy, which it returns, detached."""
-    for optimizer in optimizers:
-        optimizer.zero_grad(set_to_none=True)
-    logits = model(torch.from_numpy(batch.dense), torch.from_numpy(batch.sparse))
-    loss = functional.binary_cross_entropy_with_logits(logits, torch.from_numpy(batch.labels))
-    loss.backward()
-    for optimizer in optimizers:
-        optimizer.step()
-    return loss.detach()
+    def _read_losses(self) -> bool:
+        """Look at the losses since the last look; whether a process wants to stop."""
+        progress = self.progress
+        read = torch.stack(self._unread).tolist()
+        self._unread.clear()
+        for before_last, (loss, _) in zip(range(len(read) - 1, -1, -1), read):
+            if not math.isfinite(loss):
+                raise self._error(f"the loss is {loss}", before_last)
+            progress.loss_sum += loss
+            progress.recent_sum += loss
+        self._shown["loss"] = f"{progress.loss_sum / self.place[1]:.4f}"
+        self._bar.set_postfix(self._shown, refresh=False)
+        return any(stop for _, stop in read)
+
+    def _write_line(self) -> None:
+        now, rows = time.perf_counter(), self.trained_rows
+        if self.journal:
+            self.journal.write(
+                self.progress.step,
+                self.epoch,
+                {
+                    "train/loss": self.progress.recent_sum / _JOURNAL_STEPS,
+                    "train/learning_rate": self.config.rate(self.progress.step),
+                    "train/samples_per_second": (rows - self._line_rows) / (now - self._line_clock),
+                },
+            )
+        self.progress.recent_sum = 0.0
+        self._line_clock, self._line_rows = now, rows
+
+    def _evaluation_is_due(self) -> bool:
+        step, history = self.progress.step, self.progress.history
+        return self.place[1] in self._evaluate_at and (not history or history[-1]["step"] < step)
+
+    def _evaluate(self) -> None:
+        progress = self.progress
+        self._stop_clock()
+        self._require_finite_weights()
+        if self.mllog:
+            self.mllog.evaluation_start(self.epoch)
+        try:
+            scores = self.evaluate()
+        except Stopped:
+            self._save()
+            raise
+        self.model.train()
+        epoch, done = self.place
+        point = {"step": progress.step, "epoch": self.epoch, "train_loss": progress.loss_sum / done}
+        is_best = not progress.history or scores["auc"] > progress.best["auc"]
+        progress.history.append(point | {name: scores[name] for name in ("auc", "log_loss")})
+        self._shown["validation_auc"] = f"{scores['auc']:.4f}"
+        self._bar.set_postfix(self._shown)
+        if self.journal:
+            values = {f"validation/{name}": scores[name] for name in ("auc", "log_loss")}
+            self.journal.write(progress.step, self.epoch, values)
+        if self.mllog:
+            self.mllog.evaluation_stop(self.epoch, scores["auc"])
+            if done == self.steps or self.reached:
+                self.mllog.epoch_stop(epoch + 1)
+        if is_best and self.world.is_first:
+            self.keep()
+        self._save()
+
+    def _save(self) -> None:
+        self._stop_clock()
+        if self.world.is_first:
+            self._require_finite_weights()
+            self.save(self.progress)
+        self._saved_at = time.perf_counter()
+
+    def _stop_clock(self) -> None:
+        if self._clock is not None:
+            self.progress.seconds += time.perf_counter() - self._clock
+        self._clock = None
+
+    def _require_finite_weights(self) -> None:
+        if not all(bool(torch.isfinite(p).all()) for p in self.model.parameters()):
+            raise self._error("a weight is NaN or infinite", 0)
+
+    def _error(self, what: str, steps_ago: int) -> TrainingError:
+        epoch, done = self.place
+        return TrainingError(
+            f"{what} at step {self.progress.step - steps_ago} (batch {done - steps_ago} of epoch {epoch + 1}); a lower "
+            f"learning rate than {self.config.rate(self.progress.step - steps_ago):g} may help"
+        )

@@ -18,6 +18,11 @@ in steps that touch it, as in torch.optim.SparseAdam; Adam's bias correction cou
 (SGD, or Adagrad, without decay) the results are the same but for rounding. Slots of bf16 and fp16 arrays are updated in
 float32.
 
+With ``process_group``, several processes train one array, each on its part of a batch: ``step`` gathers what all of
+them have kept and applies the average of the gradients in each, as DistributedDataParallel does for other parameters.
+That takes (B, F, D) numbers a step for the batch of all processes; where this is more than a dense gradient, let
+DistributedDataParallel reduce that, with an optimizer of torch.optim.
+
 torch.compile breaks its graph where a layer hands its gradient over. Gradient clipping and loss scaling (GradScaler)
 see no gradient of these arrays. full_weight() is outside of all this: its gradient goes to weight.grad.
 """
@@ -64,11 +69,12 @@ class _TouchedSlots(torch.optim.Optimizer):
     _rule: str
     _state_names: tuple[str, ...]
 
-    def __init__(self, arrays: nn.Module | Iterable, defaults: dict[str, Any]):
+    def __init__(self, arrays: nn.Module | Iterable, defaults: dict[str, Any], process_group):
         for name in ("lr", "weight_decay", "eps", "momentum", "lr_decay", "initial_accumulator_value"):
             if not 0 <= defaults.get(name, 0) < math.inf:
                 raise ValueError(f"{name}: expected at least 0, got {defaults[name]}")
         self._pending: dict[Tensor, list[tuple]] = {}
+        self._process_group = process_group
         # add_param_group takes the weights out of the modules.
         super().__init__([arrays] if isinstance(arrays, nn.Module) else arrays, defaults)  # type: ignore[arg-type]
 
@@ -76,6 +82,7 @@ class _TouchedSlots(torch.optim.Optimizer):
         # A copy takes no gradients: the arrays go on giving them to the optimizer they had.
         super().__setstate__(state)
         self._pending = {}
+        self.__dict__.setdefault("_process_group", None)  # load_state_dict comes here too, and leaves it as it is
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch, with RobeArrays, or modules that hold some, as the group's "params"."""
@@ -121,6 +128,8 @@ class _TouchedSlots(torch.optim.Optimizer):
                 calls = self._pending.pop(weight, None)
                 if not calls:
                     continue
+                if self._process_group is not None:
+                    calls = _of_all_processes(calls, self._process_group)
                 state = self.state[weight]
                 state["step"] = state.get("step", 0) + 1
                 for name in self._state_names:
@@ -134,6 +143,25 @@ class _TouchedSlots(torch.optim.Optimizer):
     def _options(self, group: dict[str, Any], step: int) -> list[float]:
         """The five numbers of the rule: its rate, weight decay, and three of its own."""
         raise NotImplementedError
+
+
+def _of_all_processes(calls: list[tuple], group) -> list[tuple]:
+    """The same calls of every process, with gradients whose sum is the average."""
+    from robe.gather import gather  # torch.distributed is for those who use it
+
+    # ids, and of bags offsets and factors: before what belongs to the layer, which is the same everywhere.
+    counts = [1 if name == "lookup" else 3 for name, _, _ in calls]
+    tensors = [
+        x for (_, grad, arguments), count in zip(calls, counts) for x in (grad, *arguments[:count]) if x is not None
+    ]
+    together = []
+    for of_process in gather(tensors, group):
+        own = iter(of_process)
+        for (name, _, arguments), count in zip(calls, counts):
+            grad = next(own) / torch.distributed.get_world_size(group)
+            mine = tuple(None if x is None else next(own) for x in arguments[:count])
+            together.append((name, grad, mine + arguments[count:]))
+    return together
 
 
 def _lists(calls: list[tuple]) -> tuple:
@@ -162,6 +190,7 @@ class SGD(_TouchedSlots):
         arrays: a RobeArray, a module that holds some, an iterable of these, or of param groups as in torch, with such
             an iterable as "params".
         lr: learning rate; a scheduler may change it.
+        process_group: of torch.distributed, whose processes train the same arrays; all make the same calls of layers.
         momentum, weight_decay: as in torch, but of the slots that a step touches.
 
     Raises:
@@ -170,8 +199,10 @@ class SGD(_TouchedSlots):
 
     _rule = "sgd"
 
-    def __init__(self, arrays, lr: float = 1e-3, momentum: float = 0.0, *, weight_decay: float = 0.0):
-        super().__init__(arrays, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+    def __init__(
+        self, arrays, lr: float = 1e-3, momentum: float = 0.0, *, weight_decay: float = 0.0, process_group=None
+    ):
+        super().__init__(arrays, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}, process_group)
 
     @property
     def _state_names(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -185,7 +216,7 @@ class Adagrad(_TouchedSlots):
     """torch.optim.Adagrad on touched slots: s += g * g, w -= lr / (1 + (step - 1) * lr_decay) * g / (sqrt(s) + eps).
 
     Args:
-        arrays, lr: as in SGD.
+        arrays, lr, process_group: as in SGD.
         lr_decay, weight_decay, initial_accumulator_value, eps: as in torch.
     """
 
@@ -200,9 +231,11 @@ class Adagrad(_TouchedSlots):
         weight_decay: float = 0.0,
         initial_accumulator_value: float = 0.0,
         eps: float = 1e-10,
+        *,
+        process_group=None,
     ):
         options = {"lr": lr, "lr_decay": lr_decay, "weight_decay": weight_decay, "eps": eps}
-        super().__init__(arrays, options | {"initial_accumulator_value": initial_accumulator_value})
+        super().__init__(arrays, options | {"initial_accumulator_value": initial_accumulator_value}, process_group)
 
     def _options(self, group: dict[str, Any], step: int) -> list[float]:
         rate = group["lr"] / (1 + (step - 1) * group["lr_decay"])
@@ -216,7 +249,7 @@ class Adam(_TouchedSlots):
     w -= lr * m / (1 - b1**t) / (sqrt(v / (1 - b2**t)) + eps).
 
     Args:
-        arrays, lr: as in SGD.
+        arrays, lr, process_group: as in SGD.
         betas, eps, weight_decay: as in torch.optim.Adam.
     """
 
@@ -230,11 +263,13 @@ class Adam(_TouchedSlots):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        *,
+        process_group=None,
     ):
         for i, beta in enumerate(betas):
             if not 0 <= beta < 1:
                 raise ValueError(f"betas[{i}]: expected at least 0 and below 1, got {beta}")
-        super().__init__(arrays, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        super().__init__(arrays, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}, process_group)
 
     def _options(self, group: dict[str, Any], step: int) -> list[float]:
         beta1, beta2 = group["betas"]

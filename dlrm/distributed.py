@@ -1,0 +1,147 @@
+"""Several processes that train one model, each on its part of every batch.
+
+    torchrun --nproc-per-node 2 train.py ...
+
+ROBE's array is small, so every process holds the whole model: after the backward, gradients are averaged, and all make
+the same step. A program without torchrun is a world of one process, where all of this does nothing.
+"""
+
+import os
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from robe.gather import gather
+
+T = TypeVar("T")
+
+
+class PeerFailed(RuntimeError):
+    """The first process can't go on; it has said why itself."""
+
+    def __init__(self, exit_code: int):
+        super().__init__("")
+        self.exit_code = exit_code
+
+
+class World:
+    """The processes of a run.
+
+    Args:
+        device: of this process's model.
+        rank, size: which of the processes this is, and how many there are.
+        group: for collectives; None in a world of one.
+    """
+
+    def __init__(self, device: str = "cpu", rank: int = 0, size: int = 1, group: "dist.ProcessGroup | None" = None):
+        self.device, self.rank, self.size, self.group = torch.device(device), rank, size, group
+
+    @staticmethod
+    def join(device: str | None = None) -> "World":
+        """The world that torchrun has started this process in, or a world of one.
+
+        Args:
+            device: "cpu" or "cuda"; None: CUDA if there is one. A process has the CUDA device of its local rank.
+
+        Raises:
+            ValueError: no such device.
+        """
+        kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if kind == "cuda" and not torch.cuda.is_available():
+            raise ValueError("--device: expected cpu, torch finds no CUDA device here")
+        if kind == "cuda":
+            kind = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+            torch.cuda.set_device(kind)
+        size = int(os.environ.get("WORLD_SIZE", 1))
+        if size == 1:
+            return World(kind)
+        dist.init_process_group("gloo" if kind == "cpu" else "nccl")
+        return World(kind, dist.get_rank(), size, dist.group.WORLD)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that writes and prints."""
+        return self.rank == 0
+
+    def close(self) -> None:
+        if self.group is not None:
+            dist.destroy_process_group()
+            self.group = None
+
+    def first(self, make: Callable[[], T]) -> T:
+        """What the first process makes of a call, in all of them.
+
+        Raises:
+            PeerFailed: in the others, if it failed; there, the error itself.
+        """
+        if self.group is None:
+            return make()
+        result: list[Any] = [None, None]
+        try:
+            if self.is_first:
+                result[0] = make()
+        except Exception as error:
+            dist.broadcast_object_list([None, getattr(error, "exit_code", 2)])
+            raise
+        dist.broadcast_object_list(result)
+        if result[1] is not None:
+            raise PeerFailed(result[1])
+        return result[0]
+
+    def each(self, make: Callable[[], T]) -> T:
+        """A call in all of them; in the others once it has gone well in the first.
+
+        Raises:
+            PeerFailed: as ``first``.
+        """
+        made: list[T] = []
+        self.first(lambda: made.append(make()))
+        return made[0] if made else make()
+
+    def gather_in_first(self, tensor: Tensor) -> Tensor | None:
+        """The tensors (n, ...) of all processes, one behind the other, in the first process; None in the others."""
+        if self.group is None:
+            return tensor
+        own = torch.tensor([len(tensor)], device=self.device)
+        rows = own.new_empty(self.size, 1)
+        dist.all_gather(list(rows), own)
+        padded = tensor.new_zeros(int(rows.max()), *tensor.shape[1:], device=self.device)
+        padded[: len(tensor)] = tensor
+        parts = [torch.empty_like(padded) for _ in range(self.size)] if self.is_first else None
+        dist.gather(padded, parts)
+        return None if parts is None else torch.cat([part[:n] for part, n in zip(parts, rows.flatten().tolist())])
+
+    def same_weights(self, model: nn.Module) -> None:
+        """Give every process the first one's parameters and buffers."""
+        if self.group is not None:
+            for tensor in (*model.parameters(), *model.buffers()):
+                dist.broadcast(tensor.detach(), 0)
+
+    def average_gradients(self, parameters: Iterable[nn.Parameter], numbers: Tensor) -> Tensor:
+        """Average gradients over the processes, each of which has the same ones; also sum a few numbers, (n,).
+
+        Dense gradients go in one message. Of sparse ones, each process gets the rows of all. The gradients that wait in
+        optimizers of robe.optim are those' own business.
+
+        Returns:
+            the sums.
+        """
+        if self.group is None:
+            return numbers
+        with_gradient = [p for p in parameters if p.grad is not None]
+        for p in with_gradient:
+            if p.grad is not None and p.grad.is_sparse:
+                parts = gather([p.grad._indices().T.contiguous(), p.grad._values()], self.group)
+                rows, values = (torch.cat(part) for part in zip(*parts))
+                p.grad = torch.sparse_coo_tensor(rows.T, values / self.size, p.grad.shape)
+        dense = [p for p in with_gradient if p.grad is not None and not p.grad.is_sparse]
+        message = torch.cat([*(p.grad.flatten() for p in dense if p.grad is not None), numbers.to(torch.float32)])
+        dist.all_reduce(message)
+        sums = message[len(message) - len(numbers) :].clone()
+        message /= self.size
+        for p, part in zip(dense, message.split([*(p.numel() for p in dense), len(numbers)])):
+            p.grad = part.view_as(p)
+        return sums

@@ -1,0 +1,53 @@
+"""Tensors of several processes, brought together in every one of them."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def gather(tensors: Sequence[Tensor], group: "dist.ProcessGroup") -> list[list[Tensor]]:
+    """What each process of a group has. All of them call this together.
+
+    Args:
+        tensors: (n, ...): between processes, only the first dimensions may differ. One device.
+
+    Returns:
+        the tensors of each process, in the order of ranks; the caller's own are handed back as they are.
+    """
+    processes, rank = dist.get_world_size(group), dist.get_rank(group)
+    rows = torch.tensor([len(tensor) for tensor in tensors], device=tensors[0].device)
+    rows_of = rows.new_empty(processes, len(tensors))
+    dist.all_gather(list(rows_of), rows, group=group)
+    shapes = [[(n, *tensor.shape[1:]) for n, tensor in zip(of_process, tensors)] for of_process in rows_of.tolist()]
+    # One message, of the same length from everyone: the bytes of all tensors, each from a multiple of 8 on.
+    lengths = [
+        [-(-tensor.element_size() * _numel(shape) // 8) * 8 for tensor, shape in zip(tensors, of_process)]
+        for of_process in shapes
+    ]
+    longest = max(sum(of_process) for of_process in lengths)
+    message = torch.empty(longest, dtype=torch.uint8, device=rows.device)
+    for part, tensor in zip(message.split([*lengths[rank], longest - sum(lengths[rank])]), tensors):
+        own = tensor.contiguous().view(-1).view(torch.uint8)
+        part[: len(own)] = own
+    messages = message.new_empty(processes, longest)
+    dist.all_gather(list(messages), message, group=group)
+
+    gathered = []
+    for process, of_process in enumerate(messages):
+        if process == rank:
+            gathered.append(list(tensors))
+            continue
+        parts = of_process.split([*lengths[process], longest - sum(lengths[process])])
+        gathered.append(
+            [
+                part[: tensor.element_size() * _numel(shape)].view(tensor.dtype).view(shape)
+                for part, tensor, shape in zip(parts, tensors, shapes[process])
+            ]
+        )
+    return gathered
+
+
+def _numel(shape: Sequence[int]) -> int:
+    return torch.Size(shape).numel()
