@@ -50,10 +50,10 @@ def run_predict(args: argparse.Namespace) -> None:
     model = checkpoint.load(args.checkpoint)
     source = open_source(args.data)
     source.verify()
-    if source.layout.hots != model.config.hots:
+    if source.layout.hots != model.config.data_hots:
         raise DataError(
             f"{args.data}: has {describe_hots(source.layout.hots)}, the model was trained on "
-            f"{describe_hots(model.config.hots)}"
+            f"{describe_hots(model.config.data_hots)}"
         )
     labels: list[np.ndarray] = []
 

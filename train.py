@@ -37,7 +37,7 @@ from data.rows import Batch, DataError, Layout
 from data.sources import Source, require_one_layout
 from dlrm import DLRM, PRESETS, checkpoint
 from dlrm.checkpoint import Saved, TrainingCheckpoints
-from dlrm.config import EMBEDDINGS, OPTIMIZERS, DLRMConfig, TrainingConfig
+from dlrm.config import EMBEDDINGS, MLPERF_HOTS, OPTIMIZERS, DLRMConfig, TrainingConfig
 from dlrm.distributed import World
 from dlrm.embeddings import build_embeddings
 from dlrm.journal import Journal
@@ -76,6 +76,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="rows of the full tables: the preset's, read at id %% rows (default); or as many as ids occur in the "
         "training rows, read through a dictionary of them. ROBE needs neither: this then only says what --compression "
         "refers to",
+    )
+    run.add_argument(
+        "--synthetic-hots",
+        action="store_true",
+        default=None,
+        help="make several ids a feature of one, as many as MLPerf's DCNv2 has (214 a row)",
     )
     run.add_argument("--seed", type=int, help="of initial values, hash and shuffling (default 0)")
     how = parser.add_argument_group("how it is trained (default: as the preset has it)")
@@ -326,7 +332,7 @@ def merge_options(given: dict[str, Any], saved: Saved | None) -> argparse.Namesp
     if saved is None:
         if "data" not in given:
             raise ValueError("--data: is needed to start a run (there is no checkpoint to go on from)")
-        names = ("data", "eval_data", "compression", "robe_size", "block_size", "init_std")
+        names = ("data", "eval_data", "compression", "robe_size", "block_size", "init_std", "synthetic_hots")
         changes = (*TRAINING_OPTIONS, *names)
         return argparse.Namespace(**dict.fromkeys(changes) | DEFAULTS | given)
     started = dict(saved.state["options"])
@@ -413,6 +419,10 @@ def model_config(args: argparse.Namespace, known: list[np.ndarray] | None, layou
         "hash_seed": args.seed,
         "hots": layout.hots,
     }
+    if args.synthetic_hots:
+        if layout.hots is not None:
+            raise ValueError("--synthetic-hots: the data has several ids a feature already; leave it out")
+        changes |= {"hots": MLPERF_HOTS, "synthetic_hots": True}
     if args.embedding == "full":
         changes["compression"] = None
     elif args.robe_size is not None:

@@ -6,6 +6,8 @@ from typing import Any
 EMBEDDINGS = ("robe", "full", "hash")
 OPTIMIZERS = ("sgd", "adagrad", "adam")
 INTERACTIONS = ("dot", "cross")
+# Ids of each feature in MLPerf's DLRM-DCNv2, 214 in all.
+MLPERF_HOTS = (3, 2, 1, 2, 6, 1, 1, 1, 1, 7, 3, 8, 1, 6, 9, 5, 1, 1, 1, 12, 100, 27, 10, 3, 1, 1)
 
 _LEAST_RATE = 1e-7  # where the decay ends, as in facebookresearch/dlrm
 
@@ -28,6 +30,9 @@ class DLRMConfig:
     cross_layers: int = 3  # cross: its layers
     cross_rank: int = 512  # cross: the rank of their matrices
     hots: tuple[int, ...] | None = None  # ids of each feature in a row, whose embeddings are summed; None: one each
+    synthetic_hots: bool = (
+        False  # the data has one id each; the model makes the others of it, as MLPerf's data has them
+    )
     embedding: str = "robe"  # "robe", "full" or "hash"
     compression: float | None = 1000.0  # robe, hash: full weights over weights kept; None where robe_size says it
     robe_size: int | None = None  # robe: number of weights in the array, instead of compression
@@ -63,6 +68,12 @@ class DLRMConfig:
             f"{len(self.table_rows)} numbers from 1",
             self.hots,
         )
+        _check(
+            not self.synthetic_hots or (self.hots is not None and not self.vocabulary),
+            "synthetic_hots",
+            "hots with it, and no vocabulary",
+            self.hots,
+        )
         if self.embedding != "full":
             sizes = (self.compression is not None) + (self.robe_size is not None)
             _check(sizes == 1, "compression and robe_size", "exactly one of them", sizes or "neither")
@@ -80,6 +91,11 @@ class DLRMConfig:
         _check(
             not self.vocabulary or self.embedding == "full", "vocabulary", "embedding='full' with it", self.embedding
         )
+
+    @property
+    def data_hots(self) -> tuple[int, ...] | None:
+        """Ids of each feature in a row of the data; None: one each."""
+        return None if self.synthetic_hots else self.hots
 
     @property
     def full_floats(self) -> int:
@@ -213,7 +229,7 @@ _TERABYTE = Preset(
 )  # fmt: skip
 
 # MLPerf Training's DLRM-DCNv2 (v3.0 on): the same MLPs, a cross net in place of the products, several ids a feature.
-# How many, the data says (MLPerf's have 214 a row, hots 3,2,1,2,6,1,1,1,1,7,3,8,1,6,9,5,1,1,1,12,100,27,10,3,1,1).
+# How many, the data says; --synthetic-hots makes MLPerf's of data with one each.
 _DCNV2 = Preset(
     replace(
         _TERABYTE.model,

@@ -12,8 +12,10 @@ from torch.nn import functional
 
 from dlrm.config import DLRMConfig
 from robe import EmbeddingBagConfig, RobeEmbeddingBagCollection
+from robe.hashing import mix64, multiply_high, table_key
 
 _ID_BITS = 32
+_SYNTHETIC = 0x484F5453  # the seed of synthetic ids, so that they are not the hashes an array is read at
 
 
 class Tables(nn.Module):
@@ -103,6 +105,29 @@ def bags(sparse: Tensor, hots: Sequence[int]) -> tuple[Tensor, Tensor]:
     values = torch.cat([ids.reshape(-1) for ids in sparse.split(list(hots), dim=1)])
     lengths = torch.tensor(hots, device=sparse.device).repeat_interleave(len(sparse))
     return values, functional.pad(lengths.cumsum(0), (1, 0))
+
+
+def synthetic_ids(sparse: Tensor, hots: Sequence[int], table_rows: Sequence[int]) -> Tensor:
+    """Several ids a feature, of one each: the first is the id itself, the others depend on it and are uniform.
+
+    So is the data of MLPerf's DLRM-DCNv2, whose other ids come from one random table for each feature, with a row for
+    each id. Here they are hashes of the id, which need no table; they are not the same numbers.
+
+    Args:
+        sparse: (B, F) int64.
+        hots: ids of each feature, from 1.
+        table_rows: of each feature; its other ids are in [0, table_rows).
+
+    Returns:
+        (B, sum(hots)) int64.
+    """
+    columns = []
+    for feature, (hot, rows) in enumerate(zip(hots, table_rows)):
+        ids = sparse[:, feature : feature + 1]
+        number = torch.arange(1, hot, device=sparse.device)
+        mixed = mix64(mix64(ids + table_key(_SYNTHETIC, feature)) + number)
+        columns += [ids, multiply_high(mixed, rows)]
+    return torch.cat(columns, dim=1)
 
 
 def capped_rows(table_rows: Sequence[int], compression: float) -> list[int]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dlrm.config import DLRMConfig
-from dlrm.embeddings import bags, build_embeddings
+from dlrm.embeddings import bags, build_embeddings, synthetic_ids
 
 
 class MLP(nn.Sequential):
@@ -110,11 +110,18 @@ class DLRM(nn.Module):
 
         Args:
             dense: (B, num_dense) float.
-            sparse: (B, F) int64 ids; (B, sum(config.hots)) with several ids a feature, whose embeddings are summed.
+            sparse: (B, F) int64 ids; (B, sum(config.hots)) with several ids a feature, whose embeddings are summed, but
+                for config.synthetic_hots, with which the model makes those of (B, F).
 
         Returns:
             (B,) float.
         """
         x = self.bottom(dense)  # (B, D)
-        rows = self.embeddings(sparse) if self.config.hots is None else self.embeddings(*bags(sparse, self.config.hots))
+        config = self.config
+        if config.hots is None:
+            rows = self.embeddings(sparse)
+        else:
+            if config.synthetic_hots:
+                sparse = synthetic_ids(sparse, config.hots, config.table_rows)
+            rows = self.embeddings(*bags(sparse, config.hots))
         return self.top(self.interaction(x, rows)).squeeze(1)
