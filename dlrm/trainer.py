@@ -89,15 +89,12 @@ def make_optimizers(model: DLRM, config: TrainingConfig, world: World | None = N
 
 
 def sends_touched_slots(model: DLRM, batch_size: int) -> bool:
-    """Whether the gradients of the embeddings that a batch reads, with the ids, are less than those of the arrays.
-
-    Gathering sends each number once to every process, averaging a dense gradient twice (to sum it, and the sum).
-    """
+    """Whether the gradients of the embeddings that a batch reads, with the ids, are fewer numbers than the arrays have."""
     config = model.config
     ids = sum(config.hots) if config.hots else len(config.table_rows)
     touched = batch_size * (len(config.table_rows) * config.embedding_dim + 2 * ids)  # in units of 4 bytes
     arrays = sum(m.size for m in model.modules() if isinstance(m, RobeArray))
-    return touched < 2 * arrays
+    return touched < arrays
 
 
 def train_step(
