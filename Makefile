@@ -34,6 +34,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.embedding --output runs/embedding.json
 	$(BIN)/python -m benchmarks.step --output runs/step.json
 	$(BIN)/python -m benchmarks.data --output runs/data.json
+	$(BIN)/python -m benchmarks.training --output runs/training.json
 
 # Each worker computes on one thread: as many workers as cores already.
 test: setup

@@ -89,7 +89,7 @@ def make_optimizers(model: DLRM, config: TrainingConfig, world: World | None = N
 
 
 def sends_touched_slots(model: DLRM, batch_size: int) -> bool:
-    """Whether the gradients of the embeddings that a batch reads, with the ids, are fewer numbers than the arrays have."""
+    """Whether the gradients of what a batch reads, with the ids, are fewer numbers than the arrays have."""
     config = model.config
     ids = sum(config.hots) if config.hots else len(config.table_rows)
     touched = batch_size * (len(config.table_rows) * config.embedding_dim + 2 * ids)  # in units of 4 bytes
