@@ -144,8 +144,8 @@ class Trainer:
         rows: in an epoch.
         evaluate: the validation scores of the model as it is now, with "auc" and "log_loss"; the same in all processes.
         keep: called in the first process when those are the best so far.
-        save: called there with the progress when a checkpoint is due: after each evaluation, when
-            ``checkpoint_seconds`` have passed, and before the run stops.
+        save: called there with the progress when a checkpoint is due: before the first step, after each evaluation,
+            when ``checkpoint_seconds`` have passed, and before the run stops.
         wants_to_stop: asked after each step.
         optimizers: none: those of the config.
         progress: where to go on.
@@ -172,10 +172,8 @@ class Trainer:
         self.steps = math.ceil(self.rows / self.config.batch_size)  # in an epoch
         count = self.config.evaluations_per_epoch
         self._evaluate_at = {math.ceil(self.steps * k / count) for k in range(1, count + 1)}
-        self._rates: dict[int, float] = {}  # of each parameter group, where all others have 1
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                self._rates[id(group)] = group["lr"] / self.config.learning_rate
+        # Of each parameter group, where others have 1.
+        self._rates = [[g["lr"] / self.config.learning_rate for g in o.param_groups] for o in self.optimizers]
         self._shown: dict[str, str] = {}
 
     @property
@@ -213,12 +211,14 @@ class Trainer:
             TrainingError: the loss or a weight is NaN or infinite.
             Stopped: it was asked to.
         """
-        self._saved_at = time.perf_counter()
+        self._saved_at, self._saved_step = time.perf_counter(), -1
         self._clock: float | None = None  # since when steps are made that ``seconds`` does not have
         total = self.rows * self.config.epochs
         self.model.train()
         with tqdm(total=total, initial=self.trained_rows, unit="row", unit_scale=True, disable=not self.show) as bar:
             self._bar = bar
+            if not self.progress.step:
+                self._save()  # a run that diverges has where to go on from
             if self._evaluation_is_due():  # the run was stopped while it was at it
                 self._evaluate()
             while not self.finished:
@@ -255,7 +255,8 @@ class Trainer:
                 if due:
                     self._evaluate()
                 if stop:
-                    self._save()
+                    if self._saved_step != progress.step:
+                        self._save()
                     raise Stopped
                 if self.reached:
                     return
@@ -266,9 +267,9 @@ class Trainer:
                     self._line_clock, self._line_rows = self._clock, self.trained_rows
 
     def _set_rate(self, rate: float) -> None:
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate * self._rates[id(group)]
+        for optimizer, rates in zip(self.optimizers, self._rates):
+            for group, of_group in zip(optimizer.param_groups, rates):
+                group["lr"] = rate * of_group
 
     def _read_losses(self) -> bool:
         """Look at the losses since the last look; whether a process wants to stop."""
@@ -307,8 +308,7 @@ class Trainer:
         progress = self.progress
         self._stop_clock()
         self._require_finite_weights()
-        if self.mllog:
-            self.mllog.evaluation_start(self.epoch)
+        start_ms = int(time.time() * 1e3)
         try:
             scores = self.evaluate()
         except Stopped:
@@ -325,7 +325,7 @@ class Trainer:
             values = {f"validation/{name}": scores[name] for name in ("auc", "log_loss")}
             self.journal.write(progress.step, self.epoch, values)
         if self.mllog:
-            self.mllog.evaluation_stop(self.epoch, scores["auc"])
+            self.mllog.evaluation(self.epoch, scores["auc"], start_ms)
             if done == self.steps or self.reached:
                 self.mllog.epoch_stop(epoch + 1)
         if is_best and self.world.is_first:
@@ -337,7 +337,7 @@ class Trainer:
         if self.world.is_first:
             self._require_finite_weights()
             self.save(self.progress)
-        self._saved_at = time.perf_counter()
+        self._saved_at, self._saved_step = time.perf_counter(), self.progress.step
 
     def _stop_clock(self) -> None:
         if self._clock is not None:
