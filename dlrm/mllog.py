@@ -6,6 +6,7 @@ Made for the compliance checker of the mlperf-logging package, rulesets 2.1.0 (b
 """
 
 import logging
+import os
 import platform
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ class MLLog:
 
     Raises:
         OSError: it can't be written.
+        ValueError: it is not the log of that run.
     """
 
     def __init__(self, path: Path, size: int = 0):
@@ -31,17 +33,18 @@ class MLLog:
         from mlperf_logging.mllog.mllog import MLLogger
 
         path.parent.mkdir(parents=True, exist_ok=True)
+        found = path.stat().st_size if path.exists() else 0
+        if found < size:
+            raise ValueError(f"{path}: not the log of this run, which had {size} bytes already; this has {found}")
         self._file = open_at(path, size)
-        self._handler = logging.StreamHandler(self._file)
-        logger = logging.getLogger(f"{__name__}.{id(self)}")
-        logger.propagate = False
-        logger.setLevel(logging.INFO)
-        logger.addHandler(self._handler)
+        logger = logging.Logger(__name__, logging.INFO)  # of its own: getLogger's would outlive the file
+        logger.addHandler(logging.StreamHandler(self._file))
         self._log, self._names = MLLogger(logger, root_dir=str(Path(__file__).parent.parent)), constants
         self._goes_on = size > 0
 
     def position(self) -> int:
-        """The size of the file; all of it is on the disk."""
+        """Write what was said to the disk, and return the size of the file."""
+        os.fsync(self._file.fileno())
         return self._file.tell()
 
     def close(self) -> None:
@@ -110,10 +113,9 @@ class MLLog:
         self._log.start(names.BLOCK_START, None, {names.FIRST_EPOCH_NUM: epoch, names.EPOCH_COUNT: 1})
         self._log.start(names.EPOCH_START, None, {names.EPOCH_NUM: epoch})
 
-    def evaluation_start(self, epoch: float) -> None:
-        self._log.start(self._names.EVAL_START, None, {self._names.EPOCH_NUM: epoch})
-
-    def evaluation_stop(self, epoch: float, auc: float) -> None:
+    def evaluation(self, epoch: float, auc: float, start_ms: int) -> None:
+        """After it: of one that is broken off nothing is written, as it is made anew when the run goes on."""
+        self._log.start(self._names.EVAL_START, None, {self._names.EPOCH_NUM: epoch}, time_ms=start_ms)
         self._log.event(self._names.EVAL_ACCURACY, auc, {self._names.EPOCH_NUM: epoch})
         self._log.end(self._names.EVAL_STOP, None, {self._names.EPOCH_NUM: epoch})
 
