@@ -37,6 +37,7 @@ class Journal:
     def position(self) -> int:
         """Write what was said to the disk, and return the size of metrics.jsonl."""
         self._lines.flush()
+        os.fsync(self._lines.fileno())
         self._board.flush()
         return self._lines.tell()
 
