@@ -4,7 +4,7 @@ A model is a folder with config.json and model.safetensors, from which alone it 
 
 A training run keeps more, to go on as if it had never stopped: ``TrainingCheckpoints``. Each is a folder
 step-000001234 with model.safetensors; optimizer.safetensors, the state of the optimizers and of torch's generator; and
-state.json, everything else, with the SHA-256 of the other two.
+state.json, everything else, with the SHA-256 of the other two and of itself.
 """
 
 import hashlib
@@ -168,12 +168,17 @@ class TrainingCheckpoints:
         self.folder, self.keep = folder / "checkpoints", keep
 
     def path(self, step: int) -> Path:
-        return self.folder / f"step-{step:09}"
+        """The folder of one."""
+        path, replaced = self._path(step), self._path(step, "replaced")
+        return replaced if replaced.exists() and not path.exists() else path  # killed while it was being replaced
+
+    def _path(self, step: int, state: str = "step") -> Path:
+        return self.folder / f"{state}-{step:09}"
 
     def steps(self) -> list[int]:
         """Those that are there, ascending."""
         names = os.listdir(self.folder) if self.folder.is_dir() else []
-        return sorted(int(found[1]) for name in names if (found := re.fullmatch(r"step-(\d+)", name)))
+        return sorted({int(found[1]) for name in names if (found := re.fullmatch(r"(?:step|replaced)-(\d+)", name))})
 
     def save(self, step: int, model: DLRM, optimizers: Sequence[torch.optim.Optimizer], state: dict[str, Any]) -> None:
         """Write a checkpoint under a temporary name, flush it to the disk, rename it, and remove the oldest.
@@ -201,14 +206,12 @@ class TrainingCheckpoints:
             with whole_file(part / OPTIMIZER) as file:
                 save_file(tensors, file)
             digests = {name: _sha256(part / name) for name in (WEIGHTS, OPTIMIZER)}
-            write_json(
-                part / STATE,
-                {"version": VERSION, "model": model.config.to_dict(), "sha256": digests, "optimizers": numbers} | state,
-            )
+            state = {"version": VERSION, "model": model.config.to_dict(), "optimizers": numbers} | state
+            write_json(part / STATE, {"sha256": digests | {STATE: _sha256_of_state(state)}} | state)
             for name in (WEIGHTS, OPTIMIZER, STATE, ""):
                 _flush(part / name)
-            path, replaced = self.path(step), self.folder / "replaced"
-            if path.exists():  # the same step again: of a run that went on from here or from an earlier one
+            path, replaced = self._path(step), self._path(step, "replaced")
+            if path.exists():  # the same step again, of a run that went on from here
                 shutil.rmtree(replaced, ignore_errors=True)
                 path.rename(replaced)
             part.rename(path)
@@ -216,12 +219,19 @@ class TrainingCheckpoints:
             shutil.rmtree(replaced, ignore_errors=True)
         finally:
             shutil.rmtree(part, ignore_errors=True)
-        # Those of later steps are of a run that this one, gone on from an earlier checkpoint, has left behind.
-        earlier = [other for other in self.steps() if other < step]
-        kept = {step, *earlier[max(len(earlier) - self.keep + 1, 0) :]}
+        self.remove_after(step)
+        for other in self.steps()[: -self.keep]:
+            self._remove(other)
+
+    def remove_after(self, step: int) -> None:
+        """Remove those of later steps: of a run that goes on from this one, they are not a part."""
         for other in self.steps():
-            if other not in kept:
-                shutil.rmtree(self.path(other), ignore_errors=True)
+            if other > step:
+                self._remove(other)
+
+    def _remove(self, step: int) -> None:
+        for state in ("step", "replaced"):
+            shutil.rmtree(self._path(step, state), ignore_errors=True)
 
     def load(self, step: int | None = None) -> Saved | None:
         """Read a checkpoint.
@@ -257,10 +267,13 @@ def _load_training(path: Path) -> Saved:
         if state["version"] != VERSION:
             raise ValueError(f"expected version {VERSION}, got {state['version']}")
         config = DLRMConfig.from_dict(state["model"])
-        digests = {name: state["sha256"][name] for name in (WEIGHTS, OPTIMIZER)}
+        digests = state.pop("sha256")
+        if digests.pop(STATE) != _sha256_of_state(state):
+            raise ValueError("damaged: its SHA-256 is not that which it has")
+        digests = {name: digests[name] for name in (WEIGHTS, OPTIMIZER)}
     except OSError as error:
         raise CheckpointError(f"{path / STATE}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path / STATE}: not the state of a training run: {error}") from None
     for name, digest in digests.items():
         try:
@@ -276,6 +289,10 @@ def _load_training(path: Path) -> Saved:
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sha256_of_state(state: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state).encode()).hexdigest()
 
 
 def _flush(path: Path) -> None:
