@@ -16,7 +16,6 @@ the last checkpoint after a kill, and ends with the same weights.
 import argparse
 import os
 import shlex
-import shutil
 import signal
 import sys
 import time
@@ -50,6 +49,7 @@ METRICS, CURVES = "metrics.json", "learning_curve.png"
 LAST = -1  # --resume without a step
 # Options that need not be what they were when a run goes on.
 FREE = {"data", "eval_data", "epochs", "learning_rate", "target_auc"}
+PATHS = {"data", "eval_data", "mllog"}
 DEFAULTS = {"preset": "kaggle", "embedding": "robe", "table_rows": "preset", "seed": 0}
 
 
@@ -94,6 +94,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     how.add_argument("--decay-steps", type=int, metavar="N", help="over how many, with power 2")
     how.add_argument("--optimizer", choices=OPTIMIZERS)
     how.add_argument("--evaluations-per-epoch", type=int, metavar="N")
+    how.add_argument("--mllog", type=Path, metavar="FILE", help="write MLPerf's training log")
     program = parser.add_argument_group("the program")
     program.add_argument("--output", type=Path, required=True, metavar="DIR")
     program.add_argument(
@@ -107,9 +108,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     program.add_argument("--checkpoint-minutes", type=float, default=CHECKPOINT_SECONDS / 60, metavar="X")
     program.add_argument("--keep-checkpoints", type=int, default=2, metavar="K", help="the last K (default 2)")
-    program.add_argument("--mllog", type=Path, metavar="FILE", help="MLPerf's training log")
     program.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     args = parser.parse_args(arguments)
+    args.program = [
+        word
+        for action in program._group_actions
+        if action.dest not in ("output", "resume") and getattr(args, action.dest) != action.default
+        for word in (action.option_strings[0], str(getattr(args, action.dest)))
+    ]
     args.run = {action.dest: getattr(args, action.dest) for group in (run, how) for action in group._group_actions}
     return args
 
@@ -181,15 +187,13 @@ def run(args: argparse.Namespace, world: World) -> None:
     signals = StopSignals()
     journal, mllog = None, None
     if world.is_first:
-        if not saved:
-            # In this order: what is left after a kill is a finished run, or none.
-            shutil.rmtree(checkpoints.folder, ignore_errors=True)
-            (args.output / METRICS).unlink(missing_ok=True)
+        # Before anything of theirs is taken out of the logs.
+        checkpoints.remove_after(progress.step if saved else -1)
         args.output.mkdir(parents=True, exist_ok=True)
         positions = saved.state["positions"] if saved else {"journal": 0, "mllog": 0}
         journal = Journal(args.output, positions["journal"], progress.step)
-        if args.mllog:
-            mllog = MLLog(args.mllog, positions["mllog"])
+        if options.mllog:
+            mllog = MLLog(options.mllog, positions["mllog"])
             mllog.begin(config, training, rows["train"], rows["validation"], start_ms)
 
     def batches(epoch: int, first: int) -> Iterator[Batch]:
@@ -203,7 +207,6 @@ def run(args: argparse.Namespace, world: World) -> None:
         return evaluate(of, read if world.size > 1 else signals.watch(read), world)
 
     def keep() -> None:
-        (args.output / METRICS).unlink(missing_ok=True)  # of fewer epochs
         checkpoint.save(args.output, model, training.to_dict())
 
     def save(progress: Progress) -> None:
@@ -235,6 +238,8 @@ def run(args: argparse.Namespace, world: World) -> None:
         checkpoint_seconds=60 * args.checkpoint_minutes,
         show=world.is_first,
     )
+    if world.is_first and not trainer.finished:
+        (args.output / METRICS).unlink(missing_ok=True)  # of a run before this one, or of fewer epochs
     try:
         with signals:
             trainer.train()
@@ -242,12 +247,14 @@ def run(args: argparse.Namespace, world: World) -> None:
                 mllog.run_stop(training.target_auc is None or trainer.reached is not None)
             test = scores("test", world.each(lambda: checkpoint.load(args.output)).to(world.device))
     except Stopped:
-        say(f"stopped at step {progress.step}, all is saved; to go on:\n    {resume_command(args.output, world)}")
+        say(f"stopped at step {progress.step}, all is saved; to go on:\n    {resume_command(args, world)}")
         return
     except TrainingError as error:
+        if not checkpoints.steps():
+            raise
         last = checkpoints.steps()[-1]
         raise TrainingError(
-            f"{error}. Good until step {last}: {resume_command(args.output, world)} --learning-rate X"
+            f"{error}. Good until step {last}: {resume_command(args, world)} --learning-rate X"
         ) from None
     finally:
         if journal and progress.history:
@@ -317,9 +324,9 @@ class StopSignals:
             yield batch
 
 
-def resume_command(folder: Path, world: World) -> str:
+def resume_command(args: argparse.Namespace, world: World) -> str:
     program = ["python"] if world.size == 1 else ["torchrun", "--nproc-per-node", str(world.size)]
-    return shlex.join([*program, sys.argv[0], "--resume", "--output", str(folder)])
+    return shlex.join([*program, sys.argv[0], "--resume", "--output", str(args.output), *args.program])
 
 
 def merge_options(given: dict[str, Any], saved: Saved | None) -> argparse.Namespace:
@@ -332,14 +339,15 @@ def merge_options(given: dict[str, Any], saved: Saved | None) -> argparse.Namesp
     if saved is None:
         if "data" not in given:
             raise ValueError("--data: is needed to start a run (there is no checkpoint to go on from)")
-        names = ("data", "eval_data", "compression", "robe_size", "block_size", "init_std", "synthetic_hots")
-        changes = (*TRAINING_OPTIONS, *names)
+        names = ("compression", "robe_size", "block_size", "init_std", "synthetic_hots")
+        changes = (*PATHS, *TRAINING_OPTIONS, *names)
         return argparse.Namespace(**dict.fromkeys(changes) | DEFAULTS | given)
     started = dict(saved.state["options"])
-    for name in ("data", "eval_data"):
+    for name in PATHS:
         started[name] = started[name] and Path(started[name])
     for name, value in given.items():
-        if name not in FREE and value != started[name]:
+        free = name in FREE or (name == "mllog" and started[name])  # it may have moved, but not begin in the middle
+        if not free and value != started[name]:
             was = "was not given" if started[name] is None else f"was {started[name]}"
             raise ValueError(
                 f"--{name.replace('_', '-')}: {value}, but {was} when this run was started; leave it out, or start "
