@@ -28,12 +28,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.batches import epoch_batches, in_background, rebatch, share, split_rows, vocabulary
-from data.dataset import PARTS, Dataset
+from data.batches import epoch_batches, in_background, rebatch, share, vocabulary
 from data.formats import open_source
+from data.parts import Part, check, halves, split
 from data.program import exit_code
 from data.rows import Batch, DataError, Layout
-from data.sources import Source, require_one_layout
 from dlrm import DLRM, PRESETS, checkpoint
 from dlrm.checkpoint import Saved, TrainingCheckpoints
 from dlrm.config import EMBEDDINGS, MLPERF_HOTS, OPTIMIZERS, DLRMConfig, TrainingConfig
@@ -51,6 +50,10 @@ LAST = -1  # --resume without a step
 FREE = {"data", "eval_data", "epochs", "learning_rate", "target_auc"}
 PATHS = {"data", "eval_data", "mllog"}
 DEFAULTS = {"preset": "kaggle", "embedding": "robe", "table_rows": "preset", "seed": 0}
+TRAINING_OPTIONS = (
+    "epochs", "target_auc", "batch_size", "learning_rate", "warmup_steps", "decay_start", "decay_steps", "optimizer",
+    "evaluations_per_epoch",
+)  # fmt: skip
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -135,39 +138,18 @@ def run_in_world(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace, world: World) -> None:
     start, start_ms = time.perf_counter(), int(time.time() * 1e3)
-    if args.output.exists() and not args.output.is_dir():
-        raise ValueError(f"--output: {args.output} is a file; expected a folder, or a new name")
     checkpoints = TrainingCheckpoints(args.output, args.keep_checkpoints)
-    saved = None
-    if args.resume is not None:
-        saved = world.each(lambda: checkpoints.load(None if args.resume == LAST else args.resume))
-    elif checkpoints.steps() and not (args.output / METRICS).exists():
-        raise ValueError(
-            f"--output: {args.output} has a run that is not finished, with a checkpoint of step "
-            f"{checkpoints.steps()[-1]}: go on with it (--resume), or give a new name"
-        )
-    options = merge_options(args.run, saved)
-    training = training_config(options, saved)
-
+    saved = world.each(lambda: find_checkpoint(args, checkpoints))
+    options = world.each(lambda: merge_options(args.run, saved))
+    training = world.each(lambda: training_config(options, saved))
     # The whole data is read once before anything is written: a bad line should not end a run hours later.
-    source, train_rows, parts = open_data(options.data, options.eval_data, world)
-    rows = {"train": len(train_rows)} | {name: len(of_part) for name, (_, of_part) in parts.items()}
+    parts = open_parts(options, world)
+    rows = {name: len(part) for name, part in parts.items()}
     if saved:
-        if saved.state["rows"] != rows:
-            raise DataError(
-                f"{options.data}: not the data of this run: {describe_rows(rows)}; expected "
-                f"{describe_rows(saved.state['rows'])}"
-            )
+        world.each(lambda: require_rows(rows, saved, options.data))
         model = saved.model
     else:
-        known = None
-        if options.table_rows == "data":
-            known = world.first(lambda: count_ids(source, train_rows))
-        config = model_config(options, known, source.layout)
-        require_memory(config, training)
-        torch.manual_seed(options.seed)
-        ids = [torch.from_numpy(column) for column in known] if known and config.vocabulary else None
-        model = DLRM(config, build_embeddings(config, ids))
+        model = new_model(options, training, parts["train"], world)
     model.to(world.device)
     world.same_weights(model)
     optimizers = make_optimizers(model, training, world)
@@ -175,14 +157,8 @@ def run(args: argparse.Namespace, world: World) -> None:
         saved.restore(optimizers)
     progress = Progress(**saved.state["progress"]) if saved else Progress()
     command = saved.state["command"] if saved else shlex.join(sys.argv)
-    config = model.config
-    array_floats = sum(p.numel() for p in model.embeddings.parameters())
     say = print if world.is_first else lambda *_: None
-    say(
-        f"{options.preset}, {config.embedding}: {array_floats:,} floats of embeddings for {config.full_floats:,} in "
-        f"full tables ({config.full_floats / array_floats:.4g}x); {describe_rows(rows)}"
-        + (f"; going on at step {progress.step}" if saved else "")
-    )
+    say(describe(options, model, rows) + (f"; going on at step {progress.step}" if saved else ""))
 
     signals = StopSignals()
     journal, mllog = None, None
@@ -194,20 +170,17 @@ def run(args: argparse.Namespace, world: World) -> None:
         journal = Journal(args.output, positions["journal"], progress.step)
         if options.mllog:
             mllog = MLLog(options.mllog, positions["mllog"])
-            mllog.begin(config, training, rows["train"], rows["validation"], start_ms)
+            mllog.begin(model.config, training, rows["train"], rows["validation"], start_ms)
 
     def batches(epoch: int, first: int) -> Iterator[Batch]:
-        size, seed = training.batch_size, options.seed
-        return epoch_batches(source, train_rows, size, seed, epoch, world.rank, world.size, start=first)
+        source, of_part = parts["train"].source, parts["train"].rows
+        batch_size, seed = training.batch_size, options.seed
+        return epoch_batches(source, of_part, batch_size, seed, epoch, world.rank, world.size, start=first)
 
     def scores(part: str, of: DLRM) -> dict[str, float]:
-        file, of_part = parts[part]
-        own = share(of_part, world.rank, world.size)
-        read = in_background(lambda: rebatch(file.read(own.start, own.stop), EVALUATION_BATCH))
+        own = share(parts[part].rows, world.rank, world.size)
+        read = in_background(lambda: rebatch(parts[part].source.read(own.start, own.stop), EVALUATION_BATCH))
         return evaluate(of, read if world.size > 1 else signals.watch(read), world)
-
-    def keep() -> None:
-        checkpoint.save(args.output, model, training.to_dict())
 
     def save(progress: Progress) -> None:
         state = {
@@ -227,7 +200,7 @@ def run(args: argparse.Namespace, world: World) -> None:
         batches,
         rows["train"],
         evaluate=lambda: scores("validation", model),
-        keep=keep,
+        keep=lambda: checkpoint.save(args.output, model, training.to_dict()),
         save=save,
         wants_to_stop=lambda: signals.received,
         optimizers=optimizers,
@@ -258,44 +231,94 @@ def run(args: argparse.Namespace, world: World) -> None:
         ) from None
     finally:
         if journal and progress.history:
-            learning_curves(args.output / CURVES, {config.embedding: progress.history})
+            learning_curves(args.output / CURVES, {model.config.embedding: progress.history})
         for log in (journal, mllog):
             if log:
                 log.close()
-    best, reached = progress.best, trainer.reached
-    rate = trainer.trained_rows / progress.seconds
-    metrics = {
+    metrics = summary(options, trainer, test, rows) | {"seconds": time.perf_counter() - start}
+    metrics["environment"] = environment() | {"command": command}
+    if world.is_first:
+        checkpoint.write_json(args.output / METRICS, metrics)
+    say(f"{describe_result(metrics)}; in {args.output}")
+
+
+def find_checkpoint(args: argparse.Namespace, checkpoints: TrainingCheckpoints) -> Saved | None:
+    """Where to go on; None for a new run.
+
+    Raises:
+        ValueError: --output is a file, or has a run that a new one would overwrite.
+    """
+    if args.output.exists() and not args.output.is_dir():
+        raise ValueError(f"--output: {args.output} is a file; expected a folder, or a new name")
+    if args.resume is not None:
+        return checkpoints.load(None if args.resume == LAST else args.resume)
+    if checkpoints.steps() and not (args.output / METRICS).exists():
+        raise ValueError(
+            f"--output: {args.output} has a run that is not finished, with a checkpoint of step "
+            f"{checkpoints.steps()[-1]}: go on with it (--resume), or give a new name"
+        )
+    return None
+
+
+def require_rows(rows: dict[str, int], saved: Saved, path: Path) -> None:
+    expected = saved.state["rows"]
+    if rows != expected:
+        raise DataError(f"{path}: not the data of this run: {describe_rows(rows)}; expected {describe_rows(expected)}")
+
+
+def describe(options: argparse.Namespace, model: DLRM, rows: dict[str, int]) -> str:
+    floats, full = embedding_floats(model), model.config.full_floats
+    return (
+        f"{options.preset}, {model.config.embedding}: {floats:,} floats of embeddings for {full:,} in full tables "
+        f"({full / floats:.4g}x); {describe_rows(rows)}"
+    )
+
+
+def describe_rows(rows: dict[str, int]) -> str:
+    return f"{rows['train']:,} rows train, {rows['validation']:,} validate, {rows['test']:,} test"
+
+
+def describe_result(metrics: dict[str, Any]) -> str:
+    target, epoch = metrics["target_auc"], metrics["target_epoch"]
+    reached = "not reached" if epoch is None else f"reached at epoch {epoch:.2f}"
+    return (
+        (f"AUC {target} {reached}\n" if target else "")
+        + f"test AUC {metrics['auc']:.4f}, log loss {metrics['log_loss']:.4f} (weights of epoch "
+        f"{metrics['best_epoch']:.2f}, validation AUC {metrics['validation_auc']:.4f}); "
+        f"{metrics['samples_per_second']:,.0f} samples/s"
+    )
+
+
+def embedding_floats(model: DLRM) -> int:
+    return sum(p.numel() for p in model.embeddings.parameters())
+
+
+def summary(
+    options: argparse.Namespace, trainer: Trainer, test: dict[str, float], rows: dict[str, int]
+) -> dict[str, Any]:
+    """What metrics.json says of a finished run."""
+    progress, config, floats = trainer.progress, trainer.model.config, embedding_floats(trainer.model)
+    return {
         "auc": test["auc"],
         "log_loss": test["log_loss"],
-        "validation_auc": best["auc"],
-        "best_epoch": best["epoch"],
-        "target_auc": training.target_auc,
-        "target_epoch": reached and reached["epoch"],
-        "samples_per_second": rate,
-        "array_floats": array_floats,
+        "validation_auc": progress.best["auc"],
+        "best_epoch": progress.best["epoch"],
+        "target_auc": trainer.config.target_auc,
+        "target_epoch": trainer.reached and trainer.reached["epoch"],
+        "samples_per_second": trainer.trained_rows / progress.seconds,
+        "array_floats": floats,
         "full_floats": config.full_floats,
-        "compression": config.full_floats / array_floats,
-        "epochs": training.epochs,
+        "compression": config.full_floats / floats,
+        "epochs": trainer.config.epochs,
         "steps": progress.step,
-        "seconds": time.perf_counter() - start,
         "peak_rss_bytes": peak_rss_bytes(),
         "seed": options.seed,
         "preset": options.preset,
         "embedding": config.embedding,
-        "processes": world.size,
+        "processes": trainer.world.size,
         "rows": rows,
-        "environment": environment() | {"command": command},
         "history": progress.history,
     }
-    if world.is_first:
-        checkpoint.write_json(args.output / METRICS, metrics)
-    if training.target_auc is not None:
-        target = f"AUC {training.target_auc}"
-        say(f"{target} reached at epoch {reached['epoch']:.2f}" if reached else f"{target} not reached")
-    say(
-        f"test AUC {test['auc']:.4f}, log loss {test['log_loss']:.4f} (weights of epoch {best['epoch']:.2f}, "
-        f"validation AUC {best['auc']:.4f}); {rate:,.0f} samples/s; in {args.output}"
-    )
 
 
 class StopSignals:
@@ -356,59 +379,34 @@ def merge_options(given: dict[str, Any], saved: Saved | None) -> argparse.Namesp
     return argparse.Namespace(**started | given)
 
 
-def describe_rows(rows: dict[str, int]) -> str:
-    return f"{rows['train']:,} rows train, {rows['validation']:,} validate, {rows['test']:,} test"
-
-
-def open_data(
-    path: Path, eval_path: Path | None, world: World
-) -> tuple[Source, range, dict[str, tuple[Source, range]]]:
-    """The training data, its training rows, and of validation and test the data and rows."""
-    source = world.each(lambda: open_source(path))
+def open_parts(options: argparse.Namespace, world: World) -> dict[str, Part]:
+    """The training, validation and test rows, once all of them have been seen to be readable."""
+    source = world.each(lambda: open_source(options.data))
     rows = world.first(lambda: check(source))
-    if eval_path is None:
-        try:
-            parts = source.parts() or dict(zip(PARTS, split_rows(rows)))
-        except ValueError as error:
-            raise DataError(f"{path}: {error}") from None
-        empty = [part for part, of_part in parts.items() if not len(of_part)]
-        if empty:
-            raise DataError(f"{path}: no rows for {empty[0]}")
-        return source, parts["train"], {part: (source, parts[part]) for part in ("validation", "test")}
-    other = world.each(lambda: open_source(eval_path))
-    count = world.first(lambda: check(other))
-    require_one_layout([source, other])
-    if count < 2:
-        raise DataError(f"{eval_path}: expected at least 2 rows, to validate and to test on")
-    halves = {"validation": (other, range(0, count // 2)), "test": (other, range(count // 2, count))}
-    return source, range(0, rows), halves
+    if options.eval_data is None:
+        return world.each(lambda: split(options.data, source, rows))
+    other = world.each(lambda: open_source(options.eval_data))
+    other_rows = world.first(lambda: check(other))
+    return world.each(lambda: halves(options.eval_data, source, rows, other, other_rows))
 
 
-def check(source: Source) -> int:
-    """See that every row can be read, and return their number."""
-    if not source.labelled:
-        raise DataError(f"{source.path}: has no labels; training needs them")
-    if isinstance(source, Dataset):  # was checked when it was written
-        with tqdm(unit="B", unit_scale=True, desc=f"checking {source.path.name}", leave=False) as bar:
-            source.verify(progress=bar.update)
-        return source.rows
-    rows = 0
-    with tqdm(unit="row", unit_scale=True, desc=f"checking {source.path.name}", leave=False) as bar:
-        for records in source.records():
-            rows += len(records)
-            bar.update(len(records))
-    return rows
+def new_model(options: argparse.Namespace, training: TrainingConfig, train: Part, world: World) -> DLRM:
+    """The model of a new run, before its first step."""
+    known = world.first(lambda: count_ids(train)) if options.table_rows == "data" else None
+
+    def build() -> DLRM:
+        config = model_config(options, known, train.source.layout)
+        require_memory(config, training)
+        torch.manual_seed(options.seed)
+        ids = [torch.from_numpy(column) for column in known] if known and config.vocabulary else None
+        return DLRM(config, build_embeddings(config, ids))
+
+    return world.each(build)
 
 
-def count_ids(source: Source, rows: range) -> list[np.ndarray]:
-    pieces = tqdm(source.read(rows.start, rows.stop), desc="counting ids", leave=False)
-    return vocabulary(pieces, source.layout.features)
-
-
-TRAINING_OPTIONS = (
-    "epochs", "target_auc", "batch_size", "learning_rate", "warmup_steps", "decay_start", "decay_steps", "optimizer",
-    "evaluations_per_epoch",
-)  # fmt: skip
+def count_ids(train: Part) -> list[np.ndarray]:
+    pieces = tqdm(train.source.read(train.rows.start, train.rows.stop), desc="counting ids", leave=False)
+    return vocabulary(pieces, train.source.layout.features)
 
 
 def training_config(options: argparse.Namespace, saved: Saved | None) -> TrainingConfig:

@@ -210,6 +210,7 @@ class Trainer:
         Raises:
             TrainingError: the loss or a weight is NaN or infinite.
             Stopped: it was asked to.
+            ValueError: the batches of an epoch are fewer than its rows make.
         """
         self._saved_at, self._saved_step = time.perf_counter(), -1
         self._clock: float | None = None  # since when steps are made that ``seconds`` does not have
@@ -265,6 +266,8 @@ class Trainer:
                 if self._clock is None:
                     self._clock = time.perf_counter()
                     self._line_clock, self._line_rows = self._clock, self.trained_rows
+        if done < self.steps:
+            raise ValueError(f"expected {self.steps} batches of {self.rows} rows in epoch {epoch + 1}, got {done}")
 
     def _set_rate(self, rate: float) -> None:
         for optimizer, rates in zip(self.optimizers, self._rates):
