@@ -34,9 +34,9 @@ from data.parts import Part, check, halves, split
 from data.program import exit_code
 from data.rows import Batch, DataError, Layout
 from dlrm import DLRM, PRESETS, checkpoint
-from dlrm.checkpoint import Saved, TrainingCheckpoints
+from dlrm.checkpoint import WEIGHTS, Saved, TrainingCheckpoints
 from dlrm.config import EMBEDDINGS, MLPERF_HOTS, OPTIMIZERS, DLRMConfig, TrainingConfig
-from dlrm.distributed import World
+from dlrm.distributed import PeerFailed, World
 from dlrm.embeddings import build_embeddings
 from dlrm.journal import Journal
 from dlrm.metrics import EVALUATION_BATCH, environment, evaluate, peak_rss_bytes
@@ -167,10 +167,12 @@ def run(args: argparse.Namespace, world: World) -> None:
         checkpoints.remove_after(progress.step if saved else -1)
         args.output.mkdir(parents=True, exist_ok=True)
         positions = saved.state["positions"] if saved else {"journal": 0, "mllog": 0}
-        journal = Journal(args.output, positions["journal"], progress.step)
         if options.mllog:
             mllog = MLLog(options.mllog, positions["mllog"])
             mllog.begin(model.config, training, rows["train"], rows["validation"], start_ms)
+        journal = Journal(args.output, positions["journal"], progress.step)
+        if saved:
+            saved.put_back_best(args.output)
 
     def batches(epoch: int, first: int) -> Iterator[Batch]:
         source, of_part = parts["train"].source, parts["train"].rows
@@ -192,7 +194,8 @@ def run(args: argparse.Namespace, world: World) -> None:
             "command": command,
             "processes": world.size,
         }
-        checkpoints.save(progress.step, model, optimizers, state)
+        best = args.output / WEIGHTS if progress.history else None
+        checkpoints.save(progress.step, model, optimizers, state, best)
 
     trainer = Trainer(
         model,
@@ -223,6 +226,8 @@ def run(args: argparse.Namespace, world: World) -> None:
         say(f"stopped at step {progress.step}, all is saved; to go on:\n    {resume_command(args, world)}")
         return
     except TrainingError as error:
+        if not world.is_first:  # all have found the same
+            raise PeerFailed(error.exit_code) from None
         if not checkpoints.steps():
             raise
         last = checkpoints.steps()[-1]

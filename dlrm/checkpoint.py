@@ -4,7 +4,8 @@ A model is a folder with config.json and model.safetensors, from which alone it 
 
 A training run keeps more, to go on as if it had never stopped: ``TrainingCheckpoints``. Each is a folder
 step-000001234 with model.safetensors; optimizer.safetensors, the state of the optimizers and of torch's generator; and
-state.json, everything else, with the SHA-256 of the other two and of itself.
+state.json, everything else, with the SHA-256 of the others and of itself. best.safetensors has the weights with the best
+evaluation by then: where the file system allows, it takes no room of its own while these are those of the run's folder.
 """
 
 import hashlib
@@ -26,7 +27,7 @@ from dlrm.config import DLRMConfig
 from dlrm.model import DLRM
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
+BEST, OPTIMIZER, STATE = "best.safetensors", "optimizer.safetensors", "state.json"
 VERSION = 1
 _GENERATOR = "generator"  # torch's, among the tensors of the optimizers
 
@@ -153,6 +154,14 @@ class Saved:
                 raise CheckpointError(f"{self.path / OPTIMIZER}: not the state of these optimizers: {error}") from None
         torch.set_rng_state(self._tensors[_GENERATOR])
 
+    def put_back_best(self, folder: Path) -> None:
+        """Give the run's folder the weights with the best evaluation by then: those there may be of a later one."""
+        best, path = self.path / BEST, folder / WEIGHTS
+        if best.exists() and not (path.exists() and path.samefile(best)):
+            with whole_file(path) as part:
+                part.unlink()
+                _link(best, part)
+
 
 class TrainingCheckpoints:
     """The checkpoints of a training run, the last few of them.
@@ -180,11 +189,19 @@ class TrainingCheckpoints:
         names = os.listdir(self.folder) if self.folder.is_dir() else []
         return sorted({int(found[1]) for name in names if (found := re.fullmatch(r"(?:step|replaced)-(\d+)", name))})
 
-    def save(self, step: int, model: DLRM, optimizers: Sequence[torch.optim.Optimizer], state: dict[str, Any]) -> None:
+    def save(
+        self,
+        step: int,
+        model: DLRM,
+        optimizers: Sequence[torch.optim.Optimizer],
+        state: dict[str, Any],
+        best: Path | None = None,
+    ) -> None:
         """Write a checkpoint under a temporary name, flush it to the disk, rename it, and remove the oldest.
 
         Args:
             state: whatever else the run needs, for JSON.
+            best: the file of the best weights so far, which is replaced and never changed.
 
         Raises:
             OSError: it can't be written; the earlier ones are as they were.
@@ -205,10 +222,13 @@ class TrainingCheckpoints:
                 save_file(_state(model), file)
             with whole_file(part / OPTIMIZER) as file:
                 save_file(tensors, file)
-            digests = {name: _sha256(part / name) for name in (WEIGHTS, OPTIMIZER)}
+            if best:
+                _link(best, part / BEST)
+            names = [WEIGHTS, OPTIMIZER, *([BEST] if best else [])]
+            digests = {name: _sha256(part / name) for name in names}
             state = {"version": VERSION, "model": model.config.to_dict(), "optimizers": numbers} | state
             write_json(part / STATE, {"sha256": digests | {STATE: _sha256_of_state(state)}} | state)
-            for name in (WEIGHTS, OPTIMIZER, STATE, ""):
+            for name in (*names, STATE, ""):
                 _flush(part / name)
             path, replaced = self._path(step), self._path(step, "replaced")
             if path.exists():  # the same step again, of a run that went on from here
@@ -270,7 +290,7 @@ def _load_training(path: Path) -> Saved:
         digests = state.pop("sha256")
         if digests.pop(STATE) != _sha256_of_state(state):
             raise ValueError("damaged: its SHA-256 is not that which it has")
-        digests = {name: digests[name] for name in (WEIGHTS, OPTIMIZER)}
+        digests = {name: digests[name] for name in (WEIGHTS, OPTIMIZER, BEST) if name in digests or name != BEST}
     except OSError as error:
         raise CheckpointError(f"{path / STATE}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -289,6 +309,13 @@ def _load_training(path: Path) -> Saved:
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # not on every file system
+        shutil.copyfile(source, target)
 
 
 def _sha256_of_state(state: dict[str, Any]) -> str:
