@@ -3,9 +3,9 @@
 A model is a folder with config.json and model.safetensors, from which alone it is rebuilt: ``save``, ``load``.
 
 A training run keeps more, to go on as if it had never stopped: ``TrainingCheckpoints``. Each is a folder
-step-000001234 with model.safetensors; optimizer.safetensors, the state of the optimizers and of torch's generator; and
-state.json, everything else, with the SHA-256 of the others and of itself. best.safetensors has the weights with the best
-evaluation by then: where the file system allows, it takes no room of its own while these are those of the run's folder.
+step-000001234 with model.safetensors; optimizer.safetensors, the state of the optimizers and of torch's generator;
+state.json, everything else, with the SHA-256 of the others and of itself; and best.safetensors, the weights with the
+best evaluation by then, which is a link to the file in the run's folder where the file system allows.
 """
 
 import hashlib
