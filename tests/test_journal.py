@@ -4,8 +4,12 @@ import json
 import warnings
 
 import pytest
+import torch
 
+import dlrm.trainer
+from dlrm import TrainingConfig
 from dlrm.journal import Journal
+from dlrm.trainer import Trainer
 
 
 def lines(folder):
@@ -102,3 +106,21 @@ def test_going_on_twice(tmp_path):
         journal.close()
     assert [line["step"] for line in lines(tmp_path)] == [1, 9]
     assert points(tmp_path)["train/loss"] == [(1, 0.5), (9, 0.5)]
+
+
+def test_a_line_has_the_mean_loss_of_the_100_steps_before_it(tmp_path, monkeypatch):
+    """Whatever the epochs: here of 30 steps, whose losses are their numbers."""
+    step = iter(range(1, 1000))
+    monkeypatch.setattr(dlrm.trainer, "train_step", lambda *_: torch.tensor([float(next(step)), 0.0]))
+    config = TrainingConfig(1, 0.1, "sgd", epochs=11, evaluations_per_epoch=1, warmup_steps=200)
+    journal = Journal(tmp_path)
+    scores = {"auc": 0.5, "log_loss": 1.0}
+    model = torch.nn.Linear(1, 1)
+    Trainer(model, config, lambda *_: range(30), 30, lambda: scores, journal=journal, show=False).train()
+    journal.close()
+    of_steps = [line for line in lines(tmp_path) if "train/loss" in line]
+    assert [(line["step"], line["train/loss"]) for line in of_steps] == [(100, 50.5), (200, 150.5), (300, 250.5)]
+    assert [line["train/learning_rate"] for line in of_steps] == [0.05, 0.1, 0.1]
+    assert all(line["train/samples_per_second"] > 0 for line in of_steps)
+    of_evaluations = [line for line in lines(tmp_path) if "validation/auc" in line]
+    assert [line["step"] for line in of_evaluations] == list(range(30, 331, 30))
