@@ -26,7 +26,7 @@ def gather(tensors: Sequence[Tensor], group: "dist.ProcessGroup") -> list[list[T
         [-(-tensor.element_size() * _numel(shape) // 8) * 8 for tensor, shape in zip(tensors, of_process)]
         for of_process in shapes
     ]
-    longest = max(sum(of_process) for of_process in lengths)
+    longest = max(8, *(sum(of_process) for of_process in lengths))  # 0 would lay the rows of messages 1 byte apart
     message = torch.empty(longest, dtype=torch.uint8, device=rows.device)
     for part, tensor in zip(message.split([*lengths[rank], longest - sum(lengths[rank])]), tensors):
         own = tensor.contiguous().view(-1).view(torch.uint8)
