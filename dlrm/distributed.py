@@ -136,7 +136,7 @@ class World:
             if p.grad is not None and p.grad.is_sparse:
                 parts = gather([p.grad._indices().T.contiguous(), p.grad._values()], self.group)
                 rows, values = (torch.cat(part) for part in zip(*parts))
-                p.grad = torch.sparse_coo_tensor(rows.T, values / self.size, p.grad.shape)
+                p.grad = torch.sparse_coo_tensor(rows.T, values / self.size, p.grad.shape, check_invariants=False)
         dense = [p for p in with_gradient if p.grad is not None and not p.grad.is_sparse]
         message = torch.cat([*(p.grad.flatten() for p in dense if p.grad is not None), numbers.to(torch.float32)])
         dist.all_reduce(message)

@@ -20,7 +20,7 @@ EVALUATION_BATCH = 2048  # rows; large enough for the full speed of the MLPs
 def predict(model: nn.Module, batches: Iterable) -> Iterator[np.ndarray]:
     """Click probabilities, float32 (B,) for each batch; batches have ``dense`` and ``sparse`` as data.rows.Batch."""
     model.eval()
-    device = next(model.parameters()).device
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
     with torch.inference_mode():
         for batch in batches:
             logits = model(torch.from_numpy(batch.dense).to(device), torch.from_numpy(batch.sparse).to(device))
