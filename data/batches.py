@@ -77,8 +77,8 @@ def epoch_batches(
     Args:
         rows: of the source, its training rows.
         rank, world_size: of several processes, each gets its part of every batch: together they have the whole one.
-        start: number of batches to leave out: the others are those that come after them, not others. Nothing of what is
-            left out is read where rows can be read at any place.
+        start: number of batches to leave out: the others are those that come after them, not others. Where rows can be
+            read at any place, what is left out is not read, but for blocks whose rows are mixed with those that follow.
     """
     generator = np.random.default_rng([seed, epoch])
     if isinstance(source, RandomAccess):
@@ -108,6 +108,8 @@ def _mixed_blocks(
     if len(rows) % size:
         starts = np.append(starts, rows.start + whole * size)
     blocks = max((mixed_rows if mixed else several) // size, 1)
+    if not mixed:  # a block is a batch
+        starts, skipped = starts[skipped:], 0
     window = source.layout.records(min(blocks * size, len(rows)))
     order = generator.permutation(len(window))  # one for all windows of the epoch: each has other blocks
     skipped_windows, skipped = divmod(skipped, blocks * size // batch_size)
@@ -124,8 +126,8 @@ def _mixed_blocks(
                 order = generator.permutation(filled)
             for at in range(skipped * batch_size, filled, several):
                 yield to_batch(items.take(order[at : at + several], axis=0).view(window.dtype).reshape(-1))
-        elif skipped * batch_size < filled:
-            yield to_batch(window[skipped * batch_size : filled])
+        else:
+            yield to_batch(window[:filled])
         skipped = 0
 
 
