@@ -11,7 +11,7 @@ from test_sources import Numbered
 from test_tsv import make_lines, write
 
 import data.batches
-from data.batches import epoch_batches, in_background, rebatch, shuffled, split_rows, vocabulary
+from data.batches import epoch_batches, in_background, rebatch, share, shuffled, split_rows, vocabulary
 from data.rows import Batch, DataError, Layout
 from data.sources import Several, SeveralRandomAccess
 from data.tsv import CriteoTSV
@@ -279,3 +279,71 @@ def test_streams_are_shuffled_in_runs(tmp_path, monkeypatch):
         run = order[start - 10 : stop - 10]
         assert sorted(run) == list(range(start, stop))
         assert len(run) == 5 or run != sorted(run)
+
+
+# -- From a batch on --------------------------------------------------------------------------------------------------
+
+
+def rows_of(batches):
+    return [batch.sparse[:, 0].tolist() for batch in batches]
+
+
+def some_starts(count):
+    """All, where they are few; else those at the beginning, at the end and about powers of 2, where windows begin."""
+    near = {2**k + d for k in range(20) for d in (-1, 0, 1)}
+    return [k for k in range(count + 2) if count < 40 or k < 2 or k > count - 3 or (k in near and k % 3)]
+
+
+@pytest.mark.parametrize("kind", ["random access", "several of random access"])
+@pytest.mark.parametrize(
+    ("rows", "batch_size"),
+    [(range(3, 120), 1), (range(0, 600), 7), (range(37, 600), 64), (range(0, 512), 256), (range(5, 4001), 300),
+     (range(0, 20), 30), (range(0, 5000), 100), (range(0, 4096), 2048), (range(7, 7), 4)],
+)  # fmt: skip
+@pytest.mark.parametrize("mixed_rows", [1, 600, None])
+def test_a_later_start_leaves_out_batches_and_changes_none(tmp_path, kind, rows, batch_size, mixed_rows):
+    source = make_source(kind, rows.stop, tmp_path)
+    options = {"seed": 5, "epoch": 2} | ({} if mixed_rows is None else {"mixed_rows": mixed_rows})
+    whole = rows_of(epoch_batches(source, rows, batch_size, **options))
+    for start in some_starts(len(whole)):
+        assert rows_of(epoch_batches(source, rows, batch_size, start=start, **options)) == whole[start:], start
+
+
+@pytest.mark.parametrize("kind", ["log", "log and random access"])
+@pytest.mark.parametrize("batch_size", [1, 16, 100, 300])
+def test_a_later_start_of_streams(tmp_path, kind, batch_size):
+    source = make_source(kind, 200, tmp_path)
+    whole = rows_of(epoch_batches(source, range(9, 200), batch_size, 1, 2))
+    for start in some_starts(len(whole)) if batch_size > 1 else (0, 1, 100, 190, 191):
+        assert rows_of(epoch_batches(source, range(9, 200), batch_size, 1, 2, start=start)) == whole[start:]
+
+
+@pytest.mark.parametrize("mixed_rows", [1, 600])
+@pytest.mark.parametrize("start", [0, 1, 5, 11, 12])
+def test_a_later_start_of_each_process(mixed_rows, start):
+    def of(rank, start):
+        return rows_of(epoch_batches(Numbered(1111), range(1111), 100, 3, 1, rank, 3, mixed_rows, start))
+
+    for rank in range(3):
+        assert of(rank, start) == of(rank, 0)[start:]
+
+
+def test_what_a_later_start_leaves_out_is_not_read():
+    rows, size = 50_000, 100
+    for start in (0, 1, 7, 100, 499, 500):
+        source = Numbered(rows)
+        list(epoch_batches(source, range(rows), size, mixed_rows=1, start=start))
+        assert sum(count for _, count in source.calls) == rows - size * start
+    window = (1 << 14) // 200 * 200  # blocks of two batches
+    for start in (0, 1, 161, 162, 163, 350):
+        source = Numbered(rows)
+        list(epoch_batches(source, range(rows), size, start=start))
+        assert sum(count for _, count in source.calls) == rows - size * start // window * window
+
+
+@pytest.mark.parametrize("rows", [range(0, 0), range(5, 6), range(10, 13), range(3, 103)])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7, 100])
+def test_shares_are_a_partition_in_order(rows, world_size):
+    parts = [share(rows, rank, world_size) for rank in range(world_size)]
+    assert [row for part in parts for row in part] == list(rows)
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1

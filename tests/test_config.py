@@ -1,7 +1,8 @@
 """Configs: the presets' published sizes, validation, and JSON there and back."""
 
 import json
-from dataclasses import replace
+import math
+from dataclasses import fields, replace
 
 import pytest
 
@@ -23,16 +24,106 @@ def test_presets_have_the_published_sizes():
     assert (recipe.optimizer, recipe.learning_rate, recipe.batch_size) == ("sgd", 1.0, 2048)
 
 
+def test_trainings_have_the_published_numbers():
+    """MLPerf Training's, of v0.7 and v1 (terabyte) and of v3 (dcnv2)."""
+    for name in ("terabyte", "terabyte-32768", "terabyte-55296"):
+        recipe = PRESETS[name].training
+        assert PRESETS[name].model == PRESETS["terabyte"].model
+        assert (recipe.optimizer, recipe.target_auc, recipe.evaluations_per_epoch) == ("sgd", 0.8025, 20)
+    schedules = {
+        name: (t.batch_size, t.learning_rate, t.warmup_steps, t.decay_start, t.decay_steps)
+        for name, t in ((name, PRESETS[name].training) for name in PRESETS)
+    }
+    assert schedules["terabyte"] == (2048, 1.0, 0, 0, 0)
+    assert schedules["terabyte-32768"] == (32768, 18.0, 8000, 70000, 30000)
+    assert schedules["terabyte-55296"] == (55296, 24.0, 2750, 49315, 27772)
+    assert schedules["dcnv2"] == (65536, 0.005, 0, 0, 0)
+    assert schedules["kaggle"][2:] == (0, 0, 0)
+    dcnv2 = PRESETS["dcnv2"].training
+    assert (dcnv2.optimizer, dcnv2.adagrad_eps, dcnv2.target_auc) == ("adagrad", 1e-8, 0.80275)
+    assert dcnv2.evaluations_per_epoch == 20
+
+
+def test_dcnv2_has_the_published_sizes():
+    model = PRESETS["dcnv2"].model
+    assert model.table_rows == (
+        40000000, 39060, 17295, 7424, 20265, 3, 7122, 1543, 63, 40000000, 3067956, 405282, 10, 2209, 11938, 155, 4, 976,
+        14, 40000000, 40000000, 40000000, 590152, 12973, 108, 36,
+    )  # fmt: skip
+    assert (model.interaction, model.cross_layers, model.cross_rank) == ("cross", 3, 512)
+    assert (model.embedding_dim, model.bottom_mlp, model.top_mlp) == (128, (512, 256, 128), (1024, 1024, 512, 256, 1))
+    assert {PRESETS[name].model.interaction for name in PRESETS if name != "dcnv2"} == {"dot"}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_survive_json(name):
+    of = PRESETS[name]
+    assert DLRMConfig.from_dict(json.loads(json.dumps(of.model.to_dict()))) == of.model
+    assert TrainingConfig.from_dict(json.loads(json.dumps(of.training.to_dict()))) == of.training
+
+
+def test_configs_with_other_than_default_values_survive_json():
+    model = replace(
+        SMALL, interaction="cross", cross_layers=2, cross_rank=7, hots=(3, 1), compression=None, robe_size=5
+    )
+    assert DLRMConfig.from_dict(json.loads(json.dumps(model.to_dict()))) == model
+    training = TrainingConfig(7, 0.5, "adagrad", 2, 3, 0.75, 10, 20, 30, 1e-6, 4)
+    assert TrainingConfig.from_dict(json.loads(json.dumps(training.to_dict()))) == training
+    default = TrainingConfig(1, 1.0, "sgd", 1)
+    assert all(getattr(training, f.name) != getattr(default, f.name) for f in fields(training)), "every field is tried"
+
+
+def test_configs_of_the_first_version_still_load():
+    model = {
+        "embedding_dim": 4, "bottom_mlp": [8, 4], "top_mlp": [8, 1], "table_rows": [10, 20], "num_dense": 13,
+        "embedding": "robe", "compression": 1000.0, "robe_size": None, "block_size": None, "sign": False,
+        "hash_seed": 0, "init_std": None, "vocabulary": False,
+    }  # fmt: skip
+    assert DLRMConfig.from_dict(model) == SMALL
+    training = {"batch_size": 256, "learning_rate": 1e-3, "optimizer": "adam", "epochs": 3, "evaluations_per_epoch": 4,
+                "target_auc": None, "seed": 0}  # fmt: skip
+    assert TrainingConfig.from_dict(training) == PRESETS["kaggle"].training
+
+
+# -- Schedules --------------------------------------------------------------------------------------------------------
+
+
+def published_rates(lr, warmup, decay_start, decay_steps, steps):
+    """The rates of the first steps by the rule of MLPerf's reference, written out; it counts steps from 1."""
+    rates = []
+    for step in range(1, steps + 1):
+        if step < warmup:
+            rates.append(lr * (1 - (warmup - step) / warmup))
+        elif decay_steps and decay_start <= step < decay_start + decay_steps:
+            done = step - decay_start
+            rates.append(max(lr * ((decay_steps - done) / decay_steps) ** 2, 1e-7))
+        elif decay_steps and step >= decay_start + decay_steps:
+            rates.append(rates[-1])
+        else:
+            rates.append(lr)
+    return rates
+
+
 @pytest.mark.parametrize(
-    "config", [SMALL, preset("kaggle", robe_size=5, compression=None).model, PRESETS["terabyte"].model]
-)
-def test_model_config_survives_json(config):
-    assert DLRMConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    ("lr", "warmup", "decay_start", "decay_steps"),
+    [(18.0, 8, 70, 30), (24.0, 0, 0, 0), (0.5, 10, 0, 0), (0.5, 1, 1, 1), (2.0, 10, 10, 7), (2.0, 0, 3, 5),
+     (2.0, 0, 0, 5), (1e-6, 3, 5, 40)],
+)  # fmt: skip
+def test_rates_are_those_of_the_published_schedule(lr, warmup, decay_start, decay_steps):
+    config = TrainingConfig(1, lr, "sgd", 1, warmup_steps=warmup, decay_start=decay_start, decay_steps=decay_steps)
+    expected = published_rates(lr, warmup, decay_start, decay_steps, 130)
+    assert [config.rate(step) for step in range(1, 131)] == pytest.approx(expected, rel=1e-12)
 
 
-def test_training_config_survives_json():
-    config = PRESETS["kaggle"].training
-    assert TrainingConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+def test_rates_of_the_published_recipe_at_its_corners():
+    rate = PRESETS["terabyte-32768"].training.rate
+    assert rate(1) == pytest.approx(18 / 8000)
+    assert rate(7999) == pytest.approx(18 * 7999 / 8000)
+    assert rate(8000) == rate(69_999) == rate(70_000) == 18
+    assert rate(70_001) == pytest.approx(18 * (29_999 / 30_000) ** 2)
+    assert rate(85_000) == pytest.approx(18 / 4)
+    assert rate(99_999) == rate(100_000) == rate(10**9) == pytest.approx(1e-7), "18 / 30,000**2 is less"
+    assert math.isclose(PRESETS["terabyte-55296"].training.rate(10**9), 1e-7)
 
 
 @pytest.mark.parametrize(
@@ -51,6 +142,11 @@ def test_training_config_survives_json():
         ({"compression": None, "robe_size": 0}, "robe_size: expected at least 1"),
         ({"embedding": "hash", "compression": None, "robe_size": 9}, "robe_size: expected embedding='robe'"),
         ({"vocabulary": True}, "vocabulary: expected embedding='full'"),
+        ({"interaction": "cat"}, "interaction: expected one of dot, cross, got cat"),
+        ({"cross_layers": 0}, "cross_layers: expected at least 1, got 0"),
+        ({"cross_rank": -1}, "cross_rank: expected at least 1, got -1"),
+        ({"hots": (1,)}, "hots: expected 2 numbers from 1"),
+        ({"hots": (1, 0)}, "hots: expected 2 numbers from 1"),
     ],
 )
 def test_impossible_models_are_refused(changes, message):
@@ -65,6 +161,16 @@ def test_impossible_models_are_refused(changes, message):
         ({"learning_rate": 0.0}, "learning_rate: expected a positive number"),
         ({"batch_size": 0}, "batch_size: expected at least 1"),
         ({"epochs": 0}, "epochs: expected at least 1"),
+        ({"evaluations_per_epoch": 0}, "evaluations_per_epoch: expected at least 1"),
+        ({"target_auc": 1.0}, "target_auc: expected between 0 and 1"),
+        ({"adagrad_eps": 0.0}, "adagrad_eps: expected a positive number"),
+        ({"warmup_steps": -1}, "warmup_steps: expected at least 0"),
+        ({"decay_start": -1}, "decay_start: expected at least 0"),
+        ({"decay_steps": -5}, "decay_steps: expected at least 0"),
+        (
+            {"warmup_steps": 9, "decay_start": 8, "decay_steps": 3},
+            "decay_start: expected at least warmup_steps 9, got 8",
+        ),
     ],
 )
 def test_impossible_trainings_are_refused(changes, message):
@@ -82,5 +188,5 @@ def test_from_dict_refuses_what_it_does_not_know():
 
 
 def test_unknown_preset():
-    with pytest.raises(ValueError, match="preset: expected one of kaggle, terabyte, got avazu"):
+    with pytest.raises(ValueError, match=r"preset: expected one of kaggle, terabyte, .*, dcnv2, got avazu"):
         preset("avazu")

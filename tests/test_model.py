@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dlrm import DLRM, PRESETS, DLRMConfig, checkpoint
-from dlrm.model import MLP, DotInteraction
+from dlrm.model import MLP, CrossInteraction, DotInteraction, LowRankCrossNet
 
 SMALL = DLRMConfig(
     embedding_dim=4, bottom_mlp=(8, 4), top_mlp=(8, 6, 1), table_rows=(10, 20, 30), compression=2, block_size=3
@@ -119,3 +119,115 @@ def test_several_ids_a_feature_are_summed(embedding, tmp_path):
     loaded = checkpoint.load(tmp_path)
     assert loaded.config.hots == hots
     assert torch.equal(loaded(dense, sparse), model(dense, sparse))
+
+
+# -- The cross net ----------------------------------------------------------------------------------------------------
+
+CROSS = replace(SMALL, interaction="cross", cross_layers=2, cross_rank=3)
+
+
+def cross_in_numpy(state, prefix, x0):
+    x = x0
+    for layer in range(len([name for name in state if name.startswith(f"{prefix}v.")])):
+        v, w, b = (
+            state[f"{prefix}v.{layer}.weight"],
+            state[f"{prefix}w.{layer}.weight"],
+            state[f"{prefix}w.{layer}.bias"],
+        )
+        x = np.stack([row0 * (w @ (v @ row) + b) + row for row0, row in zip(x0, x)])
+    return x
+
+
+def a_net(width, layers, rank):
+    torch.manual_seed(0)
+    net = LowRankCrossNet(width, layers, rank).double()
+    with torch.no_grad():
+        for w in net.w:
+            w.bias.normal_()
+    return net
+
+
+@pytest.mark.parametrize(("width", "layers", "rank"), [(12, 3, 5), (5, 1, 1), (4, 2, 9)])
+def test_the_cross_net_equals_numpy(width, layers, rank):
+    net, x = a_net(width, layers, rank), torch.randn(7, width, dtype=torch.float64)
+    state = {name: value.numpy() for name, value in net.state_dict().items()}
+    assert net(x).shape == (7, width)
+    np.testing.assert_allclose(net(x).detach().numpy(), cross_in_numpy(state, "", x.numpy()), rtol=1e-12)
+    assert net(x[:0]).shape == (0, width)
+
+
+def test_gradients_of_the_cross_net():
+    net = a_net(4, 3, 2)
+    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    names, values = zip(*net.named_parameters())
+    assert len(names) == 9
+    assert torch.autograd.gradcheck(
+        lambda x, *values: torch.func.functional_call(net, dict(zip(names, values)), x), (x, *values)
+    )
+
+
+def test_initial_values_of_the_cross_net():
+    torch.manual_seed(0)
+    net = LowRankCrossNet(700, 2, 300)
+    for v, w in zip(net.v, net.w):
+        assert v.weight.shape == (300, 700)
+        assert w.weight.shape == (700, 300)
+        assert v.bias is None
+        assert not w.bias.any()
+        for weight in (v.weight, w.weight):
+            assert weight.std().item() == pytest.approx((2 / 1000) ** 0.5, rel=0.01)
+            assert weight.abs().max() > 3.5 * (2 / 1000) ** 0.5, "normal, not uniform"
+
+
+def test_the_cross_net_takes_the_vectors_one_behind_the_other():
+    torch.manual_seed(0)
+    crossing = CrossInteraction(12, 2, 3)
+    dense, embeddings = torch.randn(5, 4), torch.randn(5, 2, 4)
+    behind = torch.stack([torch.cat([dense[b], embeddings[b, 0], embeddings[b, 1]]) for b in range(5)])
+    assert torch.equal(crossing(dense, embeddings), crossing.net(behind))
+
+
+@pytest.mark.parametrize("embedding", ["robe", "full", "hash"])
+@pytest.mark.parametrize("hots", [None, (2, 1, 3)])
+def test_a_model_with_a_cross_net(embedding, hots, tmp_path):
+    torch.manual_seed(0)
+    model = DLRM(replace(CROSS, embedding=embedding, hots=hots)).double()
+    dense, sparse = torch.randn(6, 13, dtype=torch.float64), torch.randint(0, 2**32, (6, sum(hots) if hots else 3))
+    state = {name: value.numpy() for name, value in model.state_dict().items()}
+    x = mlp_in_numpy(state, "bottom", dense.numpy(), relu_last=True)
+    firsts, columns = (0, 2, 3) if hots else (0, 1, 2), []
+    for first, hot in zip(firsts, hots or (1, 1, 1)):
+        columns.append([first + i for i in range(hot)])
+    # One id of each feature at a time; ids of features that have no more are left out of the sums.
+    one_each = [
+        model.embeddings(sparse[:, [column[min(i, len(column) - 1)] for column in columns]]).detach().numpy()
+        for i in range(3)
+    ]
+    rows = [sum(one_each[i][:, f] for i in range(len(column))) for f, column in enumerate(columns)]
+    crossed = cross_in_numpy(state, "interaction.net.", np.concatenate([x, *rows], axis=1))
+    expected = mlp_in_numpy(state, "top", crossed, relu_last=False)[:, 0]
+    np.testing.assert_allclose(model(dense, sparse).detach().numpy(), expected, rtol=1e-10)
+
+    model = model.float()
+    dense = dense.float()
+    model(dense, sparse).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    checkpoint.save(tmp_path, model)
+    loaded = checkpoint.load(tmp_path)
+    assert loaded.config == model.config
+    assert torch.equal(loaded(dense, sparse), model(dense, sparse))
+
+
+def test_state_dict_names_of_the_cross_net_are_kept():
+    names = {name for name in DLRM(CROSS).state_dict() if not name.startswith(("bottom", "top", "embeddings"))}
+    assert names == {
+        f"interaction.net.{part}" for i in range(2) for part in (f"v.{i}.weight", f"w.{i}.weight", f"w.{i}.bias")
+    }
+
+
+def test_dcnv2_builds_the_published_model():
+    with torch.device("meta"):
+        model = DLRM(replace(PRESETS["dcnv2"].model, compression=100_000))
+    assert model.top[0].in_features == 27 * 128 == 3456
+    floats = sum(p.numel() for p in model.interaction.parameters())
+    assert floats == 3 * (2 * 3456 * 512 + 3456)
