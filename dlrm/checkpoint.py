@@ -23,12 +23,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+import robe.optim
 from dlrm.config import DLRMConfig
 from dlrm.model import DLRM
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 BEST, OPTIMIZER, STATE = "best.safetensors", "optimizer.safetensors", "state.json"
 VERSION = 1
+_COUNT_IN_INTEGERS = (robe.optim.SGD, robe.optim.Adagrad, robe.optim.Adam, torch.optim.SparseAdam)
 _GENERATOR = "generator"  # torch's, among the tensors of the optimizers
 
 
@@ -132,26 +134,37 @@ class Saved:
     def restore(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         """Put the optimizers, made for ``model``, and torch's generator into the state they were in.
 
+        Which optimizer has a parameter may have changed, as it does with the number of processes.
+
         Raises:
             CheckpointError: it belongs to other optimizers.
         """
-        numbers = self.state["optimizers"]
-        if len(numbers) != len(optimizers):
-            raise CheckpointError(
-                f"{self.path / OPTIMIZER}: has the state of {len(numbers)} optimizers, expected {len(optimizers)}"
-            )
-        for k, optimizer in enumerate(optimizers):
-            of_parameter: dict[int, dict[str, Any]] = {int(i): dict(values) for i, values in numbers[k].items()}
-            for name, tensor in self._tensors.items():
-                if name.startswith(f"{k}."):
-                    _, i, what = name.split(".")
-                    of_parameter.setdefault(int(i), {})[what] = tensor
+        states: dict[str, dict[str, Any]] = {name: dict(x) for name, x in self.state["optimizers"].items()}
+        for name, tensor in self._tensors.items():
+            if name != _GENERATOR:
+                parameter, what = name.split("/")
+                states.setdefault(parameter, {})[what] = tensor
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        for optimizer in optimizers:
+            of_parameter = {}
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            for i, p in enumerate(parameters):
+                of_own = {**optimizer.state.get(p, {}), **states.pop(names[id(p)], {})}
+                if "step" in of_own:  # torch's dense optimizers keep a tensor
+                    step = int(of_own["step"])
+                    of_own["step"] = step if isinstance(optimizer, _COUNT_IN_INTEGERS) else torch.tensor(float(step))
+                if of_own:
+                    of_parameter[i] = of_own
             # The groups are those of the config, which sets the rate of every step.
             groups = optimizer.state_dict()["param_groups"]
             try:
                 optimizer.load_state_dict({"state": of_parameter, "param_groups": groups})
             except (ValueError, KeyError, RuntimeError) as error:
                 raise CheckpointError(f"{self.path / OPTIMIZER}: not the state of these optimizers: {error}") from None
+        if states:
+            raise CheckpointError(
+                f"{self.path / OPTIMIZER}: not the state of these optimizers: they have no {next(iter(states))}"
+            )
         torch.set_rng_state(self._tensors[_GENERATOR])
 
     def put_back_best(self, folder: Path) -> None:
@@ -209,13 +222,14 @@ class TrainingCheckpoints:
         part = self.folder / "unfinished"
         shutil.rmtree(part, ignore_errors=True)  # of a run that was killed here
         tensors = {_GENERATOR: torch.get_rng_state()}
-        numbers: list[dict[int, dict[str, Any]]] = []
-        for k, optimizer in enumerate(optimizers):
-            numbers.append({})
-            for i, values in optimizer.state_dict()["state"].items():
-                numbers[k][i] = {what: x for what, x in values.items() if not isinstance(x, torch.Tensor)}
+        numbers: dict[str, dict[str, Any]] = {}  # what is not a tensor
+        names_of = {id(p): name for name, p in model.named_parameters()}
+        for optimizer in optimizers:
+            for p, values in optimizer.state.items():
+                name = names_of[id(p)]
+                numbers[name] = {what: x for what, x in values.items() if not isinstance(x, torch.Tensor)}
                 of_tensors = {what: x for what, x in values.items() if isinstance(x, torch.Tensor)}
-                tensors |= {f"{k}.{i}.{what}": x.contiguous() for what, x in of_tensors.items()}
+                tensors |= {f"{name}/{what}": x.contiguous() for what, x in of_tensors.items()}
         try:
             part.mkdir(parents=True)
             with whole_file(part / WEIGHTS) as file:

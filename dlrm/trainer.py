@@ -337,8 +337,8 @@ class Trainer:
 
     def _save(self) -> None:
         self._stop_clock()
+        self._require_finite_weights()
         if self.world.is_first:
-            self._require_finite_weights()
             self.save(self.progress)
         self._saved_at, self._saved_step = time.perf_counter(), self.progress.step
 
@@ -353,7 +353,8 @@ class Trainer:
 
     def _error(self, what: str, steps_ago: int) -> TrainingError:
         epoch, done = self.place
+        step = self.progress.step - steps_ago
         return TrainingError(
-            f"{what} at step {self.progress.step - steps_ago} (batch {done - steps_ago} of epoch {epoch + 1}); a lower "
-            f"learning rate than {self.config.rate(self.progress.step - steps_ago):g} may help"
+            f"{what} at step {step} (batch {done - steps_ago} of epoch {epoch + 1}); a lower learning rate than "
+            f"{self.config.rate(max(step, 1)):g} may help"
         )

@@ -187,9 +187,46 @@ def test_training_goes_on_with_the_same_bits(tmp_path, name):
 
 
 def test_state_of_other_optimizers_is_refused(saved):
-    checkpoints, model, _ = saved
-    with pytest.raises(CheckpointError, match=r"optimizer.safetensors: has the state of 2 optimizers, expected 1"):
-        checkpoints.load().restore([torch.optim.SGD(model.parameters())])
+    checkpoints, _, _ = saved
+    found = checkpoints.load()
+    with pytest.raises(
+        CheckpointError, match=r"optimizer.safetensors: not the state of these optimizers: they have no"
+    ):
+        found.restore([torch.optim.SGD(found.model.bottom.parameters())])
+
+
+@pytest.mark.parametrize("dense_first", [True, False])
+@pytest.mark.parametrize("steps", [0, 3])
+def test_an_array_goes_on_with_the_other_kind_of_optimizer(tmp_path, dense_first, steps):
+    """As it does when the number of processes changes: torch's on a dense gradient, or robe.optim's."""
+
+    def optimizers(model, dense):
+        rest = [*model.bottom.parameters(), *model.top.parameters()]
+        if dense:
+            return [torch.optim.Adagrad([*rest, *model.embeddings.parameters()], lr=0.1)]
+        return [torch.optim.Adagrad(rest, lr=0.1), robe.optim.Adagrad(model.embeddings, lr=0.1)]
+
+    def train(model, optimizers, steps):
+        for _ in range(steps):
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            model(DENSE, SPARSE).square().mean().backward()
+            for optimizer in optimizers:
+                optimizer.step()
+
+    models = [build("robe") for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    one = optimizers(models[0], dense_first)
+    train(models[0], one, steps)
+    checkpoints = TrainingCheckpoints(tmp_path)
+    checkpoints.save(steps, models[0], one, {})
+    found = checkpoints.load()
+    other = optimizers(found.model, not dense_first)
+    found.restore(other)
+    train(found.model, other, 3)
+    train(models[1], optimizers(models[1], dense_first), steps + 3)
+    for got, expected in zip(found.model.parameters(), models[1].parameters()):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7)
 
 
 def test_the_last_ones_are_kept(tmp_path):

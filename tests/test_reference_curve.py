@@ -101,7 +101,7 @@ def layer(random, fan_in, fan_out):
 
 def losses_of(model, batches):
     optimizers = make_optimizers(model, TrainingConfig(BATCH, RATE, "sgd", epochs=1))
-    return np.array([train_step(model, optimizers, batch).item() for batch in batches])
+    return np.array([train_step(model, optimizers, batch)[0].item() for batch in batches])
 
 
 def losses_by_numpy(recipe, steps, weight, read):
