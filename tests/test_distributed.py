@@ -338,6 +338,14 @@ def test_arrays_are_trained_as_by_one_process_on_the_whole_batch(found, alone):
             torch.testing.assert_close({where: value}, {where: expected[what]}, rtol=tolerance, atol=tolerance)
 
 
+def test_two_processes_sum_in_the_order_of_one(found_by, alone):
+    """Of one layer and call: halves are exact, and parts of a batch come one behind the other, as its rows do."""
+    for case, expected in alone["arrays"].items():
+        if case[0] not in ("collection", "one array", "calls"):
+            got = found_by[2][0]["arrays"][case]
+            assert all(torch.equal(got[what], value) for what, value in expected.items()), case
+
+
 def test_every_process_has_the_same_bits(found):
     for of_process in found[1:]:
         for case, tensors in found[0]["arrays"].items():
@@ -442,13 +450,13 @@ def test_the_loss_curve_is_that_of_one_process(found, alone, name):
         name.startswith(("sgd, gathered", "sgd, dense", "adagrad, gathered", "adagrad, dense"))
     )
     assert len(got["history"]) == len(expected["history"]) == 15
-    for what, tolerance in (("train_loss", 1e-5), ("log_loss", 1e-5), ("auc", 2e-3)):
+    for what, tolerance in (("train_loss", 1e-6), ("log_loss", 1e-6), ("auc", 2e-3)):
         curves = [[point[what] for point in run["history"]] for run in (got, expected)]
         assert np.ptp(curves[1]) > 0.01, "it does train"
         np.testing.assert_allclose(*curves, rtol=0, atol=tolerance)
         np.testing.assert_allclose(curves[0][:5], curves[1][:5], rtol=2e-6)
     for part, value in got["weights"].items():
-        torch.testing.assert_close(value, expected["weights"][part], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(value, expected["weights"][part], rtol=1e-5, atol=2e-6)
 
 
 def test_every_process_trains_the_same_model(found):
