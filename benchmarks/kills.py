@@ -11,7 +11,6 @@ import json
 import random
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 from tqdm import tqdm
@@ -44,14 +43,13 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--within", type=float, default=10, metavar="SECONDS", help="of a start; it takes some itself")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     args, options = parser.parse_known_args()
     if args.output.exists():
         parser.error(f"--output: {args.output} exists; expected a new name")
-    begin = time.perf_counter()
     if start(args.data, args.output / "undisturbed", options).wait():
         sys.exit("the undisturbed run failed")
-    seconds = time.perf_counter() - begin
 
     moments, killed, steps = random.Random(args.seed), 0, []
     folder = args.output / "killed"
@@ -59,14 +57,16 @@ def main() -> None:
         while killed < args.kills:
             process = start(args.data, folder, options)
             try:
-                process.wait(moments.uniform(0, 4 * seconds / args.kills))
+                process.wait(moments.uniform(0, args.within))
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
                 killed += 1
                 bar.update()
             if process.returncode != -9:
-                sys.exit(f"exit code {process.returncode} after {killed} kills: nothing left to kill; try more epochs")
+                sys.exit(
+                    f"exit code {process.returncode} after {killed} kills: nothing left to kill; try more epochs, or a smaller --within"
+                )
             steps.append(max((path.name[5:] for path in (folder / "checkpoints").glob("step-*")), default="none"))
     if start(args.data, folder, options).wait():
         sys.exit(f"the run could not be finished after {killed} kills")
