@@ -64,9 +64,7 @@ def main() -> None:
                 killed += 1
                 bar.update()
             if process.returncode != -9:
-                sys.exit(
-                    f"exit code {process.returncode} after {killed} kills: nothing left to kill; try more epochs, or a smaller --within"
-                )
+                sys.exit(f"exit code {process.returncode} after {killed} kills: try more epochs, or a smaller --within")
             steps.append(max((path.name[5:] for path in (folder / "checkpoints").glob("step-*")), default="none"))
     if start(args.data, folder, options).wait():
         sys.exit(f"the run could not be finished after {killed} kills")
