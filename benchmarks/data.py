@@ -32,7 +32,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.runs import ROOT
-from benchmarks.timing import save
+from benchmarks.timing import quantiles, save
 from data import prepare, synthetic, tsv
 from data.batches import MIXED_ROWS, epoch_batches
 from data.dataset import Dataset
@@ -147,10 +147,6 @@ def steps(dataset: Dataset, preset: str, optimizer: str, batch_size: int, rounds
             name: quantiles(list(np.divide(times["as they come"], times[name]))) for name in list(candidates)[1:]
         },
     }
-
-
-def quantiles(values: list[float]) -> dict[str, float]:
-    return dict(zip(("p20", "median", "p80"), np.percentile(values, [20, 50, 80]).tolist()))
 
 
 def report(results: dict) -> str:

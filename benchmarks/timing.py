@@ -56,10 +56,12 @@ def side_by_side(
             for _ in range(count):
                 run()
             samples[name].append((time.perf_counter() - begin) / count * 1e6)
-    return {
-        name: dict(zip(("p20", "median", "p80"), np.percentile(times, [20, 50, 80]).tolist())) | {"rounds": len(times)}
-        for name, times in samples.items()
-    }
+    return {name: quantiles(times) | {"rounds": len(times)} for name, times in samples.items()}
+
+
+def quantiles(values: list[float]) -> dict[str, float]:
+    """p20, median and p80."""
+    return dict(zip(("p20", "median", "p80"), np.percentile(values, [20, 50, 80]).tolist()))
 
 
 def cycle(run: Callable[[Any], object], inputs: list) -> Callable[[], object]:

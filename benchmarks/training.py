@@ -28,7 +28,7 @@ from tqdm import tqdm
 import robe
 from benchmarks.runs import ROOT
 from benchmarks.step import stepper
-from benchmarks.timing import cycle, save
+from benchmarks.timing import cycle, quantiles, save
 from data import prepare, synthetic
 from data.batches import epoch_batches
 from data.dataset import Dataset
@@ -127,10 +127,6 @@ def processes(data: Path, preset: str, optimizer: str, batch_size: int, rounds: 
 
 def evaluate() -> dict[str, float]:
     return {"auc": 0.5, "log_loss": 0.7}  # not what is timed
-
-
-def quantiles(values: list[float]) -> dict[str, float]:
-    return dict(zip(("p20", "median", "p80"), np.percentile(values, [20, 50, 80]).tolist()))
 
 
 def report(results: dict) -> str:
