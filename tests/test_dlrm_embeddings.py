@@ -1,14 +1,16 @@
 """The tables ROBE is compared with, against nn.Embedding and a Python dictionary."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+from conftest import mix64, table_key
 from torch.nn import functional
 
-from dlrm import DLRMConfig
-from dlrm.embeddings import Tables, VocabularyTables, bags, build_embeddings, capped_rows
+from dlrm import DLRM, DLRMConfig
+from dlrm.embeddings import Tables, VocabularyTables, bags, build_embeddings, capped_rows, synthetic_ids
 from robe import RobeEmbeddingBagCollection
 
 ROWS = (7, 1, 30)
@@ -154,3 +156,33 @@ def test_hots_of_one_are_one_id_each(embedding):
     embeddings = build_embeddings(config(embedding=embedding, compression=2))
     sparse = torch.randint(0, 2**32, (5, 3))
     torch.testing.assert_close(embeddings(*bags(sparse, (1, 1, 1))), embeddings(sparse))
+
+
+def test_synthetic_ids_are_the_id_and_hashes_of_it_in_its_table():
+    rows, hots = (1000, 7, 40_000_000), (3, 1, 2)
+    sparse = torch.tensor([[5, -1, 2**40], [6, 0, 2**40], [5, 3, 0]])
+    ids = synthetic_ids(sparse, hots, rows)
+    expected = []
+    for row in sparse.tolist():
+        expected.append([])
+        for feature, (x, hot, size) in enumerate(zip(row, hots, rows)):
+            of_id = mix64(x + table_key(0x484F5453, feature))
+            expected[-1] += [x] + [mix64(of_id + k) * size >> 64 for k in range(1, hot)]
+    assert ids.tolist() == expected
+    many = synthetic_ids(torch.arange(20_000)[:, None], (2,), (100,))[:, 1]
+    counts = np.bincount(many.numpy(), minlength=100)
+    assert len(counts) == 100
+    assert ((counts - 200) ** 2 / 200).sum() < 170, "chi-squared with 99 degrees of freedom: 1e-5"
+
+
+def test_a_model_makes_the_ids_of_synthetic_hots_itself():
+    with_hots = config(table_rows=(10, 20), compression=3, hots=(3, 2))
+    made = DLRM(replace(with_hots, synthetic_hots=True))
+    given = DLRM(with_hots)
+    given.load_state_dict(made.state_dict())
+    dense, sparse = torch.randn(5, 13), torch.randint(0, 2**32, (5, 2))
+    assert made.config.data_hots is None
+    assert given.config.data_hots == (3, 2)
+    assert torch.equal(made(dense, sparse), given(dense, synthetic_ids(sparse, (3, 2), (10, 20))))
+    with pytest.raises(ValueError, match="synthetic_hots: expected hots with it"):
+        replace(with_hots, hots=None, synthetic_hots=True)
