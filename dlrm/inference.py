@@ -1,0 +1,242 @@
+"""A trained DLRM made ready to predict: precision chosen, weights packed, buffers kept, threads by the size of a batch."""
+
+import copy
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dlrm.embeddings import bags, synthetic_ids
+from dlrm.model import DLRM, MLP, CrossInteraction
+from robe import Int8RobeArray, RobeEmbeddingBagCollection
+
+DTYPES = ("float32", "bfloat16", "int8")
+
+Layer = Callable[[Tensor], Tensor]  # (B, fan_in) float32 or the dtype of the layer before -> (B, fan_out)
+
+_ROWS_AT_ONCE = 512  # of a larger batch: their activations and embeddings stay in the second cache
+_SERIAL_PRODUCTS = 4_000_000  # fewer multiplications than this are done before a second thread has begun
+_PACKED_PRODUCTS = 6_000_000  # from here on oneDNN on packed weights is faster than BLAS, which begins sooner
+
+
+class Predictor:
+    """Click probabilities of a trained model, as fast as this machine gives them.
+
+    B rows, H ids each. Embeddings and interaction are in float32 whatever the dtypes. Weights are those of the model at
+    the time: they are not to change afterwards. One thread at a time may call it; ``twin`` gives another one to others.
+
+    Args:
+        model: a DLRM on the CPU.
+        array_dtype: the ROBE array is kept in: "float32"; "bfloat16", half the memory; or "int8", a quarter and a
+            scale for each 64 weights. Other embeddings are float32.
+        mlp_dtype: the MLPs, and the cross net, compute in: "float32"; "bfloat16", sums in float32; or "int8": weights
+            rounded once with a scale for each output, activations batch by batch with one scale for all, so that
+            a prediction depends a little on the rows beside it.
+
+    Raises:
+        ValueError: unknown dtypes; an array_dtype without an array; or an mlp_dtype that this CPU has no instructions
+            for, with which it would be slower than float32.
+    """
+
+    def __init__(self, model: DLRM, *, array_dtype: str = "float32", mlp_dtype: str = "float32"):
+        check_mlp_dtype(mlp_dtype)
+        self.config = model.config
+        self.array_dtype, self.mlp_dtype = array_dtype, mlp_dtype
+        self.embeddings = with_array_dtype(model.embeddings, array_dtype)
+        self._interaction = model.interaction
+        if isinstance(model.interaction, CrossInteraction):
+            self._interaction = _packed_cross(model.interaction, mlp_dtype)
+        self._bottom, self._top = _packed(model.bottom, mlp_dtype), _packed(model.top, mlp_dtype)
+        linear = [x for x in model.modules() if isinstance(x, nn.Linear)]
+        self._products = sum(x.weight.numel() for x in linear)  # of a row
+        self._new_buffer()
+
+    def _new_buffer(self) -> None:
+        # Embeddings in another dtype than float32 are written before they are converted.
+        self._rows: Tensor | None = None
+        if isinstance(self.embeddings, RobeEmbeddingBagCollection):
+            dtype = self.embeddings.array.weight.dtype
+            shape = _ROWS_AT_ONCE, len(self.config.table_rows), self.config.embedding_dim
+            self._rows = torch.empty(shape, dtype=torch.float32 if dtype == torch.int8 else dtype)
+
+    def twin(self) -> "Predictor":
+        """Another predictor on the same weights, with buffers of its own, for another thread."""
+        other = copy.copy(self)
+        other._new_buffer()
+        return other
+
+    def __call__(self, dense: Tensor, sparse: Tensor, clock: Callable[[str], None] | None = None) -> Tensor:
+        """Predict a batch of any size.
+
+        Args:
+            dense: (B, num_dense) float32.
+            sparse: (B, H) int64 ids, as for DLRM.
+            clock: called with "mlp", "embedding" or "interaction" when that much of the work is done, again and again.
+
+        Returns:
+            (B,) float32.
+        """
+        rows = len(dense)
+        threads = torch.get_num_threads()
+        few = rows * self._products < _SERIAL_PRODUCTS
+        with torch.inference_mode():
+            try:
+                if few:
+                    torch.set_num_threads(1)
+                if rows <= _ROWS_AT_ONCE:
+                    return self._some(dense, sparse, clock)
+                pieces = zip(dense.split(_ROWS_AT_ONCE), sparse.split(_ROWS_AT_ONCE))
+                return torch.cat([self._some(*piece, clock) for piece in pieces])
+            finally:
+                if few:
+                    torch.set_num_threads(threads)
+
+    def predict(self, batches: Iterable) -> Iterator[np.ndarray]:
+        """Probabilities, float32 (B,) for each batch; batches have ``dense`` and ``sparse`` as data.rows.Batch."""
+        for batch in batches:
+            yield self(torch.from_numpy(batch.dense), torch.from_numpy(batch.sparse)).numpy()
+
+    def _some(self, dense: Tensor, sparse: Tensor, clock: Callable[[str], None] | None) -> Tensor:
+        x = self._bottom(dense).float()
+        if clock:
+            clock("mlp")
+        rows = self._embed(sparse)
+        if clock:
+            clock("embedding")
+        x = self._interaction(x, rows)
+        if clock:
+            clock("interaction")
+        x = self._top(x).float().squeeze(1).sigmoid_()
+        if clock:
+            clock("mlp")
+        return x
+
+    def _embed(self, sparse: Tensor) -> Tensor:
+        config = self.config
+        ids: tuple[Tensor, ...] = (sparse,)
+        if config.hots is not None:
+            if config.synthetic_hots:
+                sparse = synthetic_ids(sparse, config.hots, config.table_rows)
+            ids = bags(sparse, config.hots)
+        if self._rows is None:
+            return self.embeddings(*ids)
+        return self.embeddings(*ids, out=self._rows[: len(sparse)]).float()
+
+
+def check_mlp_dtype(mlp_dtype: str) -> None:
+    """Raise ValueError where MLPs in this dtype are unknown, or slower on this CPU than in float32."""
+    if mlp_dtype not in DTYPES:
+        raise ValueError(f"mlp_dtype: expected one of {', '.join(DTYPES)}, got {mlp_dtype!r}")
+    has = torch.cpu.get_capabilities()
+    needed = {
+        "float32": ("", True),
+        "bfloat16": ("AVX512-BF16 or AMX", has.get("avx512_bf16") or has.get("amx_bf16") or has.get("bf16")),
+        "int8": ("VNNI", has.get("avx512_vnni") or has.get("avx_vnni")),
+    }
+    instructions, there = needed[mlp_dtype]
+    if not there:
+        raise ValueError(
+            f"mlp_dtype: {mlp_dtype} needs {instructions} instructions, which this CPU lacks: it would be slower "
+            "than float32"
+        )
+
+
+def with_array_dtype(embeddings: nn.Module, array_dtype: str) -> nn.Module:
+    """The same embeddings on a copy of their ROBE array in another dtype; in float32 they themselves.
+
+    Raises:
+        ValueError: unknown dtype, or embeddings without an array.
+    """
+    if array_dtype not in DTYPES:
+        raise ValueError(f"array_dtype: expected one of {', '.join(DTYPES)}, got {array_dtype!r}")
+    if array_dtype == "float32":
+        return embeddings
+    if not isinstance(embeddings, RobeEmbeddingBagCollection):
+        raise ValueError(f"array_dtype: {array_dtype} needs a model with a ROBE array; this one has tables")
+    other = copy.copy(embeddings)  # the module, not its weights
+    other._modules = dict(embeddings._modules)
+    array = embeddings.array
+    if array_dtype == "int8":
+        other.array = array.quantized()  # type: ignore[assignment]
+    else:
+        other.array = copy.copy(array)
+        other.array._parameters = {"weight": nn.Parameter(array.weight.detach().bfloat16(), requires_grad=False)}
+    return other
+
+
+def array_bytes(embeddings: nn.Module) -> int:
+    """Memory of the weights that embeddings are read from: an array with its scales, or tables."""
+    tensors = (
+        [*embeddings.parameters(), *embeddings.buffers()]
+        if not isinstance(embeddings, RobeEmbeddingBagCollection)
+        else [x for x in embeddings.array.read() if x is not None]
+    )
+    return sum(x.numel() * x.element_size() for x in tensors)
+
+
+def _packed(mlp: MLP, dtype: str) -> Layer:
+    linears = [x for x in mlp if isinstance(x, nn.Linear)]
+    layers = [
+        _packed_linear(linear, dtype, relu=linear is not linears[-1] or isinstance(mlp[-1], nn.ReLU))
+        for linear in linears
+    ]
+
+    def run(x: Tensor) -> Tensor:
+        for layer in layers:
+            x = layer(x)
+        return x
+
+    return run
+
+
+def _packed_cross(cross: CrossInteraction, dtype: str):
+    pairs = [
+        (_packed_linear(v, dtype, relu=False), _packed_linear(w, dtype, relu=False))
+        for v, w in zip(cross.net.v, cross.net.w)
+    ]
+
+    def run(dense: Tensor, embeddings: Tensor) -> Tensor:
+        x = x0 = torch.cat([dense, embeddings.flatten(1)], dim=1)
+        for v, w in pairs:
+            x = torch.addcmul(x, x0, w(v(x)).float())
+        return x
+
+    return run
+
+
+def _packed_linear(linear: nn.Linear, dtype: str, relu: bool) -> Layer:
+    """A linear layer, and ReLU where wanted, on weights laid out for this CPU."""
+    weight = linear.weight.detach()
+    bias = None if linear.bias is None else linear.bias.detach()
+    if dtype == "int8":
+        return _int8_linear(weight, bias, relu)
+    kind = torch.bfloat16 if dtype == "bfloat16" else torch.float32
+    weight, bias = weight.to(kind), None if bias is None else bias.to(kind)
+    packed = None
+    if torch.backends.mkldnn.is_available():
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+    after = "relu" if relu else "none"
+    transposed = weight.t()
+
+    def run(x: Tensor) -> Tensor:
+        if packed is not None and (kind == torch.bfloat16 or len(x) * weight.numel() >= _PACKED_PRODUCTS):
+            return torch.ops.mkldnn._linear_pointwise(x.to(kind), packed, bias, after, [], "")
+        x = x.to(kind) @ transposed if bias is None else torch.addmm(bias, x.to(kind), transposed)
+        return x.relu_() if relu else x
+
+    return run
+
+
+def _int8_linear(weight: Tensor, bias: Tensor | None, relu: bool) -> Layer:
+    scale = weight.abs().amax(1).clamp(min=1e-12) / 127
+    with warnings.catch_warnings():
+        # torch means to move quantized tensors elsewhere; its kernels take the weights in no other form.
+        warnings.filterwarnings("ignore", message=".*quantized tensor creation functions", category=UserWarning)
+        rounded = torch.quantize_per_channel(
+            weight, scale.double(), torch.zeros(len(weight), dtype=torch.long), 0, torch.qint8
+        )
+    packed = torch.ops.quantized.linear_prepack(rounded, bias)
+    operator = torch.ops.quantized.linear_relu_dynamic if relu else torch.ops.quantized.linear_dynamic
+    return lambda x: operator(x.float(), packed)
