@@ -58,7 +58,7 @@ setup(
         Extension(
             "robe._cpu",
             ["robe/csrc/robe_cpu.cpp"],
-            depends=["robe/csrc/job.h", "robe/csrc/kernels.h", "robe/csrc/interaction.h"],
+            depends=[f"robe/csrc/{name}.h" for name in ("job", "kernels", "interaction", "mlp")],
             # No product is fused with a sum: every instruction set then gives the same bits.
             extra_compile_args=[
                 "-std=c++17",

@@ -19,6 +19,7 @@ import robe
 from benchmarks.timing import COPIES_OF_IDS, LARGE, cycle, make_ids, parse, robe_layer, save, side_by_side
 from dlrm import DLRM
 from dlrm.config import PRESETS, DLRMConfig
+from dlrm.embeddings import EmbeddingBags
 
 STEP_BATCHES, FORWARD_BATCHES = (256, 2048), (1, 64, 2048)
 
@@ -32,20 +33,6 @@ class Constant(nn.Module):
 
     def forward(self, sparse: Tensor) -> Tensor:
         return self.rows
-
-
-class EmbeddingBags(nn.Module):
-    """A table for each feature, as facebookresearch/dlrm has them."""
-
-    def __init__(self, weights: list[Tensor], sparse: bool):
-        super().__init__()
-        self.bags = nn.ModuleList(
-            nn.EmbeddingBag.from_pretrained(w, mode="sum", freeze=False, sparse=sparse) for w in weights
-        )
-
-    def forward(self, sparse: Tensor) -> Tensor:
-        starts = torch.arange(len(sparse))
-        return torch.stack([bag(ids, starts) for bag, ids in zip(self.bags, sparse.T)], dim=1)
 
 
 def with_embeddings(config: DLRMConfig, embeddings: nn.Module) -> DLRM:

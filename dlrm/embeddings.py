@@ -59,6 +59,33 @@ class Tables(nn.Module):
         return sums.view(features, -1, self.weight.shape[1]).transpose(0, 1)
 
 
+class EmbeddingBags(nn.Module):
+    """An nn.EmbeddingBag for each feature, as facebookresearch/dlrm has them: what ROBE is timed against.
+
+    Args:
+        weights: of each table, (rows, D).
+        sparse: whether gradients are.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], sparse: bool = False):
+        super().__init__()
+        self.bags = nn.ModuleList(
+            nn.EmbeddingBag.from_pretrained(w, mode="sum", freeze=False, sparse=sparse) for w in weights
+        )
+
+    def forward(self, sparse: Tensor, offsets: Tensor | None = None) -> Tensor:
+        if offsets is None:
+            starts = torch.arange(len(sparse))
+            return torch.stack([bag(ids, starts) for bag, ids in zip(self.bags, sparse.T)], dim=1)
+        ends = offsets.view(-1)
+        batch_size = (len(ends) - 1) // len(self.bags)
+        sums = []
+        for feature, bag in enumerate(self.bags):
+            own = ends[feature * batch_size : (feature + 1) * batch_size + 1]
+            sums.append(bag(sparse[own[0] : own[-1]], own[:-1] - own[0]))
+        return torch.stack(sums, dim=1)
+
+
 class VocabularyTables(Tables):
     """Tables with a row for each id of the training data, and one more, the last, for all other ids.
 

@@ -1,8 +1,8 @@
-"""A trained DLRM made ready to predict: precision chosen, weights packed, buffers kept, threads by the size of a batch."""
+"""A trained DLRM made ready to predict: precision chosen, weights laid out for the CPU, buffers kept between calls."""
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -10,15 +10,14 @@ from torch import Tensor, nn
 
 from dlrm.embeddings import bags, synthetic_ids
 from dlrm.model import DLRM, MLP, CrossInteraction
-from robe import Int8RobeArray, RobeEmbeddingBagCollection
+from robe import RobeEmbeddingBagCollection
+from robe.ops import pack_linear
 
 DTYPES = ("float32", "bfloat16", "int8")
 
 Layer = Callable[[Tensor], Tensor]  # (B, fan_in) float32 or the dtype of the layer before -> (B, fan_out)
 
 _ROWS_AT_ONCE = 512  # of a larger batch: their activations and embeddings stay in the second cache
-_SERIAL_PRODUCTS = 4_000_000  # fewer multiplications than this are done before a second thread has begun
-_PACKED_PRODUCTS = 6_000_000  # from here on oneDNN on packed weights is faster than BLAS, which begins sooner
 
 
 class Predictor:
@@ -49,8 +48,6 @@ class Predictor:
         if isinstance(model.interaction, CrossInteraction):
             self._interaction = _packed_cross(model.interaction, mlp_dtype)
         self._bottom, self._top = _packed(model.bottom, mlp_dtype), _packed(model.top, mlp_dtype)
-        linear = [x for x in model.modules() if isinstance(x, nn.Linear)]
-        self._products = sum(x.weight.numel() for x in linear)  # of a row
         self._new_buffer()
 
     def _new_buffer(self) -> None:
@@ -78,25 +75,23 @@ class Predictor:
         Returns:
             (B,) float32.
         """
-        rows = len(dense)
-        threads = torch.get_num_threads()
-        few = rows * self._products < _SERIAL_PRODUCTS
         with torch.inference_mode():
-            try:
-                if few:
-                    torch.set_num_threads(1)
-                if rows <= _ROWS_AT_ONCE:
-                    return self._some(dense, sparse, clock)
-                pieces = zip(dense.split(_ROWS_AT_ONCE), sparse.split(_ROWS_AT_ONCE))
-                return torch.cat([self._some(*piece, clock) for piece in pieces])
-            finally:
-                if few:
-                    torch.set_num_threads(threads)
+            if len(dense) <= _ROWS_AT_ONCE:
+                return self._some(dense, sparse, clock)
+            pieces = zip(dense.split(_ROWS_AT_ONCE), sparse.split(_ROWS_AT_ONCE))
+            return torch.cat([self._some(*piece, clock) for piece in pieces])
 
     def predict(self, batches: Iterable) -> Iterator[np.ndarray]:
-        """Probabilities, float32 (B,) for each batch; batches have ``dense`` and ``sparse`` as data.rows.Batch."""
+        """Probabilities, float32 (B,) for each batch; batches have ``dense`` and ``sparse`` as data.rows.Batch.
+
+        Raises:
+            ValueError: a probability is NaN.
+        """
         for batch in batches:
-            yield self(torch.from_numpy(batch.dense), torch.from_numpy(batch.sparse)).numpy()
+            probabilities = self(torch.from_numpy(batch.dense), torch.from_numpy(batch.sparse)).numpy()
+            if np.isnan(probabilities).any():
+                raise ValueError("the model predicts NaN")
+            yield probabilities
 
     def _some(self, dense: Tensor, sparse: Tensor, clock: Callable[[str], None] | None) -> Tensor:
         x = self._bottom(dense).float()
@@ -178,10 +173,36 @@ def array_bytes(embeddings: nn.Module) -> int:
 
 def _packed(mlp: MLP, dtype: str) -> Layer:
     linears = [x for x in mlp if isinstance(x, nn.Linear)]
+    return _chain(linears, dtype, relu_last=isinstance(mlp[-1], nn.ReLU))
+
+
+def _packed_cross(cross: CrossInteraction, dtype: str):
     layers = [
-        _packed_linear(linear, dtype, relu=linear is not linears[-1] or isinstance(mlp[-1], nn.ReLU))
-        for linear in linears
+        (_chain([v], dtype, relu_last=False), _chain([w], dtype, relu_last=False))
+        for v, w in zip(cross.net.v, cross.net.w)
     ]
+
+    def run(dense: Tensor, embeddings: Tensor) -> Tensor:
+        x = x0 = torch.cat([dense, embeddings.flatten(1)], dim=1)
+        for v, w in layers:
+            x = torch.addcmul(x, x0, w(v(x)).float())
+        return x
+
+    return run
+
+
+def _chain(linears: Sequence[nn.Module], dtype: str, relu_last: bool) -> Layer:
+    """Linear layers with ReLU between them, on weights laid out for this CPU."""
+    weights: list[tuple[Tensor, Tensor | None]] = []
+    for linear in linears:
+        assert isinstance(linear, nn.Linear)
+        weights.append((linear.weight.detach(), None if linear.bias is None else linear.bias.detach()))
+    if dtype == "float32":
+        packed, biases = map(list, zip(*(pack_linear(*layer) for layer in weights)))
+        width = len(weights[-1][0])
+        return lambda x: torch.ops.robe.mlp(x, packed, biases, width, relu_last)
+    pack = _int8_linear if dtype == "int8" else _bfloat16_linear
+    layers = [pack(*layer, relu=relu_last or i + 1 < len(weights)) for i, layer in enumerate(weights)]
 
     def run(x: Tensor) -> Tensor:
         for layer in layers:
@@ -191,42 +212,11 @@ def _packed(mlp: MLP, dtype: str) -> Layer:
     return run
 
 
-def _packed_cross(cross: CrossInteraction, dtype: str):
-    pairs = [
-        (_packed_linear(v, dtype, relu=False), _packed_linear(w, dtype, relu=False))
-        for v, w in zip(cross.net.v, cross.net.w)
-    ]
-
-    def run(dense: Tensor, embeddings: Tensor) -> Tensor:
-        x = x0 = torch.cat([dense, embeddings.flatten(1)], dim=1)
-        for v, w in pairs:
-            x = torch.addcmul(x, x0, w(v(x)).float())
-        return x
-
-    return run
-
-
-def _packed_linear(linear: nn.Linear, dtype: str, relu: bool) -> Layer:
-    """A linear layer, and ReLU where wanted, on weights laid out for this CPU."""
-    weight = linear.weight.detach()
-    bias = None if linear.bias is None else linear.bias.detach()
-    if dtype == "int8":
-        return _int8_linear(weight, bias, relu)
-    kind = torch.bfloat16 if dtype == "bfloat16" else torch.float32
-    weight, bias = weight.to(kind), None if bias is None else bias.to(kind)
-    packed = None
-    if torch.backends.mkldnn.is_available():
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+def _bfloat16_linear(weight: Tensor, bias: Tensor | None, relu: bool) -> Layer:
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.bfloat16(), None)
+    bias = None if bias is None else bias.bfloat16()
     after = "relu" if relu else "none"
-    transposed = weight.t()
-
-    def run(x: Tensor) -> Tensor:
-        if packed is not None and (kind == torch.bfloat16 or len(x) * weight.numel() >= _PACKED_PRODUCTS):
-            return torch.ops.mkldnn._linear_pointwise(x.to(kind), packed, bias, after, [], "")
-        x = x.to(kind) @ transposed if bias is None else torch.addmm(bias, x.to(kind), transposed)
-        return x.relu_() if relu else x
-
-    return run
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x.bfloat16(), packed, bias, after, [], "")
 
 
 def _int8_linear(weight: Tensor, bias: Tensor | None, relu: bool) -> Layer:

@@ -6,6 +6,7 @@
     lookup_out, bag_out                                        the same, written into a tensor
     update_(weight, ...)                                       an optimizer's rule on the slots that lookups touched
     dot_interaction(dense (B, D), embeddings (B, F, D)) -> (B, D + (F + 1) * F / 2)    what a DLRM does with them
+    mlp(x (B, fan_in)) -> (B, width)                           linear layers with ReLU between them, without autograd
 
 B examples, F features, D = embedding_dim, m = number of weights. Values are features major: feature f of example b is
 bag k = f * B + b, values[offsets[k] : offsets[k + 1]]. Both take, per feature, the table's hash key (``hashing.slots``)
@@ -42,6 +43,7 @@ for _schema in (
     f"bag_weights_backward(Tensor grad, Tensor weight, {_BAGS}, {_TABLES}) -> Tensor",
     "dot_interaction(Tensor dense, Tensor embeddings) -> Tensor",
     "dot_interaction_backward(Tensor grad, Tensor dense, Tensor embeddings) -> (Tensor, Tensor)",
+    "mlp(Tensor x, Tensor[] weights, Tensor[] biases, int width, bool relu_last) -> Tensor",
     "update_(Tensor(a!) weight, Tensor(b!)[] state, str rule, float[] options, "
     f"{', '.join(f'Tensor[] {name}' for name in _LISTS)}, int[] layouts) -> ()",
 ):
@@ -377,6 +379,54 @@ def _dot_interaction_backward(grad, dense, embeddings):
     return grad_vectors[:, 0] + grad[:, : dense.shape[1]], grad_vectors[:, 1:].contiguous()
 
 
+PANEL = 32  # outputs of a layer whose weights lie together
+
+
+def pack_linear(weight, bias):
+    """The weights of a linear layer as ``mlp`` takes them.
+
+    Args:
+        weight: (fan_out, fan_in) float32.
+        bias: (fan_out,) or None.
+
+    Returns:
+        (weights, bias): (panels, fan_in, PANEL) and (panels * PANEL,); outputs past fan_out have zeros.
+    """
+    fan_out, fan_in = weight.shape
+    more = -fan_out % PANEL
+    panels = torch.nn.functional.pad(weight, (0, 0, 0, more)).view(-1, PANEL, fan_in).transpose(1, 2).contiguous()
+    bias = weight.new_zeros(fan_out) if bias is None else bias
+    return panels, torch.nn.functional.pad(bias, (0, more)).contiguous()
+
+
+def _check_mlp(x, weights, biases, width):
+    if x.dim() != 2 or x.dtype != torch.float32:
+        raise ValueError(f"x: expected a float32 matrix (B, fan_in), got {x.dtype} {tuple(x.shape)}")
+    if not weights or len(weights) != len(biases):
+        raise ValueError("weights and biases: expected one of each for each layer")
+    before = x.shape[1]
+    for i, (w, b) in enumerate(zip(weights, biases)):
+        fits = w.dim() == 3 and (w.shape[1] <= before if i else w.shape[1] == before)
+        if not fits or w.shape[2] != PANEL or w.dtype != torch.float32 or not w.is_contiguous():
+            raise ValueError(
+                f"weights: expected contiguous float32 (panels, {before}, {PANEL}), got {w.dtype} {tuple(w.shape)}"
+            )
+        before = w.shape[0] * PANEL
+        if b.shape != (before,) or b.dtype != torch.float32 or not b.is_contiguous():
+            raise ValueError(f"biases: expected contiguous float32 ({before},), got {b.dtype} {tuple(b.shape)}")
+    if not 1 <= width <= before:
+        raise ValueError(f"width: expected 1 to {before}, got {width}")
+
+
+def _mlp(x, weights, biases, width, relu_last):
+    _check_mlp(x, weights, biases, width)
+    for i, (w, b) in enumerate(zip(weights, biases)):
+        x = torch.addmm(b, x[:, : w.shape[1]], w.transpose(0, 1).reshape(w.shape[1], -1))
+        if i + 1 < len(weights) or relu_last:
+            x = x.relu()
+    return x[:, :width].contiguous()
+
+
 def _out(body):
     def write(*arguments):
         *inputs, out = arguments
@@ -403,6 +453,7 @@ REFERENCE = {
     "update_": _update,
     "dot_interaction": _dot_interaction,
     "dot_interaction_backward": _dot_interaction_backward,
+    "mlp": _mlp,
 }
 for _name, _body in REFERENCE.items():
     torch.library.impl(f"robe::{_name}", "CompositeExplicitAutograd", _body)
@@ -452,6 +503,12 @@ def _(dense, embeddings):
 @torch.library.register_fake("robe::dot_interaction_backward")
 def _(grad, dense, embeddings):
     return dense.new_empty(dense.shape), embeddings.new_empty(embeddings.shape)
+
+
+@torch.library.register_fake("robe::mlp")
+def _(x, weights, biases, width, relu_last):
+    _check_mlp(x, weights, biases, width)
+    return x.new_empty(x.shape[0], width)
 
 
 @torch.library.register_fake("robe::lookup_out")

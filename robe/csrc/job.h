@@ -2,8 +2,10 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #define ROBE_INLINE inline __attribute__((always_inline))
 
@@ -84,6 +86,24 @@ struct Interaction {
   void *dense_grad, *rows_grad;
 };
 
+constexpr int64_t kPanel = 32;  // outputs of a layer whose weights lie together
+
+// Weights (panels, in, kPanel) and bias (panels * kPanel,); outputs past the layer's end have zeros.
+struct Layer {
+  const float *weights, *bias;
+  int64_t in, panels;
+  bool relu;
+};
+
+struct Mlp {
+  const Layer* layer;
+  int64_t layers, rows;
+  const float* in;
+  int64_t in_stride;
+  float* out;     // (rows, width)
+  int64_t width;  // of the last layer
+};
+
 // The kernels of one instruction set.
 struct Kernels {
   const char* name;
@@ -103,6 +123,8 @@ struct Kernels {
   // Examples begin .. end of an interaction, and of its gradient.
   void (*interact)(const Interaction&, int64_t begin, int64_t end);
   void (*interact_grad)(const Interaction&, int64_t begin, int64_t end);
+  // Rows begin .. end of an MLP.
+  void (*mlp)(const Mlp&, int64_t begin, int64_t end);
 };
 
 // The finaliser of SplitMix64; see robe/hashing.py, which this file must agree with bit for bit.

@@ -3,6 +3,7 @@
 // (-ffp-contract=off), so every set gives the same bits.
 
 #include "interaction.h"
+#include "mlp.h"
 
 namespace robe {
 namespace ROBE_ISA {
@@ -787,7 +788,8 @@ bool factor_grad(const Job& job, int64_t begin, int64_t end, void* out) {
 }
 
 extern const Kernels kernels;
-const Kernels kernels = {ROBE_ISA_NAME, read, factor_grad, count, fill, prefetch, gradient, update, interact, interact_grad};
+const Kernels kernels = {ROBE_ISA_NAME, read, factor_grad, count, fill, prefetch, gradient, update, interact, interact_grad,
+                         mlp};
 
 }  // namespace ROBE_ISA
 }  // namespace robe

@@ -28,9 +28,11 @@
 
 #define ROBE_ISA plain
 #define ROBE_ISA_NAME "plain"
+#define ROBE_LANES 4
 #include "kernels.h"
 #undef ROBE_ISA
 #undef ROBE_ISA_NAME
+#undef ROBE_LANES
 
 #if defined(__x86_64__)
 #if defined(__clang__)
@@ -50,17 +52,21 @@ ROBE_TARGET_AVX2
 #define ROBE_FMA
 #define ROBE_ISA avx2
 #define ROBE_ISA_NAME "avx2"
+#define ROBE_LANES 8
 #include "kernels.h"
 #undef ROBE_ISA
 #undef ROBE_ISA_NAME
+#undef ROBE_LANES
 ROBE_TARGET_END
 
 ROBE_TARGET_AVX512
 #define ROBE_ISA avx512
 #define ROBE_ISA_NAME "avx512"
+#define ROBE_LANES 16
 #include "kernels.h"
 #undef ROBE_ISA
 #undef ROBE_ISA_NAME
+#undef ROBE_LANES
 ROBE_TARGET_END
 #endif
 
@@ -700,7 +706,50 @@ void dot_interaction_backward(StableIValue* stack, uint64_t, uint64_t) {
   stack[1] = from(call.narrow(rows_grad));
 }
 
+// mlp(x, weights, biases, width, relu_last): see robe/ops.py.
+void mlp(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments in{stack};
+  const Tensor given = in.tensor();
+  const auto weights = in.list<Tensor>(), biases = in.list<Tensor>();
+  Mlp x{};
+  x.width = in.integer();
+  const bool relu_last = in.boolean();
+  EXPECT(given.dim() == 2 && given.scalar_type() == ScalarType::Float,
+         "x: expected a float32 matrix (B, fan_in), got " + type(given) + " " + shape(given));
+  const Tensor input = dense_rows(given);
+  EXPECT(!weights.empty() && weights.size() == biases.size(), "weights and biases: expected one of each for each layer");
+  std::vector<Layer> layers(weights.size());
+  int64_t before = input.size(1), products = 0;  // outputs of the layer before
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const Tensor &w = weights[i], &b = biases[i];
+    EXPECT(w.dim() == 3 && w.size(2) == kPanel && w.scalar_type() == ScalarType::Float && w.is_contiguous() &&
+               (i ? w.size(1) <= before : w.size(1) == before),
+           "weights: expected contiguous float32 (panels, " + str(before) + ", " + str(kPanel) + "), got " + type(w) + " " +
+               shape(w));
+    EXPECT(b.dim() == 1 && b.numel() == w.size(0) * kPanel && b.scalar_type() == ScalarType::Float && b.is_contiguous(),
+           "biases: expected contiguous float32 (" + str(w.size(0) * kPanel) + ",), got " + type(b) + " " + shape(b));
+    layers[i] = {static_cast<const float*>(w.const_data_ptr()), static_cast<const float*>(b.const_data_ptr()), w.size(1),
+                 w.size(0), i + 1 < weights.size() || relu_last};
+    before = b.numel();
+    products += w.numel();
+  }
+  EXPECT(x.width >= 1 && x.width <= before, "width: expected 1 to " + str(before) + ", got " + str(x.width));
+  x.layer = layers.data();
+  x.layers = static_cast<int64_t>(layers.size());
+  x.rows = input.size(0);
+  x.in = static_cast<const float*>(input.const_data_ptr());
+  x.in_stride = input.stride(0);
+  const int64_t sizes[2] = {x.rows, x.width};
+  Tensor out = new_tensor(sizes, ScalarType::Float);
+  x.out = static_cast<float*>(out.mutable_data_ptr());
+  constexpr int64_t worth = 1 << 20;  // multiplications that are worth a thread
+  torch::stable::parallel_for(0, x.rows, std::max<int64_t>(1, worth / std::max<int64_t>(1, products)),
+                              [&](int64_t begin, int64_t end) { kernels->mlp(x, begin, end); });
+  stack[0] = from(out);
+}
+
 STABLE_TORCH_LIBRARY_IMPL(robe, CPU, m) {
+  m.impl("mlp", &mlp);
   m.impl("dot_interaction", &dot_interaction);
   m.impl("dot_interaction_backward", &dot_interaction_backward);
   m.impl("lookup", &forward<lookup_arguments>);
