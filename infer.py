@@ -5,26 +5,40 @@
 writes one click probability per row of the data, in its order, under the name "probability": as CSV, Parquet or .npy,
 by the output's name. The data may be in any format of data/; with labels, AUC and log loss are printed as well.
 
+    python infer.py benchmark --checkpoint runs/robe --data rows.tsv --against full
+
+times it at batch sizes from 1 to 16,384 beside the same MLPs with full tables.
+
 docs/inference.md has the figures, and more on each command.
 """
 
 import argparse
+import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 from data.batches import in_background, rebatch
+from data.dataset import PARTS
 from data.formats import open_source
+from data.parts import check, split
 from data.predictions import check_name, predictions_file
 from data.program import exit_code
-from data.rows import DataError
+from data.rows import NUM_SPARSE, Batch, DataError, to_batch
 from data.sources import Source
-from dlrm import DLRM, checkpoint
+from data.synthetic import Signal
+from dlrm import DLRM, checkpoint, plots
+from dlrm.checkpoint import write_json
 from dlrm.inference import DTYPES, Predictor
-from dlrm.metrics import EVALUATION_BATCH, Scores
+from dlrm.metrics import EVALUATION_BATCH, Scores, environment
+from dlrm.throughput import BATCH_SIZES, STAGES, cut, make_candidates, measure, report, score_all
+from robe import backend
+
+TIMED_ROWS = 1 << 16
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -43,12 +57,45 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     command.add_argument(
         "--data", type=Path, required=True, metavar="PATH", help="file or folder, with or without labels"
     )
+    add_part(command)
     command.add_argument("--output", type=Path, required=True, metavar="FILE", help=".csv, .parquet or .npy")
+
+    command = add("benchmark", run_benchmark, "time predictions by batch size, with a table, JSON and a picture")
+    add_mlp_dtype(command)
+    command.add_argument(
+        "--data",
+        type=Path,
+        metavar="PATH",
+        help="rows to time; with labels, AUC and log loss are reported beside speed. Default: generated rows",
+    )
+    add_part(command)
+    command.add_argument(
+        "--against",
+        nargs="+",
+        default=[],
+        metavar="WHAT",
+        help="full: the same MLPs with a table for each feature, as large as memory allows; eager: the model as a "
+        "torch module; or files that export made",
+    )
+    command.add_argument("--batch-sizes", nargs="+", type=positive, default=BATCH_SIZES, metavar="B")
+    command.add_argument("--seconds", type=float, default=5.0, help="for each batch size (default: 5)")
+    command.add_argument("--max-rows", type=positive, help="of a full table, at most")
+    command.add_argument("--output", type=Path, metavar="DIR", help="default: the checkpoint's folder, in benchmark/")
     return parser.parse_args(arguments)
 
 
 def add_mlp_dtype(command: argparse.ArgumentParser) -> None:
     command.add_argument("--mlp-dtype", choices=DTYPES, default="float32", help="the MLPs compute in")
+
+
+def add_part(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--part", choices=PARTS, help="only these rows, as train.py splits the data; default: all")
+
+
+def positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise ValueError
+    return number
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -60,8 +107,8 @@ def describe_hots(hots: tuple[int, ...] | None) -> str:
     return "one id a feature" if hots is None else f"{', '.join(map(str, hots))} ids a feature"
 
 
-def open_data(path: Path, model: DLRM) -> Source:
-    """The rows to predict, once they are known to be what the model was trained on."""
+def open_data(path: Path, model: DLRM, part: str | None) -> tuple[Source, range | None]:
+    """The rows to predict, once they are known to be what the model was trained on; None: to the end."""
     source = open_source(path)
     source.verify()
     if source.layout.hots != model.config.data_hots:
@@ -69,33 +116,86 @@ def open_data(path: Path, model: DLRM) -> Source:
             f"{path}: has {describe_hots(source.layout.hots)}, the model was trained on "
             f"{describe_hots(model.config.data_hots)}"
         )
-    return source
+    if part is None:
+        return source, None if source.rows is None else range(source.rows)
+    rows = check(source) if source.rows is None else source.rows
+    return source, split(path, source, rows)[part].rows
+
+
+def batches_of(source: Source, rows: range | None) -> Iterator[Batch]:
+    start, stop = (0, None) if rows is None else (rows.start, rows.stop)
+    return in_background(lambda: rebatch(source.read(start, stop), EVALUATION_BATCH))
 
 
 def run_predict(args: argparse.Namespace) -> None:
     check_name(args.output)
     model = checkpoint.load(args.checkpoint)
-    source = open_data(args.data, model)
+    source, rows = open_data(args.data, model, args.part)
     predictor = Predictor(model, array_dtype=args.array_dtype, mlp_dtype=args.mlp_dtype)
     scores = Scores()
     start = time.perf_counter()
     with (
         predictions_file(args.output) as write,
-        tqdm(total=source.rows, unit="row", unit_scale=True, desc="predicting") as bar,
+        tqdm(total=rows and len(rows), unit="row", unit_scale=True, desc="predicting") as bar,
     ):
-        for batch in in_background(lambda: rebatch(source.read(), EVALUATION_BATCH)):
+        for batch in batches_of(source, rows):
             (probabilities,) = predictor.predict([batch])
             write(probabilities)
             if batch.labels is not None:
                 scores.add(batch.labels, probabilities)
             bar.update(len(probabilities))
-        rows = bar.n
-    seconds = time.perf_counter() - start
-    print(f"{args.output}: {rows:,} probabilities, {rows / seconds:,.0f} a second")
+        done = bar.n
+    print(f"{args.output}: {done:,} probabilities, {done / (time.perf_counter() - start):,.0f} a second")
     if scores.rows:
-        result = scores.result()
-        auc = "" if result["auc"] is None else f"AUC {result['auc']:.4f}, "
-        print(f"{auc}log loss {result['log_loss']:.4f}")
+        print(describe_scores(scores.result()))
+
+
+def describe_scores(result: dict[str, Any]) -> str:
+    auc = "" if result["auc"] is None else f"AUC {result['auc']:.4f}, "
+    return f"{auc}log loss {result['log_loss']:.4f}"
+
+
+def run_benchmark(args: argparse.Namespace) -> None:
+    model = checkpoint.load(args.checkpoint)
+    if (args.array_dtype, args.mlp_dtype) != ("float32", "float32") and args.data is None:
+        raise ValueError("--data: expected with --array-dtype and --mlp-dtype, so that AUC stands beside speed")
+    source, rows = (None, None) if args.data is None else open_data(args.data, model, args.part)
+    candidates = make_candidates(model, args.array_dtype, args.mlp_dtype, args.against, args.max_rows)
+    pool = timed_rows(source, rows, model)
+    results = []
+    with tqdm(sorted(set(args.batch_sizes)), unit="batch size") as sizes:
+        for size in sizes:
+            sizes.set_description(f"timing batches of {size:,}")
+            times = measure(candidates, cut(pool.dense, pool.sparse, size), args.seconds)
+            results += [{"batch_size": size, "candidate": name, **values} for name, values in times.items()]
+    if source is not None and source.labelled:
+        with tqdm(total=rows and len(rows), unit="row", unit_scale=True, desc="AUC and log loss") as bar:
+            score_all(candidates, batches_of(source, rows), bar.update)
+    print(report(results, against=next(iter(candidates))))
+    for name, candidate in candidates.items():
+        print(
+            ", ".join([f"{name}: {candidate.note}", *([describe_scores(candidate.scores)] if candidate.scores else [])])
+        )
+    folder = args.output or args.checkpoint / "benchmark"
+    folder.mkdir(parents=True, exist_ok=True)
+    plots.throughput(folder / "throughput.png", results, STAGES)
+    machine = environment() | {"kernels": backend()["cpu"], "load_average": os.getloadavg()[0]}
+    told = {name: {"note": x.note, "scores": x.scores} for name, x in candidates.items()}
+    write_json(
+        folder / "benchmark.json",
+        {"machine": machine, "model": model.config.to_dict(), "candidates": told, "results": results},
+    )
+    print(f"in {folder}: benchmark.json, throughput.png")
+
+
+def timed_rows(source: Source | None, rows: range | None, model: DLRM) -> Batch:
+    """Rows to cut batches from, so many that their ids do not stay in the caches."""
+    if source is None:
+        if model.config.data_hots is not None or len(model.config.table_rows) != NUM_SPARSE:
+            raise ValueError("--data: expected; rows like those the model was trained on can't be generated")
+        return to_batch(Signal().sample(TIMED_ROWS, stream=0))
+    start, stop = (0, TIMED_ROWS) if rows is None else (rows.start, min(rows.start + TIMED_ROWS, rows.stop))
+    return Batch.concatenate(list(source.read(start, stop)))
 
 
 if __name__ == "__main__":

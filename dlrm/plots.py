@@ -1,7 +1,8 @@
-"""Pictures of training runs."""
+"""Pictures of training runs and of measurements."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 
 def learning_curves(
@@ -33,5 +34,52 @@ def learning_curves(
     for axes in (left, right):
         axes.grid(alpha=0.3)
     left.legend()
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def throughput(path: Path, results: Sequence[dict[str, Any]], stages: Sequence[str]) -> None:
+    """Draw rows a second against the batch size, and the time of each stage for a row.
+
+    Args:
+        path: of the PNG.
+        results: as in dlrm.throughput.report.
+        stages: in the order in which they are stacked.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = list(dict.fromkeys(result["candidate"] for result in results))
+    sizes = sorted({result["batch_size"] for result in results})
+    of = {(result["candidate"], result["batch_size"]): result for result in results}
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 4.8), layout="constrained")
+    for name in names:
+        left.plot(sizes, [of[name, size]["rows_per_second"] for size in sizes], marker="o", markersize=3, label=name)
+    left.set(xscale="log", yscale="log", xlabel="batch size", ylabel="rows a second", title="Throughput")
+    left.set_xticks(sizes, [f"{size:,}" for size in sizes], minor=False)
+    left.grid(alpha=0.3)
+    left.legend(fontsize="small")
+
+    told = [name for name in names if of[name, sizes[0]]["stages"]]
+    longest = [max(sum(of[name, size]["stages"].values()) for name in told) for size in sizes]
+    width = 0.8 / len(told)
+    for i, name in enumerate(told):
+        places = [x + (i - (len(told) - 1) / 2) * width for x in range(len(sizes))]
+        bottom = [0.0] * len(sizes)
+        for stage, colour in zip(stages, ("tab:orange", "tab:green", "tab:gray")):
+            heights = [of[name, size]["stages"][stage] / whole * 100 for size, whole in zip(sizes, longest)]
+            right.bar(places, heights, width * 0.92, bottom, color=colour, label=None if i else stage)
+            bottom = [x + y for x, y in zip(bottom, heights)]
+        for x, y in zip(places, bottom):
+            right.annotate(str(i + 1), (x, y), ha="center", va="bottom", fontsize="x-small")
+    right.set(
+        xlabel="batch size", ylabel="% of the longest at that batch size", title="Where the time goes", ylim=(0, 140)
+    )
+    right.set_xticks(range(len(sizes)), [f"{size:,}" for size in sizes])
+    right.grid(alpha=0.3, axis="y")
+    key = "\n".join(f"{i + 1}: {name}" for i, name in enumerate(told))
+    right.legend(title=key, fontsize="small", title_fontsize="small", ncols=len(stages), loc="upper center")
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
