@@ -1,8 +1,11 @@
 """infer.py as its user runs it."""
 
+import copy
+import json
 import os
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 
@@ -25,8 +28,9 @@ def trained(tmp_path_factory):
     return folder, model
 
 
-def run(folder, data, output):
-    return infer.main(["predict", "--checkpoint", str(folder), "--data", str(data), "--output", str(output)])
+def run(folder, data, output, *options):
+    paths = ["--checkpoint", str(folder), "--data", str(data), "--output", str(output)]
+    return infer.main(["predict", *paths, *options])
 
 
 @pytest.mark.parametrize("name", ["rows.tsv", "rows.tsv.gz"])
@@ -55,6 +59,93 @@ def test_any_format_has_the_probabilities_of_the_log(tmp_path, trained, made):
     assert run(trained[0], tmp_path / made, tmp_path / "made.csv") == 0
     log, other = (np.loadtxt(tmp_path / name, skiprows=1) for name in ("log.csv", "made.csv"))
     np.testing.assert_array_equal(other, log)
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".npy"])
+def test_any_format_of_predictions(tmp_path, trained, suffix):
+    write(tmp_path / "rows.tsv", 3000)
+    for name in ("p.csv", f"p{suffix}"):
+        assert run(trained[0], tmp_path / "rows.tsv", tmp_path / name) == 0
+    want = np.loadtxt(tmp_path / "p.csv", skiprows=1, dtype=np.float32)
+    path = tmp_path / f"p{suffix}"
+    got = np.load(path) if suffix == ".npy" else pl.read_parquet(path)["probability"].to_numpy()
+    np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("prepared", [True, False])
+def test_a_part_of_the_rows(tmp_path, trained, prepared):
+    write(tmp_path / "rows.tsv", 700)
+    data = tmp_path / "rows.tsv"
+    assert run(trained[0], data, tmp_path / "all.npy") == 0
+    if prepared:
+        data = tmp_path / "prepared"
+        assert prepare.main([str(tmp_path / "rows.tsv"), "--output", str(data)]) == 0
+    whole = np.load(tmp_path / "all.npy")
+    for part, rows in {"train": slice(0, 500), "validation": slice(500, 600), "test": slice(600, 700)}.items():
+        assert run(trained[0], data, tmp_path / "part.npy", "--part", part) == 0
+        np.testing.assert_allclose(np.load(tmp_path / "part.npy"), whole[rows], rtol=3e-7)
+
+
+def test_an_int8_array_moves_predictions_a_little(tmp_path, trained):
+    write(tmp_path / "rows.tsv", 300)
+    assert run(trained[0], tmp_path / "rows.tsv", tmp_path / "a.npy") == 0
+    assert run(trained[0], tmp_path / "rows.tsv", tmp_path / "b.npy", "--array-dtype", "int8") == 0
+    moved = np.abs(np.load(tmp_path / "a.npy") - np.load(tmp_path / "b.npy"))
+    assert 0 < moved.max() < 1e-3
+
+
+def test_a_model_of_nan_predicts_nothing(tmp_path, trained, capsys):
+    write(tmp_path / "rows.tsv", 30)
+    model = copy.deepcopy(trained[1])
+    with torch.no_grad():
+        model.top[0].bias[0] = torch.nan
+    checkpoint.save(tmp_path / "nan", model)
+    assert run(tmp_path / "nan", tmp_path / "rows.tsv", tmp_path / "p.csv") == 2
+    assert "error: the model predicts NaN" in capsys.readouterr().err
+    assert not (tmp_path / "p.csv").exists()
+
+
+def benchmark(folder, *options):
+    sizes = ["--batch-sizes", "1", "16", "--seconds", "0.1"]
+    return infer.main(["benchmark", "--checkpoint", str(folder), *sizes, *options])
+
+
+def test_benchmark(tmp_path, trained, capsys):
+    write(tmp_path / "rows.tsv", 2100)
+    options = ["--data", str(tmp_path / "rows.tsv"), "--part", "test", "--against", "full", "eager"]
+    assert benchmark(trained[0], *options, "--array-dtype", "int8", "--output", str(tmp_path / "out")) == 0
+    result = json.loads((tmp_path / "out" / "benchmark.json").read_text())
+    names = ["ROBE 3x, array int8", "ROBE 3x", "full tables", "full tables, eager", "ROBE 3x, eager"]
+    assert [(r["batch_size"], r["candidate"]) for r in result["results"]] == [(b, n) for b in (1, 16) for n in names]
+    assert result["machine"]["torch"] == torch.__version__
+    assert (tmp_path / "out" / "throughput.png").stat().st_size > 10_000
+    # The scores are predict's, of the same rows.
+    capsys.readouterr()
+    assert run(trained[0], tmp_path / "rows.tsv", tmp_path / "p.npy", "--part", "test") == 0
+    said = capsys.readouterr().out.splitlines()[-1]
+    for name in ("ROBE 3x", "ROBE 3x, eager"):
+        scores = result["candidates"][name]["scores"]
+        assert scores["rows"] == 300
+        assert said == f"AUC {scores['auc']:.4f}, log loss {scores['log_loss']:.4f}"
+    assert result["candidates"]["full tables"]["scores"] is None
+
+
+def test_benchmark_on_generated_rows(trained, capsys):
+    assert benchmark(trained[0]) == 0
+    assert {"benchmark.json", "throughput.png"} <= set(os.listdir(trained[0] / "benchmark"))
+    assert "ROBE 3x: 0.0 MB of embeddings" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--array-dtype", "int8"], "--data: expected with --array-dtype and --mlp-dtype, so that AUC stands beside"),
+        (["--against", "everything"], "against: expected full, eager or a file that export made, got 'everything'"),
+    ],
+)
+def test_benchmark_refuses(trained, options, message, capsys):
+    assert benchmark(trained[0], *options) == 2
+    assert f"error: {message}" in capsys.readouterr().err
 
 
 def test_a_shard_that_was_changed_is_not_predicted_from(tmp_path, trained, capsys):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from data.rows import Batch
-from dlrm.metrics import environment, evaluate, peak_rss_bytes, predict, score
+from dlrm.metrics import Scores, environment, evaluate, peak_rss_bytes, predict, score
 
 
 class Linear(torch.nn.Module):
@@ -64,3 +64,59 @@ def test_peak_memory_sees_an_allocation():
     before = peak_rss_bytes()
     np.ones(max(0, before) // 8 + (1 << 25)).sum()  # more than everything so far, and 256 MB
     assert peak_rss_bytes() > before + (1 << 27)
+
+
+def random_predictions(rows, seed=0):
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(-1, 1.2, rows)
+    labels = (rng.random(rows) < 1 / (1 + np.exp(-logits))).astype(np.float32)
+    return labels, (1 / (1 + np.exp(-logits - rng.normal(0, 1, rows)))).astype(np.float32)
+
+
+def added(labels, probabilities, pieces=7):
+    scores = Scores()
+    for piece in zip(np.array_split(labels, pieces), np.array_split(probabilities, pieces)):
+        scores.add(*piece)
+    return scores.result()
+
+
+@pytest.mark.parametrize("rows", [50, 20_000, 300_000])
+def test_scores_of_a_stream_are_those_of_scikit_learn(rows):
+    labels, probabilities = random_predictions(rows)
+    got, want = added(labels, probabilities), score(labels, probabilities)
+    assert got["auc"] == pytest.approx(want["auc"], abs=3e-7)
+    assert got["log_loss"] == pytest.approx(want["log_loss"], rel=1e-12)
+    assert got["rows"] == want["rows"] == rows
+
+
+def test_equal_predictions_are_ties():
+    labels, probabilities = random_predictions(5000)
+    probabilities = probabilities.round(1)
+    assert added(labels, probabilities)["auc"] == pytest.approx(score(labels, probabilities)["auc"], abs=1e-12)
+
+
+def test_scores_at_the_ends():
+    labels = np.array([0, 1, 1, 0, 1], np.float32)
+    probabilities = np.array([0, 1, 1, -0.0, 1e-30], np.float32)
+    got, want = added(labels, probabilities, pieces=2), score(labels, probabilities)
+    assert got["auc"] == want["auc"] == 1
+    assert got["log_loss"] == pytest.approx(want["log_loss"], rel=1e-9)
+
+
+def test_scores_of_one_label_have_no_auc():
+    scores = Scores()
+    scores.add(np.ones(3, np.float32), np.full(3, 0.5, np.float32))
+    assert scores.result() == {"auc": None, "log_loss": pytest.approx(np.log(2)), "rows": 3}
+
+
+def test_scores_of_nothing_are_refused():
+    with pytest.raises(ValueError, match="no rows to evaluate"):
+        Scores().result()
+
+
+@pytest.mark.parametrize("bad", [np.nan, -0.1, 1.0001, np.inf])
+def test_scores_of_what_is_no_probability_are_refused(bad):
+    scores = Scores()
+    with pytest.raises(ValueError, match="probabilities: expected numbers from 0 to 1"):
+        scores.add(np.zeros(2, np.float32), np.array([0.5, bad], np.float32))
+    assert not scores.rows

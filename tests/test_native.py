@@ -4,7 +4,6 @@ import copy
 import os
 import subprocess
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -12,52 +11,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernels import BACKEND, IS_NATIVE, SETS, instruction_set, machine, needs_kernels
 
 import robe
 from robe.native import set_instruction_set
 from robe.ops import REFERENCE
 
-BACKEND = robe.backend()["cpu"]
-IS_NATIVE = BACKEND.startswith("native")
-needs_kernels = pytest.mark.skipif(not IS_NATIVE, reason=f"compares the compiled kernels, but {BACKEND} runs")
 HASHES, MODES = ("mix", "linear", "identity"), ("sum", "mean", "max")
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # One rounding step of each type, with room for sums in another order.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-9}
 ROOT = Path(__file__).parents[1]
-
-
-def instruction_set():
-    return robe.backend()["cpu"].removeprefix("native (").removesuffix(")")
-
-
-def usable(name):
-    in_use = instruction_set()
-    try:
-        set_instruction_set(name)
-    except ValueError:
-        return False
-    set_instruction_set(in_use)
-    return True
-
-
-SETS = [name for name in ("plain", "avx2", "avx512") if IS_NATIVE and usable(name)]
-
-
-@contextmanager
-def machine(name=None, threads=None):
-    """The kernels of an instruction set, on a number of threads; afterwards everything is as before."""
-    before = instruction_set(), torch.get_num_threads()
-    try:
-        if name is not None:
-            set_instruction_set(name)
-        if threads is not None:
-            torch.set_num_threads(threads)
-        yield
-    finally:
-        if name is not None:
-            set_instruction_set(before[0])
-        torch.set_num_threads(before[1])
 
 
 def native(name, *arguments):
