@@ -115,7 +115,7 @@ def test_benchmark(tmp_path, trained, capsys):
     options = ["--data", str(tmp_path / "rows.tsv"), "--part", "test", "--against", "full", "eager"]
     assert benchmark(trained[0], *options, "--array-dtype", "int8", "--output", str(tmp_path / "out")) == 0
     result = json.loads((tmp_path / "out" / "benchmark.json").read_text())
-    names = ["ROBE 3x, array int8", "ROBE 3x", "full tables", "full tables, eager", "ROBE 3x, eager"]
+    names = ["ROBE 3.006x, array int8", "ROBE 3.006x", "full tables", "full tables, eager", "ROBE 3.006x, eager"]
     assert [(r["batch_size"], r["candidate"]) for r in result["results"]] == [(b, n) for b in (1, 16) for n in names]
     assert result["machine"]["torch"] == torch.__version__
     assert (tmp_path / "out" / "throughput.png").stat().st_size > 10_000
@@ -123,7 +123,7 @@ def test_benchmark(tmp_path, trained, capsys):
     capsys.readouterr()
     assert run(trained[0], tmp_path / "rows.tsv", tmp_path / "p.npy", "--part", "test") == 0
     said = capsys.readouterr().out.splitlines()[-1]
-    for name in ("ROBE 3x", "ROBE 3x, eager"):
+    for name in ("ROBE 3.006x", "ROBE 3.006x, eager"):
         scores = result["candidates"][name]["scores"]
         assert scores["rows"] == 300
         assert said == f"AUC {scores['auc']:.4f}, log loss {scores['log_loss']:.4f}"
@@ -133,7 +133,7 @@ def test_benchmark(tmp_path, trained, capsys):
 def test_benchmark_on_generated_rows(trained, capsys):
     assert benchmark(trained[0]) == 0
     assert {"benchmark.json", "throughput.png"} <= set(os.listdir(trained[0] / "benchmark"))
-    assert "ROBE 3x: 0.0 MB of embeddings" in capsys.readouterr().out
+    assert "ROBE 3.006x: 0.0 MB of embeddings" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
