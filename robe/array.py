@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 INIT_STD = 0.01
+_WEIGHTS_AT_ONCE = 1 << 20
 
 
 class RobeArray(nn.Module):
@@ -93,11 +94,15 @@ class Int8RobeArray(nn.Module):
             raise ValueError(f"group_size: expected a power of two, got {group_size}")
         self.seed, self.group_size = seed, group_size
         size = weight.shape[0]
-        groups = nn.functional.pad(weight.float(), (0, -size % group_size)).view(-1, group_size)
-        scale = groups.abs().amax(1) / 127
-        steps = groups / scale.where(scale > 0, 1).unsqueeze(1)
-        self.register_buffer("weight", steps.round().to(torch.int8).flatten()[:size].clone())
-        self.register_buffer("scale", scale)
+        self.register_buffer("weight", torch.empty(size, dtype=torch.int8, device=weight.device))
+        self.register_buffer("scale", torch.empty(-(-size // group_size), device=weight.device))
+        # Some at a time, so that what lies between takes little memory.
+        some = max(_WEIGHTS_AT_ONCE, group_size)
+        for w, rounded, scale in zip(weight.split(some), self.weight.split(some), self.scale.split(some // group_size)):
+            groups = nn.functional.pad(w.float(), (0, -len(w) % group_size)).view(-1, group_size)
+            scale.copy_(groups.abs().amax(1) / 127)
+            steps = groups / scale.where(scale > 0, 1).unsqueeze(1)
+            rounded.copy_(steps.round().flatten()[: len(w)])
 
     @property
     def size(self) -> int:
