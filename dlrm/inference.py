@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dlrm.embeddings import bags, synthetic_ids
 from dlrm.model import DLRM, MLP, CrossInteraction
-from robe import RobeEmbeddingBagCollection
+from robe import RobeEmbeddingBagCollection, backend
 from robe.ops import pack_linear
 
 DTYPES = ("float32", "bfloat16", "int8")
@@ -197,17 +197,28 @@ def _chain(linears: Sequence[nn.Module], dtype: str, relu_last: bool) -> Layer:
     for linear in linears:
         assert isinstance(linear, nn.Linear)
         weights.append((linear.weight.detach(), None if linear.bias is None else linear.bias.detach()))
-    if dtype == "float32":
+    if dtype == "float32" and "avx" in backend()["cpu"]:  # elsewhere torch's own BLAS is faster
         packed, biases = map(list, zip(*(pack_linear(*layer) for layer in weights)))
         width = len(weights[-1][0])
         return lambda x: torch.ops.robe.mlp(x, packed, biases, width, relu_last)
-    pack = _int8_linear if dtype == "int8" else _bfloat16_linear
+    pack = {"float32": _float32_linear, "bfloat16": _bfloat16_linear, "int8": _int8_linear}[dtype]
     layers = [pack(*layer, relu=relu_last or i + 1 < len(weights)) for i, layer in enumerate(weights)]
 
     def run(x: Tensor) -> Tensor:
         for layer in layers:
             x = layer(x)
         return x
+
+    return run
+
+
+def _float32_linear(weight: Tensor, bias: Tensor | None, relu: bool) -> Layer:
+    transposed = weight.t()
+    bias = weight.new_zeros(len(weight)) if bias is None else bias
+
+    def run(x: Tensor) -> Tensor:
+        x = torch.addmm(bias, x, transposed)
+        return x.relu_() if relu else x
 
     return run
 

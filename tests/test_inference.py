@@ -78,6 +78,17 @@ def test_predictions_are_those_of_the_model(name, mlp_dtype):
     assert want.std() > 0.02, "or constants would pass"
 
 
+@pytest.mark.parametrize("name", ["robe", "cross"])
+def test_without_fast_kernels_the_predictions_are_the_same(monkeypatch, name):
+    model = make(CONFIGS[name])
+    dense, sparse = rows_of(CONFIG, 70)
+    monkeypatch.setattr(inference, "backend", lambda: {"cpu": "reference (not built)"})
+    monkeypatch.setattr(inference, "pack_linear", None)  # is not asked for
+    torch.testing.assert_close(
+        Predictor(model)(dense, sparse), expected(model, dense, sparse), rtol=0, atol=TOLERANCE["float32"]
+    )
+
+
 @pytest.mark.parametrize("array_dtype", ["bfloat16", "int8"])
 @pytest.mark.parametrize("name", [name for name in CONFIGS if "robe" in name or name == "cross"])
 def test_an_array_in_low_precision_is_read_as_the_numbers_it_stands_for(name, array_dtype):
