@@ -83,8 +83,10 @@ void mlp(const Mlp& x, int64_t begin, int64_t end) {
   int64_t widest = 0;
   // Rows a power of two apart would share a set of the first cache.
   for (int64_t l = 0; l < x.layers; ++l) widest = std::max(widest, x.layer[l].panels * kPanel + 16);
-  constexpr int64_t cache = 1 << 16;  // floats of the activations of two layers
-  const int64_t at_once = std::min(end - begin, std::max(cache / widest / kGroup, int64_t{1}) * kGroup);
+  // The activations of two layers, half of what a second cache holds; the passes alike, for each reads all weights.
+  constexpr int64_t cache = 1 << 16;
+  const int64_t most = std::max(cache / widest, kGroup), passes = std::max((end - begin + most - 1) / most, int64_t{1});
+  const int64_t at_once = (end - begin + passes - 1) / passes;
   float* const buffers = new float[2 * at_once * widest];
   for (int64_t first = begin; first < end; first += at_once) {
     const int64_t rows = std::min(at_once, end - first);
