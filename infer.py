@@ -9,13 +9,22 @@ by the output's name. The data may be in any format of data/; with labels, AUC a
 
 times it at batch sizes from 1 to 16,384 beside the same MLPs with full tables.
 
+    python infer.py loadgen --checkpoint runs/robe --data prepared --scenario Server --find-rate
+
+runs MLPerf's inference benchmark: LoadGen issues runs of 100 to 700 rows, as for dlrm-v2, and times the answers. With
+--accuracy it has all rows predicted and AUC computed from its log. Official runs take --seconds 600, Offline at least
+24,576 samples in them, and 204,800 samples in memory; shorter ones, and data with fewer samples, say that they are not.
+
 docs/inference.md has the figures, and more on each command.
 """
 
 import argparse
+import json
 import os
+import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,9 +38,9 @@ from data.parts import check, split
 from data.predictions import check_name, predictions_file
 from data.program import exit_code
 from data.rows import NUM_SPARSE, Batch, DataError, to_batch
-from data.sources import Source
+from data.sources import RandomAccess, Source
 from data.synthetic import Signal
-from dlrm import DLRM, checkpoint, plots
+from dlrm import DLRM, checkpoint, loadgen, loadgen_logs, plots
 from dlrm.checkpoint import write_json
 from dlrm.inference import DTYPES, Predictor
 from dlrm.metrics import EVALUATION_BATCH, Scores, environment
@@ -81,6 +90,28 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     command.add_argument("--seconds", type=float, default=5.0, help="for each batch size (default: 5)")
     command.add_argument("--max-rows", type=positive, help="of a full table, at most")
     command.add_argument("--output", type=Path, metavar="DIR", help="default: the checkpoint's folder, in benchmark/")
+
+    command = add("loadgen", run_loadgen, "MLPerf's inference benchmark; exit code 1: the run is INVALID")
+    add_mlp_dtype(command)
+    command.add_argument(
+        "--data", type=Path, required=True, metavar="PATH", help="labelled rows: prepared ones, .npy, .npz or .bin"
+    )
+    command.add_argument("--scenario", required=True, choices=loadgen.SCENARIOS)
+    command.add_argument("--accuracy", action="store_true", help="predict all rows once, for AUC")
+    command.add_argument(
+        "--target-qps", type=float, metavar="X", help="samples a second; Offline measures them where none are given"
+    )
+    command.add_argument("--find-rate", action="store_true", help="search the highest rate at which Server is VALID")
+    command.add_argument(
+        "--seconds",
+        type=float,
+        default=60,
+        metavar="N",
+        help="least duration (default: 60); below MLPerf's 600 Offline needs proportionately fewer samples",
+    )
+    command.add_argument(
+        "--output", type=Path, metavar="DIR", help="for result and logs (default: loadgen/SCENARIO in the checkpoint's)"
+    )
     return parser.parse_args(arguments)
 
 
@@ -198,5 +229,60 @@ def timed_rows(source: Source | None, rows: range | None, model: DLRM) -> Batch:
     return Batch.concatenate(list(source.read(start, stop)))
 
 
+def run_loadgen(args: argparse.Namespace) -> None:
+    loadgen.import_loadgen()
+    output = args.output or args.checkpoint / "loadgen" / args.scenario
+    if args.find_rate:
+        if args.scenario != "Server" or args.accuracy or args.target_qps is not None:
+            raise ValueError("--find-rate is for --scenario Server without --accuracy and --target-qps")
+        result = loadgen.find_rate(lambda *trial: run_trial(args, *trial), args.seconds, output)
+        write_json(output / loadgen.RESULT, result)
+    else:
+        options = loadgen.Options(args.scenario, args.accuracy, args.target_qps, args.seconds)
+        model = checkpoint.load(args.checkpoint)
+        source, _ = open_data(args.data, model, None)
+        if not isinstance(source, RandomAccess):
+            raise DataError(
+                f"{args.data}: LoadGen asks for rows in any order, which this can't be read in: expected rows prepared "
+                "with python -m data.prepare"
+            )
+        if not source.labelled:
+            raise DataError(f"{args.data}: expected rows with labels, which answers to LoadGen hold, got none")
+        predictor = Predictor(model, array_dtype=args.array_dtype, mlp_dtype=args.mlp_dtype)
+        rows = loadgen.Rows(source.rows, source.take, to_batch)
+        result = loadgen.run(predictor, rows, options, output)
+        result = {"checkpoint": str(args.checkpoint), "data": str(args.data), **result}
+        write_json(output / loadgen.RESULT, result)
+    print(loadgen_logs.describe(result))
+    if not result.get("valid", True):
+        raise loadgen.Invalid
+
+
+def run_trial(
+    args: argparse.Namespace, scenario: str, rate: float | None, seconds: float, output: Path
+) -> dict[str, Any]:
+    """A run in a process of its own, since LoadGen allows one in each; its result.json."""
+    options = {
+        "--checkpoint": args.checkpoint,
+        "--data": args.data,
+        "--scenario": scenario,
+        "--seconds": seconds,
+        "--array-dtype": args.array_dtype,
+        "--mlp-dtype": args.mlp_dtype,
+        "--output": output,
+    } | ({} if rate is None else {"--target-qps": rate})
+    command = [sys.executable, __file__, "loadgen", *(str(x) for option in options.items() for x in option)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode not in (0, loadgen.Invalid.exit_code) or not (output / loadgen.RESULT).exists():
+        said = done.stderr.strip().splitlines() or ["no message"]
+        raise ValueError(f"{scenario}: the run ended with exit code {done.returncode}: {said[-1]}")
+    return json.loads((output / loadgen.RESULT).read_text())
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        code = main()
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    loadgen.leave(code)

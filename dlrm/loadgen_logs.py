@@ -1,0 +1,140 @@
+"""The samples that LoadGen asks for, what it logs of the answers, and the result in words."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SIZES = np.array([100] * 2 + [200] * 12 + [300] * 2 + [400, 500, 600, 700])  # rows of a sample, as quantiles
+SAMPLES_A_QUERY = {"MultiStream": 8}
+_PERCENTILES = {"50.00": "p50", "90.00": "p90", "95.00": "p95", "99.00": "p99", "99.90": "p99.9"}
+
+
+def sample_bounds(rows: int) -> np.ndarray:
+    """Where samples begin, and where the last one ends: int64 (samples + 1,) from 0 to rows.
+
+    Raises:
+        ValueError: no rows.
+    """
+    if rows < 1:
+        raise ValueError(f"rows: expected at least 1, got {rows}")
+    legacy = np.random.RandomState(123)  # MLPerf's samples are defined by its numbers
+    ends = np.cumsum(SIZES[legacy.randint(0, len(SIZES), rows // SIZES.min() + 1)])
+    return np.concatenate([[0], ends[: np.searchsorted(ends, rows)], [rows]])
+
+
+def trace(bounds: np.ndarray) -> str:
+    """The samples in MLPerf's text: "start, end, rows" in each line."""
+    starts, ends = bounds[:-1].tolist(), bounds[1:].tolist()
+    return "".join(f"{start}, {end}, {end - start}\n" for start, end in zip(starts, ends))
+
+
+def read_speed(output: Path, scenario: str, sample_rows: float) -> dict[str, Any]:
+    """What LoadGen logged of a run for speed.
+
+    Args:
+        output: folder of its logs.
+        sample_rows: the mean of the samples that were answered.
+
+    Returns:
+        valid, reasons (list of str), queries, samples_per_second, rows_per_second, latency_ms (of queries), and
+        early_stopping_latency_ms, LoadGen's estimate of the percentile that counts, for the Streams where it has one.
+
+    Raises:
+        ValueError: it is not the log of a run that came to its end.
+    """
+    path = output / "mlperf_log_detail.txt"
+    found: dict[str, Any] = {}
+    errors = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        event = json.loads(line.removeprefix(":::MLLOG "))
+        found[event["key"]] = event["value"]
+        if event["key"].startswith("error_"):
+            errors.append(str(event["value"]))
+    if "result_validity" not in found:
+        raise ValueError(f"{path}: expected result_validity, got none: {'; '.join(errors) or 'no such run'}")
+    valid = found["result_validity"] == "VALID"
+    reasons = [] if valid else [found["result_invalid_reason"]]
+    if not found["early_stopping_met"]:
+        reasons.append(found["early_stopping_result"])
+    of_query = "_per_query" if scenario == "MultiStream" else ""
+    query = "_query" if of_query else ""
+    latency = {name: found[f"result_{name}{query}_latency_ns"] for name in ("mean", "min", "max")}
+    latency |= {name: found[f"result_{p}_percentile{of_query}_latency_ns"] for p, name in _PERCENTILES.items()}
+    rate = {
+        "Offline": lambda: found["result_samples_per_second"],
+        "Server": lambda: found["result_completed_samples_per_sec"],
+        "SingleStream": lambda: found["result_qps_with_loadgen_overhead"],
+        "MultiStream": lambda: SAMPLES_A_QUERY["MultiStream"] / latency["mean"] * 1e9,
+    }[scenario]()
+    estimate = {"SingleStream": "early_stopping_latency_ss", "MultiStream": "early_stopping_latency_ms"}.get(scenario)
+    result = {
+        "valid": valid,
+        "reasons": [" ".join(reason.split()) for reason in reasons + errors if reason.strip()],
+        "queries": found["result_query_count"],
+        "samples_per_second": rate,
+        "rows_per_second": rate * sample_rows,
+        "latency_ms": {name: value / 1e6 for name, value in latency.items()},
+    }
+    if estimate and found["early_stopping_met"]:
+        result["early_stopping_latency_ms"] = found[estimate] / 1e6
+    return result
+
+
+def read_accuracy(output: Path, bounds: np.ndarray) -> np.ndarray:
+    """The pairs of label and prediction that LoadGen logged.
+
+    Returns:
+        (rows, 2) float32 in the order of rows.
+
+    Raises:
+        ValueError: rows are missing, or a sample has more or fewer than it should.
+    """
+    path = output / "mlperf_log_accuracy.json"
+    pairs = np.full((bounds[-1], 2), np.nan, np.float32)
+    answered = np.zeros(len(bounds) - 1, bool)
+    with open(path) as file:  # all rows of MLPerf's are 1.5 GB of text, one sample in each line
+        for line in file:
+            entry = line.strip().strip("[],")
+            if not entry:
+                continue
+            values = json.loads(entry)
+            sample = values["qsl_idx"]
+            start, end = bounds[sample : sample + 2].tolist()
+            got = np.frombuffer(bytes.fromhex(values["data"]), "<f4").reshape(-1, 2)
+            if len(got) != end - start:
+                raise ValueError(f"{path}: sample {sample}: expected {end - start} rows, got {len(got)}")
+            # MultiStream fills its last query with samples it has had.
+            if not answered[sample]:
+                pairs[start:end], answered[sample] = got[:, ::-1], True
+    if not answered.all():
+        raise ValueError(f"{path}: expected {len(answered)} samples, got {answered.sum()}")
+    return pairs
+
+
+def describe(result: dict[str, Any]) -> str:
+    """A result of LoadGen as a short table."""
+    if result["accuracy"]:
+        lines = [
+            ("scenario", f"{result['scenario']}, accuracy"),
+            ("rows", f"{result['rows']:,} in {result['samples']:,} samples"),
+            ("AUC", f"{result['auc']:.6f}"),
+            ("log loss", f"{result['log_loss']:.6f}"),
+        ]
+    else:
+        official = "official length and data" if result["official"] else "not of official length or data"
+        latency = result["latency_ms"]
+        lines = [
+            ("scenario", f"{result['scenario']}, {'VALID' if result['valid'] else 'INVALID'} ({official})"),
+            *(("why", reason) for reason in result["reasons"]),
+            ("samples/s", f"{result['samples_per_second']:,.2f}"),
+            ("rows/s", f"{result['rows_per_second']:,.0f}"),
+        ]
+        if result["scenario"] != "Offline":  # where all is asked at once
+            lines.append(("latency, ms", ", ".join(f"{name} {value:,.2f}" for name, value in latency.items())))
+        if "early_stopping_latency_ms" in result:
+            lines.append(("latency that counts, ms", f"{result['early_stopping_latency_ms']:,.2f}"))
+        rows = f"{result['mean_rows_per_batch']:,.0f} rows a batch, {result['max_rows_per_batch']:,} at most"
+        lines.append(("workers", f"{result['workers']} of {result['threads_per_worker']} threads; {rows}"))
+    return "\n".join(f"{name:<24}{value}" for name, value in lines)
