@@ -9,6 +9,11 @@ by the output's name. The data may be in any format of data/; with labels, AUC a
 
 times it at batch sizes from 1 to 16,384 beside the same MLPs with full tables.
 
+    python infer.py export --checkpoint runs/robe --format onnx --output model.onnx
+
+writes the model as one file that runs without this project: for ONNX Runtime, or with --format aoti (model.pt2)
+compiled ahead of time for torch. It is loaded again and compared with the model before it takes its name.
+
     python infer.py loadgen --checkpoint runs/robe --data prepared --scenario Server --find-rate
 
 runs MLPerf's inference benchmark: LoadGen issues runs of 100 to 700 rows, as for dlrm-v2, and times the answers. With
@@ -42,6 +47,7 @@ from data.sources import RandomAccess, Source
 from data.synthetic import Signal
 from dlrm import DLRM, checkpoint, loadgen, loadgen_logs, plots
 from dlrm.checkpoint import write_json
+from dlrm.export import FORMATS, export
 from dlrm.inference import DTYPES, Predictor
 from dlrm.metrics import EVALUATION_BATCH, Scores, environment
 from dlrm.throughput import BATCH_SIZES, STAGES, cut, make_candidates, measure, report, score_all
@@ -90,6 +96,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     command.add_argument("--seconds", type=float, default=5.0, help="for each batch size (default: 5)")
     command.add_argument("--max-rows", type=positive, help="of a full table, at most")
     command.add_argument("--output", type=Path, metavar="DIR", help="default: the checkpoint's folder, in benchmark/")
+
+    command = add("export", run_export, "write a model as one file for other runtimes")
+    command.add_argument("--format", choices=FORMATS, required=True, help="onnx; aoti: compiled, for torch")
+    command.add_argument("--output", type=Path, required=True, metavar="FILE", help="ends with .onnx or .pt2")
+    command.add_argument("--data", type=Path, metavar="PATH", help="compare on its first rows, not on random ones")
 
     command = add("loadgen", run_loadgen, "MLPerf's inference benchmark; exit code 1: the run is INVALID")
     add_mlp_dtype(command)
@@ -227,6 +238,20 @@ def timed_rows(source: Source | None, rows: range | None, model: DLRM) -> Batch:
         return to_batch(Signal().sample(TIMED_ROWS, stream=0))
     start, stop = (0, TIMED_ROWS) if rows is None else (rows.start, min(rows.start + TIMED_ROWS, rows.stop))
     return Batch.concatenate(list(source.read(start, stop)))
+
+
+def run_export(args: argparse.Namespace) -> None:
+    model = checkpoint.load(args.checkpoint)
+    batches = None
+    if args.data is not None:
+        source, _ = open_data(args.data, model, None)
+        batches = ((batch.dense, batch.sparse) for batch in source.read())
+    print("compiling" if args.format == "aoti" else "exporting", "and comparing with the model ...", flush=True)
+    done = export(model, args.output, format=args.format, array_dtype=args.array_dtype, batches=batches)
+    print(
+        f"{args.output}: {done.bytes:,} bytes in {done.seconds:.1f} s; probabilities of {done.rows:,} rows differ from "
+        f"the model's by at most {done.difference:.1e}"
+    )
 
 
 def run_loadgen(args: argparse.Namespace) -> None:

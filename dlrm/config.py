@@ -98,6 +98,17 @@ class DLRMConfig:
         return None if self.synthetic_hots else self.hots
 
     @property
+    def num_ids(self) -> int:
+        """H, the ids in a row of the data."""
+        return len(self.table_rows) if self.data_hots is None else sum(self.data_hots)
+
+    @property
+    def feature_of_id(self) -> list[int]:
+        """The feature of each id of a row that is embedded, those of one feature one behind the other."""
+        hots = self.hots or (1,) * len(self.table_rows)
+        return [feature for feature, hot in enumerate(hots) for _ in range(hot)]
+
+    @property
     def full_floats(self) -> int:
         """Weights in the full tables."""
         return sum(self.table_rows) * self.embedding_dim

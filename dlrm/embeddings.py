@@ -15,7 +15,7 @@ from robe import EmbeddingBagConfig, RobeEmbeddingBagCollection
 from robe.hashing import mix64, multiply_high, table_key
 
 _ID_BITS = 32
-_SYNTHETIC = 0x484F5453  # the seed of synthetic ids, so that they are not the hashes an array is read at
+SYNTHETIC = 0x484F5453  # the seed of synthetic ids, so that they are not the hashes an array is read at
 
 
 class Tables(nn.Module):
@@ -152,7 +152,7 @@ def synthetic_ids(sparse: Tensor, hots: Sequence[int], table_rows: Sequence[int]
     for feature, (hot, rows) in enumerate(zip(hots, table_rows)):
         ids = sparse[:, feature : feature + 1]
         number = torch.arange(1, hot, device=sparse.device)
-        mixed = mix64(mix64(ids + table_key(_SYNTHETIC, feature)) + number)
+        mixed = mix64(mix64(ids + table_key(SYNTHETIC, feature)) + number)
         columns += [ids, multiply_high(mixed, rows)]
     return torch.cat(columns, dim=1)
 

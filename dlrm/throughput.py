@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dlrm.config import DLRMConfig
 from dlrm.embeddings import EmbeddingBags
+from dlrm.export import FORMATS, load
 from dlrm.inference import Predictor, array_bytes
 from dlrm.metrics import Scores
 from dlrm.model import DLRM
@@ -85,9 +86,16 @@ def make_candidates(
             note = f"{used:,} rows of {all_rows:,}, {_megabytes(array_bytes(full.embeddings))}, ids modulo rows"
             candidates["full tables"] = Candidate(Predictor(full), note, rows)
             candidates["full tables, eager"] = Candidate(eager(full), "the same", rows)
+        elif Path(what).suffix in FORMATS.values() and Path(what).is_file():
+            run = load(what)
+            candidates[what] = Candidate(_without_clock(run), f"{Path(what).stat().st_size / 1e6:,.1f} MB in all")
         else:
             raise ValueError(f"against: expected full, eager or a file that export made, got {what!r}")
     return candidates
+
+
+def _without_clock(run: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor, Clock], Tensor]:
+    return lambda dense, sparse, clock: run(dense, sparse)
 
 
 def _describe(model: DLRM) -> str:

@@ -40,9 +40,9 @@ HASHES = ("mix", "linear", "identity")
 
 _MASK_32 = (1 << 32) - 1
 _MASK_64 = (1 << 64) - 1
-_GOLDEN = 0x9E3779B97F4A7C15
-_MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
-_SHIFTS = (30, 27, 31)
+GOLDEN = 0x9E3779B97F4A7C15
+MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+SHIFTS = (30, 27, 31)
 _P, _A, _B, _C = 2038074743, 871205356, 1825252241, 634329019
 
 
@@ -59,16 +59,16 @@ def _shift_right(x: Tensor, count: int) -> Tensor:
 
 def _mix64_int(x: int) -> int:
     x &= _MASK_64
-    for shift, multiplier in zip(_SHIFTS, _MULTIPLIERS):
+    for shift, multiplier in zip(SHIFTS, MULTIPLIERS):
         x = ((x ^ (x >> shift)) * multiplier) & _MASK_64
-    return x ^ (x >> _SHIFTS[2])
+    return x ^ (x >> SHIFTS[2])
 
 
 def mix64(x: Tensor) -> Tensor:
     """Mix 64 bits: a bijection on int64 after which every input bit moves every output bit with probability 1/2."""
-    for shift, multiplier in zip(_SHIFTS, _MULTIPLIERS):
+    for shift, multiplier in zip(SHIFTS, MULTIPLIERS):
         x = (x ^ _shift_right(x, shift)) * _signed(multiplier)
-    return x ^ _shift_right(x, _SHIFTS[2])
+    return x ^ _shift_right(x, SHIFTS[2])
 
 
 def multiply_high(x: Tensor, n: int) -> Tensor:
@@ -95,11 +95,11 @@ def table_key(seed: int, table_id: int) -> int:
         seed: of the array; any integer, taken modulo 2**64.
         table_id: tells the tables of one array apart; any integer, taken modulo 2**64.
     """
-    return _signed(_mix64_int(_mix64_int(seed + _GOLDEN) + table_id * _GOLDEN))
+    return _signed(_mix64_int(_mix64_int(seed + GOLDEN) + table_id * GOLDEN))
 
 
 def _hash_mix(rows: Tensor, keys: Tensor, blocks: Tensor, choices: int) -> tuple[Tensor, Tensor]:
-    hashed = mix64(mix64(keys + rows * _signed(_GOLDEN)) + blocks * _signed(_GOLDEN))
+    hashed = mix64(mix64(keys + rows * _signed(GOLDEN)) + blocks * _signed(GOLDEN))
     return multiply_high(hashed, choices), hashed
 
 
