@@ -20,9 +20,10 @@ from dlrm.model import DLRM
 from robe import RobeEmbeddingBagCollection
 
 STAGES = ("embedding", "interaction", "mlp")
-BATCH_SIZES = tuple(4**i for i in range(8))  # 1 .. 16384
+BATCH_SIZES = (1, 4, 16, 64, 256, 1024, 2048, 4096, 16384)
 
-_TURN = 0.02  # seconds of calls of one candidate before it is the next one's turn
+_TURN = 0.1  # seconds of calls of one candidate before it is the next one's turn
+_PAUSE = 0.06  # before it: ONNX Runtime's threads look for work, and so take cores, for 40 ms after the last of it
 _SHARE_OF_MEMORY = 0.6  # that full tables may take
 
 Batch = tuple[Tensor, Tensor]  # dense (B, num_dense), sparse (B, H)
@@ -175,6 +176,7 @@ def measure(
     begin = time.perf_counter()
     while time.perf_counter() - begin < seconds or len(next(iter(times.values()))) < least_calls:
         for name, own in inputs.items():
+            time.sleep(_PAUSE)
             candidates[name].run(*own[len(times[name]) % len(own)], _no_clock)  # what was there is in no cache
             turn = time.perf_counter()
             while time.perf_counter() - turn < _TURN:

@@ -33,6 +33,7 @@ class Clock:
     def __init__(self, monkeypatch):
         self.now = 0.0
         monkeypatch.setattr(throughput.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(throughput.time, "sleep", lambda seconds: None)
 
     def spend(self, *seconds):
         """A candidate whose calls take these seconds, one after another: embedding a third, the MLPs the rest."""
