@@ -389,7 +389,7 @@ def find_rate(trial: Callable[[str, float | None, float, Path], dict], seconds: 
         result = trial(scenario, rate, least, folder)
         p99, rate = result["latency_ms"]["p99"], rate or result["samples_per_second"]
         trials.append({"scenario": scenario, "rate": rate, "valid": result["valid"], "p99_ms": p99})
-        said = "VALID" if result["valid"] else f"INVALID: {' '.join(result['reasons'])}"
+        said = "VALID" if result["valid"] else f"INVALID: {result['reasons'][0].split(' *')[0]}"
         print(f"{scenario} at {rate:,.1f} samples/s for {least:,.0f} s: {said} (p99 {p99:,.1f} ms)", file=sys.stderr)
         return result
 
