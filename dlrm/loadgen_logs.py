@@ -136,5 +136,7 @@ def describe(result: dict[str, Any]) -> str:
         if "early_stopping_latency_ms" in result:
             lines.append(("latency that counts, ms", f"{result['early_stopping_latency_ms']:,.2f}"))
         rows = f"{result['mean_rows_per_batch']:,.0f} rows a batch, {result['max_rows_per_batch']:,} at most"
+        auc = "none, with labels of one kind" if result["auc"] is None else f"{result['auc']:.4f}"
+        lines.append(("AUC, log loss", f"{auc}, {result['log_loss']:.4f} of the first {result['scored_rows']:,} rows"))
         lines.append(("workers", f"{result['workers']} of {result['threads_per_worker']} threads; {rows}"))
     return "\n".join(f"{name:<24}{value}" for name, value in lines)
