@@ -928,6 +928,7 @@ def test_nothing_leaks():
         lambda: native("lookup_backward", ones, wide(), *LOOKUP[1:-1]),
         lambda: native("bag_weights_backward", ones, wide(), *BAG[1:3], torch.ones(3), *BAG[4:-1]),
         lambda: updated("native", wide(), "adam", RULES["adam"], [(ones, LOOKUP[1:-1])]),
+        lambda: native("mlp", torch.ones(4, 32), [torch.ones(250, 32, 32)], [torch.ones(8000)], 8000, True),
         lambda: refused(torch.ops.robe.lookup_forward, *replaced(LOOKUP, (6, hash))),
         lambda: refused(torch.ops.robe.bag_forward, *replaced(BAG, (9, hash))),
     ):

@@ -5,7 +5,14 @@ from pathlib import Path
 
 import pytest
 
-SNIPPETS = re.findall(r"```python\n(.*?)```", Path(__file__).parent.parent.joinpath("README.md").read_text(), re.DOTALL)
+from dlrm import DLRM, DLRMConfig, checkpoint
+
+
+def python_of(name):
+    return re.findall(r"```python\n(.*?)```", Path(__file__).parents[1].joinpath(name).read_text(), re.DOTALL)
+
+
+SNIPPETS = python_of("README.md")
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=range(len(SNIPPETS)))
@@ -16,3 +23,13 @@ def test_snippet_prints_shapes(snippet, capsys):
 
 def test_there_are_snippets():
     assert len(SNIPPETS) >= 2
+
+
+def test_predictor_of_the_docs(tmp_path, monkeypatch):
+    (snippet,) = python_of("docs/inference.md")
+    config = DLRMConfig(embedding_dim=4, bottom_mlp=(8, 4), top_mlp=(8, 1), table_rows=(10,) * 26, compression=3)
+    checkpoint.save(tmp_path / "runs" / "robe", DLRM(config))
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(snippet, names)
+    assert names["probabilities"].shape == (64,)
