@@ -450,11 +450,12 @@ def test_the_loss_curve_is_that_of_one_process(found, alone, name):
         name.startswith(("sgd, gathered", "sgd, dense", "adagrad, gathered", "adagrad, dense"))
     )
     assert len(got["history"]) == len(expected["history"]) == 15
-    for what, tolerance in (("train_loss", 1e-6), ("log_loss", 1e-6), ("auc", 2e-3)):
+    # Where two predictions are equal but for rounding, AUC moves by their pair, one of 2,072, and no less.
+    for what, tolerance, at_first in (("train_loss", 1e-6, 1e-6), ("log_loss", 1e-6, 1e-6), ("auc", 2e-3, 1.01 / 2072)):
         curves = [[point[what] for point in run["history"]] for run in (got, expected)]
         assert np.ptp(curves[1]) > 0.01, "it does train"
         np.testing.assert_allclose(*curves, rtol=0, atol=tolerance)
-        np.testing.assert_allclose(curves[0][:5], curves[1][:5], rtol=2e-6)
+        np.testing.assert_allclose(curves[0][:5], curves[1][:5], rtol=0, atol=at_first)
     for part, value in got["weights"].items():
         torch.testing.assert_close(value, expected["weights"][part], rtol=1e-5, atol=2e-6)
 
