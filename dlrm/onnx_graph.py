@@ -287,7 +287,7 @@ def _interaction(graph: Graph, config: DLRMConfig, interaction: nn.Module, dense
     count = len(config.table_rows) + 1
     dots = graph.op("MatMul", vectors, graph.op("Transpose", vectors, perm=[0, 2, 1]))
     rows_of_triangle, columns = np.tril_indices(count, -1)
-    places = rows_of_triangle * count + columns
+    places = (rows_of_triangle * count + columns).astype(np.int32)
     batch = graph.op("Shape", dense, start=0, end=1)
     shape = graph.op("Concat", batch, np.array([len(places)]), axis=0)
     dots = graph.reshape(dots, 0, count * count)
