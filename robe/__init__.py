@@ -1,13 +1,16 @@
 """ROBE embeddings: tables of any size on one small shared array of weights."""
 
 from robe import optim
+from robe.admission import Admission, IdCounter
 from robe.array import Int8RobeArray, RobeArray
 from robe.collection import EmbeddingBagConfig, RobeEmbeddingBagCollection
 from robe.embedding import RobeEmbedding, RobeEmbeddingBag
 from robe.native import backend
 
 __all__ = [
+    "Admission",
     "EmbeddingBagConfig",
+    "IdCounter",
     "Int8RobeArray",
     "RobeArray",
     "RobeEmbedding",

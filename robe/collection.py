@@ -6,6 +6,7 @@ from itertools import accumulate
 
 from torch import Tensor
 
+from robe.admission import Admission
 from robe.array import RobeArray
 from robe.ops import MODES
 from robe.tables import RobeTables
@@ -39,7 +40,7 @@ class RobeEmbeddingBagCollection(RobeTables):
         tables: their configs; all of one embedding_dim and one pooling. Table k has table_id k in the hash.
         array, robe_size, compression: exactly one, as in RobeEmbedding; compression is that of all tables together, and
             where the collection's own array has room for every weight the mapping is the identity.
-        block_size, sign, hash: as in RobeEmbedding.
+        block_size, sign, hash, admission: as in RobeEmbedding.
         seed, init_std, dtype, device: of an array of the collection's own; see RobeArray.
 
     Raises:
@@ -56,6 +57,7 @@ class RobeEmbeddingBagCollection(RobeTables):
         block_size: int | None = None,
         sign: bool = False,
         hash: str = "mix",
+        admission: Admission | None = None,
         seed: int | None = None,
         init_std: float | None = None,
         device=None,
@@ -78,6 +80,7 @@ class RobeEmbeddingBagCollection(RobeTables):
             block_size=block_size,
             sign=sign,
             hash=hash,
+            admission=admission,
             seed=seed,
             init_std=init_std,
             device=device,

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from robe.admission import Admission
 from robe.array import RobeArray
 from robe.ops import MODES
 from robe.tables import RobeTables
@@ -25,6 +26,7 @@ class _RobeTable(RobeTables):
         sign: bool = False,
         hash: str = "mix",
         first_row: int = 0,
+        admission: Admission | None = None,
         seed: int | None = None,
         init_std: float | None = None,
         max_norm: float | None = None,
@@ -48,6 +50,7 @@ class _RobeTable(RobeTables):
             block_size=block_size,
             sign=sign,
             hash=hash,
+            admission=admission,
             seed=seed,
             init_std=init_std,
             device=device,
@@ -106,6 +109,7 @@ class RobeEmbedding(_RobeTable):
         hash: "mix"; "linear", the formula of the authors' code; "identity", every weight in a slot of its own.
         first_row: rows of the tables before this one in the array; used by "linear" and "identity", which lay tables
             one behind the other. ("identity" takes the tables before to be as wide as this one.)
+        admission: the ids that have a row of their own, the others of a table share one; None: all have.
         seed, init_std, dtype, device: of an array of the layer's own; see RobeArray.
 
     Raises:
@@ -137,8 +141,8 @@ class RobeEmbeddingBag(_RobeTable):
         mode: "sum", "mean" or "max" of the rows of a bag; an empty bag gives zeros.
         padding_idx: the id that bags leave out.
         include_last_offset: offsets have one more entry, the end of the last bag.
-        options: array, robe_size, compression, block_size, table_id, sign, hash, first_row, seed, init_std, device,
-            dtype, as in RobeEmbedding.
+        options: array, robe_size, compression, block_size, table_id, sign, hash, first_row, admission, seed,
+            init_std, device, dtype, as in RobeEmbedding.
 
     Raises:
         ValueError: an argument out of range, or an option of nn.EmbeddingBag that shared weights can't have.

@@ -46,7 +46,7 @@ SHIFTS = (30, 27, 31)
 _P, _A, _B, _C = 2038074743, 871205356, 1825252241, 634329019
 
 
-def _signed(value: int) -> int:
+def signed(value: int) -> int:
     """The int64 with the same 64 bits as ``value`` modulo 2**64; torch has no unsigned 64-bit arithmetic."""
     value &= _MASK_64
     return value - (1 << 64) if value >> 63 else value
@@ -67,7 +67,7 @@ def _mix64_int(x: int) -> int:
 def mix64(x: Tensor) -> Tensor:
     """Mix 64 bits: a bijection on int64 after which every input bit moves every output bit with probability 1/2."""
     for shift, multiplier in zip(SHIFTS, MULTIPLIERS):
-        x = (x ^ _shift_right(x, shift)) * _signed(multiplier)
+        x = (x ^ _shift_right(x, shift)) * signed(multiplier)
     return x ^ _shift_right(x, SHIFTS[2])
 
 
@@ -95,11 +95,11 @@ def table_key(seed: int, table_id: int) -> int:
         seed: of the array; any integer, taken modulo 2**64.
         table_id: tells the tables of one array apart; any integer, taken modulo 2**64.
     """
-    return _signed(_mix64_int(_mix64_int(seed + GOLDEN) + table_id * GOLDEN))
+    return signed(_mix64_int(_mix64_int(seed + GOLDEN) + table_id * GOLDEN))
 
 
 def _hash_mix(rows: Tensor, keys: Tensor, blocks: Tensor, choices: int) -> tuple[Tensor, Tensor]:
-    hashed = mix64(mix64(keys + rows * _signed(GOLDEN)) + blocks * _signed(GOLDEN))
+    hashed = mix64(mix64(keys + rows * signed(GOLDEN)) + blocks * signed(GOLDEN))
     return multiply_high(hashed, choices), hashed
 
 

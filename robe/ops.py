@@ -17,12 +17,16 @@ Autograd keeps ids and the weight, never an index: the backward operators hash a
 weight is a vector (m,) of floats; or of int8 with ``scale``, float32, one factor for each group of weights. Groups are
 runs of G weights, G the smallest power of two with which the scales cover the array; the embeddings are then float32.
 
+filter, (W,) int64, with "mix" only, holds the ids that have a row of their own (robe/admission.py); the others of a
+table read the row of one id. Ranges and padding_idx are about the ids as they are given.
+
 On a CPU the bodies in csrc/robe_cpu.cpp take over where ``backend`` could load them; those here are their
 specification.
 """
 
 import torch
 
+from robe.admission import RARE, admits
 from robe.hashing import HASHES, slots
 
 MODES = ("sum", "mean", "max")
@@ -30,17 +34,18 @@ MODES = ("sum", "mean", "max")
 _LAYOUT = "int embedding_dim, int block_size, str hash, bool sign, int? padding_idx"
 _TABLES = f"Tensor table_keys, Tensor num_embeddings, {_LAYOUT}"
 _BAGS = "Tensor values, Tensor offsets, Tensor? per_sample_weights, str pooling"
-_LISTS = ("grads", "ids", "offsets", "per_sample_weights", "table_keys", "num_embeddings")
+_FILTER = "Tensor? filter=None"
+_LISTS = ("grads", "ids", "offsets", "per_sample_weights", "table_keys", "num_embeddings", "filters")
 for _schema in (
-    f"lookup(Tensor weight, Tensor ids, {_TABLES}, Tensor? scale=None) -> Tensor",
-    f"lookup_forward(Tensor weight, Tensor ids, {_TABLES}, Tensor? scale=None) -> Tensor",
-    f"lookup_out(Tensor weight, Tensor ids, {_TABLES}, Tensor? scale, Tensor(a!) out) -> ()",
-    f"lookup_backward(Tensor grad, Tensor weight, Tensor ids, {_TABLES}) -> Tensor",
-    f"bag(Tensor weight, {_BAGS}, {_TABLES}, Tensor? scale=None) -> Tensor",
-    f"bag_forward(Tensor weight, {_BAGS}, {_TABLES}, Tensor? scale=None) -> Tensor",
-    f"bag_out(Tensor weight, {_BAGS}, {_TABLES}, Tensor? scale, Tensor(a!) out) -> ()",
-    f"bag_backward(Tensor grad, Tensor weight, {_BAGS}, {_TABLES}) -> Tensor",
-    f"bag_weights_backward(Tensor grad, Tensor weight, {_BAGS}, {_TABLES}) -> Tensor",
+    f"lookup(Tensor weight, Tensor ids, {_TABLES}, Tensor? scale=None, {_FILTER}) -> Tensor",
+    f"lookup_forward(Tensor weight, Tensor ids, {_TABLES}, Tensor? scale=None, {_FILTER}) -> Tensor",
+    f"lookup_out(Tensor weight, Tensor ids, {_TABLES}, Tensor? scale, Tensor(a!) out, {_FILTER}) -> ()",
+    f"lookup_backward(Tensor grad, Tensor weight, Tensor ids, {_TABLES}, {_FILTER}) -> Tensor",
+    f"bag(Tensor weight, {_BAGS}, {_TABLES}, Tensor? scale=None, {_FILTER}) -> Tensor",
+    f"bag_forward(Tensor weight, {_BAGS}, {_TABLES}, Tensor? scale=None, {_FILTER}) -> Tensor",
+    f"bag_out(Tensor weight, {_BAGS}, {_TABLES}, Tensor? scale, Tensor(a!) out, {_FILTER}) -> ()",
+    f"bag_backward(Tensor grad, Tensor weight, {_BAGS}, {_TABLES}, {_FILTER}) -> Tensor",
+    f"bag_weights_backward(Tensor grad, Tensor weight, {_BAGS}, {_TABLES}, {_FILTER}) -> Tensor",
     "dot_interaction(Tensor dense, Tensor embeddings) -> Tensor",
     "dot_interaction_backward(Tensor grad, Tensor dense, Tensor embeddings) -> (Tensor, Tensor)",
     "mlp(Tensor x, Tensor[] weights, Tensor[] biases, int width, bool relu_last) -> Tensor",
@@ -60,8 +65,9 @@ _TABLE_ARGUMENTS = 7
 
 
 def _split(arguments):
-    """The arguments of the tables, and scale, which torch leaves out where it is None."""
-    return arguments[:_TABLE_ARGUMENTS], arguments[_TABLE_ARGUMENTS] if len(arguments) > _TABLE_ARGUMENTS else None
+    """The arguments of the tables with their filter, and scale; torch leaves out the last ones where they are None."""
+    scale, filter = (*arguments[_TABLE_ARGUMENTS:], None, None)[:2]
+    return (*arguments[:_TABLE_ARGUMENTS], filter), scale
 
 
 def _check_array(weight, scale=None):
@@ -75,7 +81,7 @@ def _check_array(weight, scale=None):
         )
 
 
-def _check_tables(weight, table_keys, num_embeddings, embedding_dim, block_size, hash, sign, padding_idx):
+def _check_tables(weight, table_keys, num_embeddings, embedding_dim, block_size, hash, sign, padding_idx, filter=None):
     if table_keys.dim() != 1 or table_keys.shape != num_embeddings.shape:
         raise ValueError(
             "table_keys and num_embeddings: expected one entry per feature in each, got shapes "
@@ -87,9 +93,14 @@ def _check_tables(weight, table_keys, num_embeddings, embedding_dim, block_size,
         raise ValueError(f"embedding_dim and block_size: expected at least 1, got {embedding_dim} and {block_size}")
     if hash != "identity" and weight.shape[0] < block_size:
         raise ValueError(f"weight: {weight.shape[0]} weights do not hold one block of {block_size}")
-
     if table_keys.shape[0] == 0:
         raise ValueError("table_keys: expected at least one feature")
+    if filter is None:
+        return
+    if filter.dim() != 1 or filter.dtype != torch.int64 or filter.shape[0] == 0:
+        raise ValueError(f"filter: expected an int64 vector (W,), got {filter.dtype} {tuple(filter.shape)}")
+    if hash != "mix":
+        raise ValueError(f"filter: expected hash 'mix' with it, got {hash!r}")
 
 
 def _check_ids(name, ids, dim):
@@ -172,15 +183,20 @@ def _scatter(slot, value, weight):
     return total.scatter_add_(0, slot.flatten(), value.to(total.dtype).flatten()).to(weight.dtype)
 
 
+def _let_in(ids, keys, filter):
+    return ids if filter is None else ids.where(admits(filter, ids, keys), RARE)
+
+
 def _lookup_slots(weight, ids, table_keys, num_embeddings, *layout):
     _check_lookup(weight, ids, table_keys, num_embeddings, *layout)
-    embedding_dim, block_size, hash, sign, padding_idx = layout
+    embedding_dim, block_size, hash, sign, padding_idx, filter = (*layout, None)[:6]
     ids = ids.long()
     _check_range(ids, torch.arange(ids.shape[1], device=ids.device).expand_as(ids), num_embeddings, padding_idx)
     kept = None
     if padding_idx is not None:
         kept = ids != padding_idx
         ids = ids.where(kept, 0)  # the padding row need not have slots of its own
+    ids = _let_in(ids, table_keys, filter)
     size = weight.shape[0]
     slot, signs = slots(
         ids, table_keys, size=size, embedding_dim=embedding_dim, block_size=block_size, hash=hash, sign=sign
@@ -212,7 +228,7 @@ def _lookup_backward(grad, weight, ids, *tables):
 def _open_bags(weight, values, offsets, per_sample_weights, mode, table_keys, num_embeddings, *layout):
     """What both directions need, of every value that counts: its position, its bag, and its slots."""
     _check_bags(weight, values, offsets, per_sample_weights, mode, table_keys, num_embeddings, *layout)
-    embedding_dim, block_size, hash, sign, padding_idx = layout
+    embedding_dim, block_size, hash, sign, padding_idx, filter = (*layout, None)[:6]
     offsets = offsets.long()
     counts = offsets.diff()
     if offsets[0] != 0 or (counts < 0).any() or offsets[-1] > values.shape[0]:
@@ -229,9 +245,10 @@ def _open_bags(weight, values, offsets, per_sample_weights, mode, table_keys, nu
     if padding_idx is not None:
         position = (values != padding_idx).nonzero().squeeze(-1)
         values, bag, feature = values[position], bag[position], feature[position]
+    keys = table_keys[feature]
     slot, signs = slots(
-        values,
-        table_keys[feature],
+        _let_in(values, keys, filter),
+        keys,
         size=weight.shape[0],
         embedding_dim=embedding_dim,
         block_size=block_size,
@@ -310,14 +327,27 @@ def _bag_weights_backward(grad, weight, values, offsets, per_sample_weights, mod
 LAYOUT_ENTRIES = 7  # mode (0: lookup, else 1 + its place in MODES), D, Z, hash (its place in HASHES), sign, padded, id
 
 
-def _update(weight, state, rule, options, grads, ids, offsets, per_sample_weights, table_keys, num_embeddings, layouts):
+def _update(
+    weight,
+    state,
+    rule,
+    options,
+    grads,
+    ids,
+    offsets,
+    per_sample_weights,
+    table_keys,
+    num_embeddings,
+    filters,
+    layouts,
+):
     slot, value = [], []
     for k, grad in enumerate(grads):
         mode, embedding_dim, block_size, hash, sign, padded, padding_idx = layouts[LAYOUT_ENTRIES * k :][
             :LAYOUT_ENTRIES
         ]
         layout = (embedding_dim, block_size, HASHES[hash], bool(sign), padding_idx if padded else None)
-        tables = (table_keys[k], num_embeddings[k], *layout)
+        tables = (table_keys[k], num_embeddings[k], *layout, filters[k] if len(filters[k]) else None)
         if mode == 0:
             places, values = _lookup_gradients(grad, weight, ids[k], *tables)
         else:
@@ -427,10 +457,10 @@ def _mlp(x, weights, biases, width, relu_last):
     return x[:, :width].contiguous()
 
 
-def _out(body):
+def _out(body, inputs):
     def write(*arguments):
-        *inputs, out = arguments
-        embeddings = body(*inputs)
+        out = arguments[inputs]
+        embeddings = body(*arguments[:inputs], *arguments[inputs + 1 :])
         if out.shape != embeddings.shape or out.dtype != embeddings.dtype:
             raise ValueError(
                 f"out: expected {embeddings.dtype} {tuple(embeddings.shape)}, got {out.dtype} {tuple(out.shape)}"
@@ -443,11 +473,11 @@ def _out(body):
 REFERENCE = {
     "lookup": _lookup,
     "lookup_forward": _lookup,
-    "lookup_out": _out(_lookup),
+    "lookup_out": _out(_lookup, 2 + _TABLE_ARGUMENTS + 1),
     "lookup_backward": _lookup_backward,
     "bag": _bag,
     "bag_forward": _bag,
-    "bag_out": _out(_bag),
+    "bag_out": _out(_bag, 5 + _TABLE_ARGUMENTS + 1),
     "bag_backward": _bag_backward,
     "bag_weights_backward": _bag_weights_backward,
     "update_": _update,
@@ -533,17 +563,17 @@ def _arguments(ctx):
 
 
 def _lookup_autograd(ctx, grad):
-    *arguments, _scale = _arguments(ctx)
-    return torch.ops.robe.lookup_backward(grad, *arguments), *[None] * len(arguments)
+    *arguments, _scale, filter = _arguments(ctx)
+    return torch.ops.robe.lookup_backward(grad, *arguments, filter), *[None] * (len(arguments) + 1)
 
 
 def _bag_autograd(ctx, grad):
-    *arguments, _scale = _arguments(ctx)
-    gradients = [None] * (len(arguments) + 1)
+    *arguments, _scale, filter = _arguments(ctx)
+    gradients = [None] * (len(arguments) + 2)
     if ctx.needs_input_grad[0]:
-        gradients[0] = torch.ops.robe.bag_backward(grad, *arguments)
+        gradients[0] = torch.ops.robe.bag_backward(grad, *arguments, filter)
     if ctx.needs_input_grad[3]:
-        gradients[3] = torch.ops.robe.bag_weights_backward(grad, *arguments)
+        gradients[3] = torch.ops.robe.bag_weights_backward(grad, *arguments, filter)
     return tuple(gradients)
 
 

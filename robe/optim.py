@@ -48,7 +48,8 @@ class _Recorded(torch.autograd.Function):
         ctx.parameter, ctx.optimizer, ctx.name = weight, optimizer, name
         ctx.save_for_backward(weight, *(x for x in arguments if isinstance(x, Tensor)))
         ctx.arguments = [None if isinstance(x, Tensor) else (x,) for x in arguments]
-        return getattr(torch.ops.robe, f"{name}_forward").default(weight, *arguments)
+        *tables, filter = arguments
+        return getattr(torch.ops.robe, f"{name}_forward").default(weight, *tables, None, filter)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -108,7 +109,11 @@ class _TouchedSlots(torch.optim.Optimizer):
     # torch.compile leaves this call out of its graphs; torch.compiler.disable would import the compiler to say so.
     @torch._disable_dynamo
     def record(self, name: str, weight: Tensor, arguments: tuple) -> Tensor:
-        """The embeddings of a lookup or bag; their gradient will come to this optimizer. Called by the layers."""
+        """The embeddings of a lookup or bag; their gradient will come to this optimizer. Called by the layers.
+
+        Args:
+            arguments: of the operator's backward, from the ids on.
+        """
         return _Recorded.apply(weight, arguments[2] if name == "bag" else None, self, name, arguments)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -166,11 +171,11 @@ def _of_all_processes(calls: list[tuple], group) -> list[tuple]:
 
 def _lists(calls: list[tuple]) -> tuple:
     """The arguments of ``update_`` from (name, gradient, arguments of the operator)."""
-    grads, ids, offsets, factors, keys, rows, layouts = [], [], [], [], [], [], []
+    grads, ids, offsets, factors, keys, rows, filters, layouts = [], [], [], [], [], [], [], []
     for name, grad, arguments in calls:
         count = 1 if name == "lookup" else 4
         mode = 0 if name == "lookup" else 1 + robe.ops.MODES.index(arguments[3])
-        table_keys, num_embeddings, embedding_dim, block_size, hash, sign, padding_idx = arguments[count:]
+        table_keys, num_embeddings, embedding_dim, block_size, hash, sign, padding_idx, filter = arguments[count:]
         none = grad.new_empty(0)
         grads.append(grad)
         ids.append(arguments[0])
@@ -178,9 +183,10 @@ def _lists(calls: list[tuple]) -> tuple:
         factors.append(arguments[2] if mode and arguments[2] is not None else none)
         keys.append(table_keys)
         rows.append(num_embeddings)
+        filters.append(table_keys.new_empty(0) if filter is None else filter)
         padded = padding_idx is not None
         layouts += [mode, embedding_dim, block_size, HASHES.index(hash), int(sign), int(padded), padding_idx or 0]
-    return grads, ids, offsets, factors, keys, rows, layouts
+    return grads, ids, offsets, factors, keys, rows, filters, layouts
 
 
 class SGD(_TouchedSlots):

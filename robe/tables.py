@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import robe.ops  # noqa: F401  (registers torch.ops.robe)
+from robe.admission import Admission
 from robe.array import Int8RobeArray, RobeArray
 from robe.hashing import HASHES, table_key
 
@@ -24,7 +25,8 @@ class RobeTables(nn.Module):
         table_of_feature: for each feature the index of its table.
         table_ids: of each table, for "mix".
         first_rows: of each table, for "linear" and "identity".
-        array, robe_size, compression, block_size, sign, hash, seed, init_std, device, dtype: as in RobeEmbedding.
+        array, robe_size, compression, block_size, sign, hash, admission, seed, init_std, device, dtype: as in
+            RobeEmbedding.
     """
 
     table_keys: Tensor
@@ -44,6 +46,7 @@ class RobeTables(nn.Module):
         block_size: int | None,
         sign: bool,
         hash: str,
+        admission: Admission | None,
         seed: int | None,
         init_std: float | None,
         device,
@@ -65,7 +68,9 @@ class RobeTables(nn.Module):
             device=device,
         )
         own = robe_size is not None or compression is not None
-        if own and hash == "mix" and table_weights is not None and array.size >= table_weights:
+        if admission is not None and hash != "mix":
+            raise ValueError(f"admission: expected hash='mix' with it, got {hash!r}")
+        if own and admission is None and hash == "mix" and table_weights is not None and array.size >= table_weights:
             # Room for every weight: no hash can do better than a slot for each.
             hash, first_rows = "identity", [0, *accumulate(rows)][:-1]
         if hash == "mix":
@@ -74,7 +79,7 @@ class RobeTables(nn.Module):
             keys = [first * embedding_dim if hash == "identity" else first for first in first_rows]
         _check_room(array, keys, rows, embedding_dim, block_size, hash)
 
-        self.array = array
+        self.array, self.admission = array, admission
         self.embedding_dim, self.block_size, self.sign, self.hash = embedding_dim, block_size, sign, hash
         self._keys = [keys[table] for table in table_of_feature]
         self._rows = [rows[table] for table in table_of_feature]
@@ -105,7 +110,14 @@ class RobeTables(nn.Module):
     def _read(self, name: str, ids: tuple, padding_idx: int | None, out: Tensor | None) -> Tensor:
         array: RobeArray | Int8RobeArray = self._modules["array"]  # type: ignore[assignment]
         weight, scale = array.read()
-        arguments = (*ids, *self._tables(padding_idx))
+        tables = self._tables(padding_idx)
+        arguments = (*ids, *tables)
+        admission: Admission | None = self._modules.get("admission")  # type: ignore[assignment]
+        filter = None
+        if admission is not None:
+            if self.training and admission.threshold is not None:
+                self._observe(ids, padding_idx, admission)
+            filter = admission._buffers["filter"]
         graph = torch.is_grad_enabled() and (
             weight.requires_grad or (len(ids) > 2 and ids[2] is not None and ids[2].requires_grad)
         )
@@ -114,13 +126,26 @@ class RobeTables(nn.Module):
                 raise RuntimeError(
                     "out: has no gradient, and the array or the per_sample_weights require one; use torch.no_grad()"
                 )
-            _OUT[name](weight, *arguments, scale, out)
+            _OUT[name](weight, *arguments, scale, out, filter)
             return out
         if graph and weight.requires_grad:
             optimizer = array._optimizer and array._optimizer()
             if optimizer and optimizer.owns(weight):
-                return optimizer.record(name, weight, arguments)
-        return (_WITH_AUTOGRAD if graph or torch.compiler.is_compiling() else _FORWARD)[name](weight, *arguments, scale)
+                return optimizer.record(name, weight, (*arguments, filter))
+        read = (_WITH_AUTOGRAD if graph or torch.compiler.is_compiling() else _FORWARD)[name]
+        return read(weight, *arguments, scale, filter)
+
+    def _observe(self, ids: tuple, padding_idx: int | None, admission: Admission) -> None:
+        """Show the admission what is about to be read: (ids,), or (values, offsets, ...)."""
+        values, keys = ids[0], self.table_keys
+        if len(ids) > 1:
+            offsets = ids[1]
+            of_feature = offsets.diff().view(len(keys), -1).sum(1)
+            values, keys = values[: offsets[-1]], keys.repeat_interleave(of_feature)
+        if padding_idx is not None:
+            kept = values != padding_idx
+            values, keys = values[kept], keys.expand_as(values)[kept]
+        admission.observe(values, keys)
 
     def _feature_rows(self, feature: int, padding_idx: int | None = None) -> Tensor:
         """The virtual table of a feature, (num_embeddings, embedding_dim), with autograd."""
@@ -130,7 +155,8 @@ class RobeTables(nn.Module):
         ids = torch.arange(self._rows[feature], device=weight.device).unsqueeze(1)
         keys, rows, *layout = self._tables(padding_idx)
         table = slice(feature, feature + 1)
-        return torch.ops.robe.lookup(weight, ids, keys[table], rows[table], *layout, scale).squeeze(1)
+        filter = None if self.admission is None else self.admission.filter
+        return torch.ops.robe.lookup(weight, ids, keys[table], rows[table], *layout, scale, filter).squeeze(1)
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)

@@ -51,6 +51,7 @@ class Problem:
         wide=True,
         uneven=False,
         ties=False,
+        words=0,
         seed=0,
     ):
         self.rng, self.generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
@@ -65,7 +66,10 @@ class Problem:
             "identity": [n * dim for n in first],
         }[hash]
         self.tables = torch.tensor(keys), torch.tensor(rows), dim, block, hash, sign, padding_idx
-        self.size, self.scale = size, None
+        self.size, self.scale, self.filter = size, None, None
+        if words:  # a filter with 3 of 4 bits set: 4 of 10 ids are in
+            bits = (self.rng.integers(-(2**63), 2**63 - 1, words) for _ in range(2))
+            self.filter = self.laid_out(torch.from_numpy(np.bitwise_or(*bits)))
         self.embedding_dtype = torch.float32 if dtype == torch.int8 else dtype
         if dtype == torch.int8:
             self.weight = torch.randint(-127, 128, (size,), dtype=torch.int8, generator=self.generator)
@@ -139,6 +143,7 @@ def problems(draw, dtypes=FLOATS):
         group=draw(st.sampled_from([1, 2, 8, 64])),
         wide=draw(st.booleans()),
         uneven=draw(st.booleans()),
+        words=draw(st.sampled_from([0, 0, 1, 50, 5000])) if hash == "mix" else 0,
         ties=draw(st.booleans()),  # for max: small integers, so that rows that differ hold equal values
         seed=draw(st.integers(0, 2**32 - 1)),
     )
@@ -176,20 +181,20 @@ def test_an_unknown_instruction_set_is_refused_and_changes_nothing(name):
 def results(problem, batch):
     """Everything that the operators compute from the same inputs."""
     lookup, grad = problem.lookup(batch), problem.grad(batch)
-    out = [native("lookup", *lookup, problem.scale)]
+    out = [native("lookup", *lookup, problem.scale, problem.filter)]
     trains = problem.dtype != torch.int8
     if trains:
-        out.append(native("lookup_backward", grad, *lookup))
+        out.append(native("lookup_backward", grad, *lookup, problem.filter))
     for mode in (*MODES, "weighted"):
         bag = problem.bag(batch, mode.replace("weighted", "sum"), weighted=mode == "weighted")
-        out.append(native("bag", *bag, problem.scale))
+        out.append(native("bag", *bag, problem.scale, problem.filter))
         if trains:
-            out.append(native("bag_backward", grad, *bag))
+            out.append(native("bag_backward", grad, *bag, problem.filter))
         if trains and mode == "weighted":
-            out.append(native("bag_weights_backward", grad, *bag))
+            out.append(native("bag_weights_backward", grad, *bag, problem.filter))
     if trains:
         for rule, options in RULES.items():
-            out += updated("native", problem.weight, rule, options, [(grad, lookup[1:])])
+            out += updated("native", problem.weight, rule, options, [(grad, lookup[1:], problem.filter)])
     return out
 
 
@@ -199,6 +204,9 @@ def results(problem, batch):
     "options",
     [
         {"dim": 16, "block": 16},
+        {"dim": 16, "block": 16, "words": 9},
+        {"dim": 16, "block": 4, "words": 5000},
+        {"dim": 5, "block": 2, "words": 9, "padding_idx": 3},
         {"dim": 64, "block": 16, "padding_idx": 3},
         {"dim": 13, "block": 5, "sign": True},
         {"dim": 5, "block": 12, "sign": True},
@@ -229,7 +237,8 @@ def test_every_instruction_set_gives_the_same_bits(dtype, options):
 def written(name, arguments, like, columns=1):
     """What an out operator writes into vectors[:, columns:], the rest of which must stay as it is."""
     vectors = torch.full((like.shape[0], like.shape[1] + columns, like.shape[2]), 7, dtype=like.dtype)
-    assert native(name, *arguments, vectors[:, columns:]) is None
+    *before, filter = arguments
+    assert native(name, *before, vectors[:, columns:], filter) is None
     assert (vectors[:, :columns] == 7).all()
     return vectors[:, columns:]
 
@@ -238,7 +247,7 @@ def written(name, arguments, like, columns=1):
 @settings(max_examples=150)
 @given(problems((*FLOATS, torch.int8)), batches, machines)
 def test_lookup_is_the_reference_to_the_bit(problem, batch, on):
-    arguments = *problem.lookup(batch), problem.scale
+    arguments = *problem.lookup(batch), problem.scale, problem.filter
     want = REFERENCE["lookup"](*arguments)
     with on:
         for name in ("lookup", "lookup_forward"):
@@ -252,7 +261,7 @@ def test_lookup_is_the_reference_to_the_bit(problem, batch, on):
 @needs_kernels
 @given(problems(), batches, machines)
 def test_lookup_backward_is_the_reference_to_the_bit(problem, batch, on):
-    arguments = problem.grad(batch), *problem.lookup(batch)
+    arguments = problem.grad(batch), *problem.lookup(batch), problem.filter
     want = REFERENCE["lookup_backward"](*arguments)
     with on:
         assert torch.equal(native("lookup_backward", *arguments), want)
@@ -265,7 +274,7 @@ modes = st.sampled_from([*((mode, False) for mode in MODES), ("sum", True)])
 @given(problems((*FLOATS, torch.int8)), batches, modes, machines)
 def test_bag_is_the_reference(problem, batch, mode, on):
     mode, weighted = mode
-    arguments = *problem.bag(batch, mode, weighted=weighted), problem.scale
+    arguments = *problem.bag(batch, mode, weighted=weighted), problem.scale, problem.filter
     want = REFERENCE["bag"](*arguments)
     with on:
         for name in ("bag", "bag_forward"):
@@ -281,7 +290,7 @@ def test_bag_is_the_reference(problem, batch, mode, on):
 @given(problems(), batches, modes, machines)
 def test_bag_backward_is_the_reference(problem, batch, mode, on):
     mode, weighted = mode
-    arguments = problem.grad(batch), *problem.bag(batch, mode, weighted=weighted)
+    arguments = problem.grad(batch), *problem.bag(batch, mode, weighted=weighted), problem.filter
     want = REFERENCE["bag_backward"](*arguments)
     with on:
         got = native("bag_backward", *arguments)
@@ -339,7 +348,7 @@ def test_large_results_that_pass_the_caches_by(block, padding_idx):
         with machine(name):
             assert torch.equal(native("lookup", *arguments), want)
     with machine(threads=2):
-        assert torch.equal(written("lookup_out", (*arguments, None), want), want)
+        assert torch.equal(written("lookup_out", (*arguments, None, None), want), want)
     # One float to the side: nothing is aligned any more.
     aside = torch.full((want.numel() + 2,), 7.0)
     native("lookup_out", *arguments, None, aside[1:-1].view(want.shape))
@@ -416,17 +425,22 @@ RULES = {
 
 
 def updated(body, weight, rule, options, calls):
-    """weight and state after update_ on copies of them. calls: of (gradient, arguments of lookup or bag)."""
+    """weight and state after update_ on copies of them.
+
+    Args:
+        calls: of (gradient, arguments of lookup or bag), or with their filter behind these.
+    """
     weight = weight.clone(memory_format=torch.contiguous_format)
     state = [torch.full_like(weight, 0.25 * k + 0.5) for k in range({"adam": 2}.get(rule, 1))]
     none = weight.new_empty(0)
-    lists = [[] for _ in range(6)]
+    lists = [[] for _ in range(7)]
     layouts = []
-    for grad, arguments in calls:
+    for grad, arguments, *filter in calls:
         ids, *middle = arguments[:-7]
         keys, rows, dim, block, hash, sign, padding_idx = arguments[-7:]
         offsets, factors, mode = middle or (none, None, None)
-        row = (grad, ids, offsets, none if factors is None else factors, keys, rows)
+        words = filter[0] if filter and filter[0] is not None else keys.new_empty(0)
+        row = (grad, ids, offsets, none if factors is None else factors, keys, rows, words)
         for entries, entry in zip(lists, row):
             entries.append(entry)
         layouts += [0 if mode is None else 1 + MODES.index(mode), dim, block, HASHES.index(hash), int(sign)]
@@ -446,7 +460,7 @@ def test_update_is_the_reference(problem, batch, rule, data, on):
             arguments = problem.lookup(batch)
         else:
             arguments = problem.bag(batch, mode.replace("weighted", "sum"), weighted=mode == "weighted")
-        calls.append((problem.grad(batch), arguments[1:]))
+        calls.append((problem.grad(batch), arguments[1:], problem.filter))
     with on:
         got = updated("native", problem.weight, rule, RULES[rule], calls)
     want = updated("reference", problem.weight, rule, RULES[rule], calls)
@@ -842,6 +856,7 @@ def test_update_refuses_and_changes_nothing(changes, message):
         "per_sample_weights": [torch.empty(0)],
         "table_keys": [KEYS],
         "num_embeddings": [ROWS],
+        "filters": [KEYS[:0]],
         "layouts": [0, 5, 3, 0, 0, 0, 0],
     } | changes
     with pytest.raises(ValueError, match=message):
@@ -880,7 +895,7 @@ def test_opcheck_update(rule):
     _, ids, keys, rows, *_ = problem.lookup(3)
     none = torch.empty(0)
     state = [torch.ones(300) for _ in range({"adam": 2}.get(rule, 1))]
-    lists = [problem.grad(3)], [ids], [none], [none], [keys], [rows]
+    lists = [problem.grad(3)], [ids], [none], [none], [keys], [rows], [keys[:0]]
     torch.library.opcheck(
         torch.ops.robe.update_, (problem.weight, state, rule, RULES[rule], *lists, [0, 5, 3, 0, 0, 0, 0])
     )

@@ -16,6 +16,7 @@ enum class Hash { mix, span, linear, identity };  // span: "mix" with blocks lon
 enum class Mode { one, sum, mean, max };          // one: an id per feature, no pooling
 enum class Rule { sgd, adagrad, adam };
 
+constexpr int64_t kTileBlocks = 128;  // the most that are read ahead
 constexpr uint64_t kGolden = 0x9E3779B97F4A7C15;
 
 // One call of lookup or bag. Strides count elements; pointers are borrowed from the caller's tensors.
@@ -26,7 +27,7 @@ struct Job {
   const float* scale;   // int8: of each group of weights
   int group_shift;      // int8: log2 of the weights of a group
   // The tables
-  const int64_t* keys;  // (features,)
+  const int64_t* keys;  // (features,); these three, where Mode::one, go on from the first for kTileBlocks more
   const int64_t* rows;  // (features,), 0: unbounded
   int64_t features, dim, block;
   uint64_t choices;     // offsets that a block can have, m - Z + 1
@@ -34,6 +35,9 @@ struct Job {
   bool sign;
   bool padded;
   int64_t padding;
+  const uint64_t* filter;  // of the ids that have a row of their own (robe/admission.py), or null: all have
+  uint64_t filter_words;
+  const uint64_t* rare;    // (features,), with a filter: the hash of the row that the other ids read
   // The ids. Bag k is example k / features of feature k % features where there is one id each (Mode::one), else it is
   // example k % batch of feature k / batch and its ids are at offsets[k] .. offsets[k + 1].
   Mode mode;
@@ -134,8 +138,21 @@ ROBE_INLINE uint64_t mix64(uint64_t x) {
   return x ^ (x >> 31);
 }
 
+// The high half of x * n, for n below 2**32, from products of 32 bits, which vectorise.
+ROBE_INLINE uint64_t multiply_high_32(uint64_t x, uint64_t n) {
+  return ((x >> 32) * n + ((x & 0xFFFFFFFF) * n >> 32)) >> 32;
+}
+
 ROBE_INLINE uint64_t multiply_high(uint64_t x, uint64_t n) {
   return static_cast<uint64_t>((static_cast<unsigned __int128>(x) * n) >> 64);
+}
+
+// robe/admission.py: the id whose row the ids read that were not let in, and whether one was, of its row's hash.
+constexpr int64_t kRare = INT64_MIN;
+
+ROBE_INLINE bool admitted(const Job& job, uint64_t row) {
+  const uint64_t one = 1, bits = one << (row & 63) | one << (row >> 6 & 63) | one << (row >> 12 & 63);
+  return (job.filter[multiply_high(row, job.filter_words)] & bits) == bits;
 }
 
 ROBE_INLINE int64_t floor_mod(int64_t x, int64_t n) {

@@ -123,14 +123,17 @@ ROBE_INLINE int64_t id_at(const Job& job, int64_t position) {
   return job.wide ? static_cast<const int64_t*>(job.ids)[position] : static_cast<const int32_t*>(job.ids)[position];
 }
 
-// Whether a row counts: it is no padding, and within its table. Notes an id that is outside.
-ROBE_INLINE bool counts(const Job& job, int64_t feature, int64_t id, bool& outside) {
+// Whether a row counts: it is no padding, and within its table. Notes an id that is outside; an id that was not let in
+// becomes the one it reads instead.
+ROBE_INLINE bool counts(const Job& job, int64_t feature, int64_t& id, bool& outside) {
   if (job.padded && id == job.padding) return false;
   const uint64_t rows = static_cast<uint64_t>(job.rows[feature]);
   if (rows && static_cast<uint64_t>(id) >= rows) {
     outside = true;
     return false;
   }
+  if (job.filter && !admitted(job, mix64(static_cast<uint64_t>(job.keys[feature]) + static_cast<uint64_t>(id) * kGolden)))
+    id = kRare;
   return true;
 }
 
@@ -140,13 +143,42 @@ ROBE_INLINE bool counts(const Job& job, int64_t feature, int64_t id, bool& outsi
 // Read ahead: far enough to hide memory, near enough to stay in the cache. Into the second cache, which keeps more misses
 // in flight than the first: on large arrays that is twice as fast.
 constexpr int64_t kTileBytes = 4096;
-constexpr int64_t kTileBlocks = 128;
+constexpr uint64_t kNearWords = 4096;  // of a filter that stays in the first cache
+
+// The next rows to read, and of uniform tables the hash of each.
+struct Tile {
+  int64_t rows;
+  int64_t feature[kTileBlocks], id[kTileBlocks];
+  uint64_t hash[kTileBlocks], word[kTileBlocks];  // word: of the filter
+  bool inside;  // every id within its table
+};
+
+// Replaces the hashes of rows that were not let in by that of the row they read instead. Loops that vectorise.
+template <bool in_turn>
+ROBE_INLINE void let_in(const Job& job, Tile& tile) {
+  // Shifts by numbers in vectors, which the compiler makes of no loop.
+  typedef uint64_t Words __attribute__((vector_size(ROBE_LANES * 4), aligned(8), may_alias));
+  constexpr int64_t lanes = ROBE_LANES / 2;
+  const uint64_t *const filter = job.filter, *const rare_in_turn = job.rare + tile.feature[0];
+  uint64_t* __restrict__ const hash = tile.hash;
+  uint64_t missing[kTileBlocks];
+  const int64_t n = tile.rows;
+  for (int64_t r = 0; r < n; ++r) missing[r] = ~filter[tile.word[r]];
+  for (int64_t r = 0; r < n; r += lanes) {
+    const Words h = *reinterpret_cast<const Words*>(hash + r), one = Words{} + 1;
+    Words& m = *reinterpret_cast<Words*>(missing + r);
+    m &= one << (h & 63) | one << (h >> 6 & 63) | one << (h >> 12 & 63);
+  }
+  for (int64_t r = 0; r < n; ++r) {
+    const uint64_t rare = in_turn ? rare_in_turn[r] : job.rare[tile.feature[r]];
+    hash[r] = missing[r] ? rare : hash[r];
+  }
+}
 
 // The offsets of the blocks of n rows, row by row, for the commonest tables: "mix", whole blocks, no signs. Loops that
-// vectorise; first holds key + id * G of each row.
-ROBE_INLINE void hash_rows(const Job& job, int64_t n, int64_t per_row, uint64_t* __restrict__ first,
-                           uint64_t* __restrict__ hashed, int64_t* __restrict__ offsets) {
-  for (int64_t r = 0; r < n; ++r) first[r] = mix64(first[r]);
+// vectorise.
+ROBE_INLINE void hash_blocks(const Job& job, int64_t n, int64_t per_row, const uint64_t* __restrict__ first,
+                             uint64_t* __restrict__ hashed, int64_t* __restrict__ offsets) {
   if (per_row == 1) {
     for (int64_t r = 0; r < n; ++r) hashed[r] = mix64(first[r]);
   } else {
@@ -163,10 +195,7 @@ ROBE_INLINE void hash_rows(const Job& job, int64_t n, int64_t per_row, uint64_t*
   if (choices >> 32) {
     for (int64_t i = 0; i < n * per_row; ++i) offsets[i] = static_cast<int64_t>(multiply_high(hashed[i], choices));
   } else {
-    for (int64_t i = 0; i < n * per_row; ++i) {  // the high half from products of 32 bits
-      const uint64_t low = (hashed[i] & 0xFFFFFFFF) * choices, high = (hashed[i] >> 32) * choices;
-      offsets[i] = static_cast<int64_t>((high + (low >> 32)) >> 32);
-    }
+    for (int64_t i = 0; i < n * per_row; ++i) offsets[i] = static_cast<int64_t>(multiply_high_32(hashed[i], choices));
   }
 }
 
@@ -195,7 +224,8 @@ ROBE_INLINE void prefetch_bytes(const char* line, int64_t bytes) {
 // Works on rows tile by tile: while one tile is consumed, the next one's blocks are on their way to the cache. A row that
 // does not count has one block of zeros, or in uniform tables as many as any row.
 //   ids(n, feature of each, id of each): steps over the next n rows      consume(blocks, rows)
-template <bool is_mix, bool is_uniform, class Ids, class Consume>
+// in_turn: the features of rows follow each other, the first after the last.
+template <bool is_mix, bool is_uniform, bool in_turn, class Ids, class Consume>
 ROBE_INLINE bool read_ahead(const Job& job, int64_t rows, int64_t item, Ids ids, Consume consume) {
   const int64_t per_row = job.hash == Hash::identity ? 1 : job.hash == Hash::span ? 2 : (job.dim + job.block - 1) / job.block;
   const int64_t by_bytes = kTileBytes / (job.dim * item), by_blocks = kTileBlocks / per_row;
@@ -208,52 +238,74 @@ ROBE_INLINE bool read_ahead(const Job& job, int64_t rows, int64_t item, Ids ids,
   Entry* const blocks = small ? small_blocks : new Entry[2 * capacity];
   uint64_t* const hashed = small || !is_uniform ? small_hashed : new uint64_t[capacity];
   Entry* const half[2] = {blocks, blocks + capacity};
-  int64_t features[kTileBlocks], id[kTileBlocks];
-  uint64_t first[kTileBlocks];
+  Tile tiles[2];
   const char* const weight = static_cast<const char*>(job.weight);
   bool outside = false, full[2] = {false, false};
+  const bool far_filter = job.filter && job.filter_words >= kNearWords;
   const auto prefetch = [&](int64_t offset, int64_t length) { prefetch_bytes(weight + offset * item, length * item); };
-  const auto fill = [&](int64_t turn, int64_t n) {
-    Entry* out = half[turn];
-    ids(n, features, id);
+  // First the ids of a tile, with what they need of the filter on its way to the cache; a tile later its blocks.
+  int64_t untaken = rows;
+  const auto take = [&](Tile& t) {
+    const int64_t n = t.rows = untaken < tile ? untaken : tile;
+    untaken -= n;
+    if (!n) return;
+    ids(n, t.feature, t.id);
     if constexpr (is_uniform) {
-      bool all = !job.padded;
+      const int64_t *const keys = job.keys + (in_turn ? t.feature[0] : 0), *const counts = job.rows + (in_turn ? t.feature[0] : 0);
+      uint64_t beyond = job.padded;
       for (int64_t r = 0; r < n; ++r) {
-        first[r] = static_cast<uint64_t>(job.keys[features[r]]) + static_cast<uint64_t>(id[r]) * kGolden;
-        const uint64_t count = static_cast<uint64_t>(job.rows[features[r]]);
-        all &= (count == 0) | (static_cast<uint64_t>(id[r]) < count);
+        const int64_t k = in_turn ? r : t.feature[r];
+        t.hash[r] = mix64(static_cast<uint64_t>(keys[k]) + static_cast<uint64_t>(t.id[r]) * kGolden);
       }
-      hash_rows(job, n, per_row, first, hashed, out);
+      for (int64_t r = 0; r < n; ++r) {
+        const uint64_t last = static_cast<uint64_t>(counts[in_turn ? r : t.feature[r]]) - 1;  // unbounded: 2**64 - 1
+        beyond |= static_cast<uint64_t>(t.id[r]) > last;
+      }
+      t.inside = !beyond;
+      if (job.filter) {
+        for (int64_t r = 0; r < n; ++r) t.word[r] = multiply_high_32(t.hash[r], job.filter_words);
+        if (far_filter)
+          for (int64_t r = 0; r < n; ++r) __builtin_prefetch(job.filter + t.word[r]);
+      }
+    }
+  };
+  const auto place = [&](Tile& t, int64_t turn) {
+    Entry* out = half[turn];
+    const int64_t n = t.rows;
+    if constexpr (is_uniform) {
+      if (job.filter && n) let_in<in_turn>(job, t);
+      hash_blocks(job, n, per_row, t.hash, hashed, out);
       for (int64_t i = 0; i < n * per_row; ++i) prefetch(out[i], job.block);
-      full[turn] = all;
-      if (!all)
+      full[turn] = t.inside;
+      if (!t.inside)
         for (int64_t r = 0; r < n; ++r)
-          if (!counts(job, features[r], id[r], outside))
+          if (!counts(job, t.feature[r], t.id[r], outside))
             for (int64_t k = 0; k < per_row; ++k) out[r * per_row + k] = -1;
     } else {
       for (int64_t r = 0; r < n; ++r) {
-        if (!counts(job, features[r], id[r], outside)) {
+        if (!counts(job, t.feature[r], t.id[r], outside)) {
           *out++ = {-1, static_cast<int32_t>(job.dim), 0};
           continue;
         }
-        each_block<is_mix>(job, features[r], id[r], [&](int64_t, int64_t offset, int64_t length, bool negative) {
+        each_block<is_mix>(job, t.feature[r], t.id[r], [&](int64_t, int64_t offset, int64_t length, bool negative) {
           *out++ = {offset, static_cast<int32_t>(length), negative};
           prefetch(offset, length);
         });
       }
     }
   };
-  int64_t ahead = rows < tile ? rows : tile;
-  fill(0, ahead);
-  for (int64_t done = 0, turn = 0; done < rows; turn ^= 1) {
-    const int64_t now = ahead;
-    ahead = rows - done - now < tile ? rows - done - now : tile;
-    fill(turn ^ 1, ahead);
+  take(tiles[0]);
+  take(tiles[1]);
+  place(tiles[0], 0);
+  for (int64_t turn = 0, now = tiles[0].rows; now; turn ^= 1) {
+    take(tiles[turn]);
+    Tile& next = tiles[turn ^ 1];
+    if (next.rows) place(next, turn ^ 1);
     if constexpr (is_uniform)
       consume(UniformBlocks{half[turn], full[turn], static_cast<int32_t>(job.block)}, now);
     else
       consume(AnyBlocks{half[turn]}, now);
-    done += now;
+    now = next.rows;
   }
   if (!small) {
     delete[] blocks;
@@ -364,7 +416,7 @@ bool read_one(const Job& job, int64_t begin, int64_t end, int64_t item, int64_t 
       if (++f == features) f = 0, row = data + ++row_example * example_bytes;
     }
   };
-  return read_ahead<is_mix, is_uniform>(job, end - begin, item, ids, consume);
+  return read_ahead<is_mix, is_uniform, true>(job, end - begin, item, ids, consume);
 }
 
 // acc += factor * block.  The factor is +-1, or a per-sample weight.
@@ -437,7 +489,7 @@ bool read_bags(const Job& job, int64_t begin, int64_t end) {
       kept += counted;
     }
   };
-  const bool inside = read_ahead<is_mix, is_uniform>(job, job.offsets[end] - value, sizeof(T), ids, consume);
+  const bool inside = read_ahead<is_mix, is_uniform, false>(job, job.offsets[end] - value, sizeof(T), ids, consume);
   while (bag < end) close();
   delete[] acc;
   return inside;
@@ -540,7 +592,7 @@ bool each_gradient(const Job& job, int64_t begin, int64_t end, Emit emit) {
     if (job.mode == Mode::max) {
       bool empty = true;
       for (int64_t v = first; v < last; ++v) {
-        const int64_t id = id_at(job, v * stride);
+        int64_t id = id_at(job, v * stride);
         if (!counts(job, feature, id, outside)) continue;
         each_block<is_mix>(job, feature, id, [&](int64_t i, int64_t offset, int64_t length, bool negative) {
           const T* const source = static_cast<const T*>(job.weight) + offset;
@@ -554,7 +606,7 @@ bool each_gradient(const Job& job, int64_t begin, int64_t end, Emit emit) {
       }
     }
     for (int64_t v = first; v < last; ++v) {
-      const int64_t id = id_at(job, v * stride);
+      int64_t id = id_at(job, v * stride);
       if (!counts(job, feature, id, outside)) continue;
       S scale = share;
       if (job.factors) scale = static_cast<S>(static_cast<const T*>(job.factors)[v * job.factors_stride]);
@@ -770,7 +822,7 @@ bool factor_grad(const Job& job, int64_t begin, int64_t end, void* out) {
       each_bag<T>(job, begin, end, [&](int64_t feature, int64_t first, int64_t last, int64_t stride, T* grad) {
         for (int64_t v = first; v < last; ++v) {
           Sum<T> sum{0};
-          const int64_t id = id_at(job, v * stride);
+          int64_t id = id_at(job, v * stride);
           if (counts(job, feature, id, outside))
             each_block<is_mix.value>(job, feature, id, [&](int64_t i, int64_t offset, int64_t length, bool negative) {
               const T* const source = static_cast<const T*>(job.weight) + offset;

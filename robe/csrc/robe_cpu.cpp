@@ -191,11 +191,13 @@ Tensor dense_rows(const Tensor& t) {
 // The arguments of one lookup or bag, checked, and the Job they make. Keeps the tensors that the Job points into.
 struct Call {
   Tensor weight, ids, table_keys, num_embeddings;
-  std::optional<Tensor> scale, offsets, factors;
+  std::optional<Tensor> scale, offsets, factors, filter;
   Tensor rows;  // the embeddings or their gradient
   std::string hash;
   std::optional<int64_t> padding;
   std::vector<int64_t> bag_offsets;
+  std::vector<int64_t> keys_in_turn, rows_in_turn;
+  std::vector<uint64_t> rare, rare_in_turn;
   Job job{};
 
   void array(Tensor w, std::optional<Tensor> s) {
@@ -254,6 +256,20 @@ struct Call {
                    " slots");
   }
 
+  void admission(std::optional<Tensor> words) {
+    if (!words) return;
+    EXPECT(words->dim() == 1 && words->scalar_type() == ScalarType::Long && words->numel() > 0 && words->numel() >> 32 == 0,
+           "filter: expected an int64 vector (W,), got " + type(*words) + " " + shape(*words));
+    EXPECT(hash == "mix", "filter: expected hash 'mix' with it, got '" + hash + "'");
+    filter = dense_rows(*words);
+    job.filter = static_cast<const uint64_t*>(filter->const_data_ptr());
+    job.filter_words = static_cast<uint64_t>(filter->numel());
+    rare.resize(job.features);
+    for (int64_t f = 0; f < job.features; ++f)
+      rare[f] = mix64(static_cast<uint64_t>(job.keys[f]) + static_cast<uint64_t>(kRare) * kGolden);
+    job.rare = rare.data();
+  }
+
   void check_ids(const char* name, const Tensor& t, int64_t dim) {
     EXPECT(t.scalar_type() == ScalarType::Long || t.scalar_type() == ScalarType::Int,
            std::string(name) + ": expected int32 or int64, got " + type(t));
@@ -266,6 +282,15 @@ struct Call {
     EXPECT(t.size(1) == job.features,
            "ids: expected (B, " + str(job.features) + "), one column per feature, got " + shape(t));
     ids = t;
+    // So that the tables of consecutive rows lie one after another wherever they begin.
+    const auto in_turn = [&](auto& places, const auto* values) {
+      places.resize(job.features + kTileBlocks);
+      for (size_t i = 0; i < places.size(); ++i) places[i] = i < static_cast<size_t>(job.features) ? values[i] : places[i - job.features];
+      return places.data();
+    };
+    job.keys = in_turn(keys_in_turn, job.keys);
+    job.rows = in_turn(rows_in_turn, job.rows);
+    if (job.filter) job.rare = in_turn(rare_in_turn, job.rare);
     job.mode = Mode::one;
     job.ids = ids.const_data_ptr();
     job.wide = ids.scalar_type() == ScalarType::Long;
@@ -507,43 +532,61 @@ Tensor dense_gradient(std::unique_ptr<Call> call) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Operators: schemas in robe/ops.py
 
+// What follows the arguments of the tables: scale and filter, between them the tensor to write into, or filter alone.
+enum class Kind { forward, out, backward };
+
+struct Rest {
+  std::optional<Tensor> scale, out, filter;
+
+  Rest(Arguments& in, Kind kind) {
+    if (kind != Kind::backward) scale = in.maybe_tensor();
+    if (kind == Kind::out) out = in.tensor();
+    filter = in.maybe_tensor();
+  }
+};
+
 // The arguments from weight on; all are taken before any is checked, so that none leaks.
-void lookup_arguments(Call& call, Arguments& in, bool scaled) {
+std::optional<Tensor> lookup_arguments(Call& call, Arguments& in, Kind kind) {
   Tensor weight = in.tensor(), ids = in.tensor();
   call.tables(in);
-  call.array(std::move(weight), scaled ? in.maybe_tensor() : std::nullopt);
+  Rest rest(in, kind);
+  call.array(std::move(weight), std::move(rest.scale));
   call.layout();
+  call.admission(std::move(rest.filter));
   call.one_id_each(std::move(ids));
+  return std::move(rest.out);
 }
 
-void bag_arguments(Call& call, Arguments& in, bool scaled) {
+std::optional<Tensor> bag_arguments(Call& call, Arguments& in, Kind kind) {
   Tensor weight = in.tensor(), values = in.tensor(), offsets = in.tensor();
   std::optional<Tensor> factors = in.maybe_tensor();
   const std::string mode = in.text();
   call.tables(in);
-  call.array(std::move(weight), scaled ? in.maybe_tensor() : std::nullopt);
+  Rest rest(in, kind);
+  call.array(std::move(weight), std::move(rest.scale));
   call.layout();
+  call.admission(std::move(rest.filter));
   call.bags(std::move(values), std::move(offsets), std::move(factors), mode);
+  return std::move(rest.out);
 }
 
-using ReadArguments = void (*)(Call&, Arguments&, bool);
+using ReadArguments = std::optional<Tensor> (*)(Call&, Arguments&, Kind);
 
 template <ReadArguments arguments>
 void forward(StableIValue* stack, uint64_t, uint64_t) {
   Call call;
   Arguments in{stack};
-  arguments(call, in, true);
+  arguments(call, in, Kind::forward);
   call.new_embeddings();
   read(call);
   stack[0] = from(call.rows);
 }
 
 template <ReadArguments arguments>
-void forward_out(StableIValue* stack, uint64_t inputs, uint64_t) {
+void forward_out(StableIValue* stack, uint64_t, uint64_t) {
   Call call;
-  Arguments in{stack}, last{stack + inputs - 1};
-  const Tensor out = last.tensor();
-  arguments(call, in, true);
+  Arguments in{stack};
+  const Tensor out = *arguments(call, in, Kind::out);
   EXPECT(call.job.dim == 1 || out.dim() != 3 || out.stride(2) == 1, "out: expected its last dimension to be contiguous");
   call.embeddings("out", out, call.out_type());
   read(call);
@@ -554,7 +597,7 @@ void backward(StableIValue* stack, uint64_t, uint64_t) {
   auto call = std::make_unique<Call>();
   Arguments in{stack};
   const Tensor grad = in.tensor();
-  arguments(*call, in, false);
+  arguments(*call, in, Kind::backward);
   call->gradient(grad);
   stack[0] = from(dense_gradient(std::move(call)));
 }
@@ -563,7 +606,7 @@ void bag_weights_backward(StableIValue* stack, uint64_t, uint64_t) {
   Call call;
   Arguments in{stack};
   const Tensor grad = in.tensor();
-  bag_arguments(call, in, false);
+  bag_arguments(call, in, Kind::backward);
   call.gradient(grad);
   const int64_t sizes[1] = {call.ids.numel()};
   Tensor out = new_tensor(sizes, call.weight.scalar_type());
@@ -588,6 +631,7 @@ void update(StableIValue* stack, uint64_t, uint64_t) {
   const auto options = in.list<double>();
   const auto grads = in.list<Tensor>(), ids = in.list<Tensor>(), offsets = in.list<Tensor>();
   const auto factors = in.list<Tensor>(), table_keys = in.list<Tensor>(), num_embeddings = in.list<Tensor>();
+  const auto filters = in.list<Tensor>();
   const auto layouts = in.list<int64_t>();
 
   static const char* const hashes[] = {"mix", "linear", "identity"};
@@ -612,6 +656,7 @@ void update(StableIValue* stack, uint64_t, uint64_t) {
     call->job.sign = layout[4];
     if (layout[5]) call->padding = layout[6];
     call->layout();
+    if (filters[k].numel()) call->admission(filters[k]);
     if (layout[0] == 0) {
       call->one_id_each(ids[k]);
     } else {

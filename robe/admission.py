@@ -1,0 +1,213 @@
+"""Admission: which ids have an embedding of their own.
+
+Most ids in a recommender's logs are rare. A table leaves them near their initial values; a shared array gives a rare id
+somebody else's weights, and training on it disturbs those (docs/accuracy.md has figures). With an Admission, ids that
+were seen often enough read their own row; all others of a table read one row together, that of the id RARE.
+
+The ids let in are kept in a Bloom filter whose bits for an id lie in one word ("blocked": Putze, Sanders and Singler
+2009), W words of 64 bits, arithmetic modulo 2**64, mix64 and G as in robe/hashing.py, key that of the id's table:
+
+    row  = mix64(key + x * G)                 as in the "mix" hash, which mixes it again before it reads there
+    word = (row * W) >> 64
+    bits = 2**(row % 64) | 2**(row // 64 % 64) | 2**(row // 4096 % 64)
+
+Id x is in if all of ``bits`` are set in the word. One that was let in always is; another one is by chance, the more
+likely the fuller the filter: in 4 of 100 cases at 8 bits for each id let in, 8 at 6, 17 at 4.
+
+Ids are counted in a count-min sketch (Cormode and Muthukrishnan 2005) with conservative update (Estan and Varghese
+2002), in bounded memory: a count is never too low, and too high only for an id that shares all its counters.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from robe.hashing import GOLDEN, mix64, multiply_high, signed
+
+RARE = -(1 << 63)  # the id whose row all ids read that were not let in
+_SALT = 0xD1B54A32D192ED03  # of the counters, which are not read at the hashes of blocks
+_BITS_OF_WORD = 6  # log2
+_BITS_OF_ID = 3
+_DEPTH = 4  # counters of an id
+
+
+def row_hash(ids: Tensor, keys: Tensor) -> Tensor:
+    """int64 that stands for an id of a table, the same as in the "mix" hash; a bijection of the ids of a table.
+
+    Args:
+        ids: (...) int32 or int64.
+        keys: hash keys of the tables (``hashing.table_key``), broadcastable to ids.
+    """
+    return mix64(keys + ids.long() * signed(GOLDEN))
+
+
+def _places(row: Tensor, words: int) -> tuple[Tensor, Tensor]:
+    """The word of each id in the filter, and its bits there."""
+    one, bits = torch.ones_like(row), torch.zeros_like(row)
+    for k in range(_BITS_OF_ID):
+        bits |= one << ((row >> (k * _BITS_OF_WORD)) & 63)
+    return multiply_high(row, words), bits
+
+
+def admits(filter: Tensor, ids: Tensor, keys: Tensor) -> Tensor:
+    """Whether each id was let in, bool (...); filter: (W,) int64, the others as in ``row_hash``."""
+    word, bits = _places(row_hash(ids, keys), len(filter))
+    return filter[word] & bits == bits
+
+
+class IdCounter(nn.Module):
+    """How often each id was seen, about, and how many different ids were seen how often.
+
+    Args:
+        bytes: of the counters. Counts are close while different ids are fewer than a quarter of bytes / 16 or so.
+        device: of the counters.
+
+    Attributes:
+        counters: buffer (4, bytes // 16) int32.
+        reached: buffer (1024,) int64: reached[t] different ids were seen t times or more; [0] means nothing.
+
+    Raises:
+        ValueError: bytes too few.
+    """
+
+    MOST = 1023  # times: reached goes no further
+    counters: Tensor
+    reached: Tensor
+
+    def __init__(self, bytes: int = 1 << 28, device=None):
+        super().__init__()
+        if bytes < 1024:
+            raise ValueError(f"bytes: expected at least 1024 of an IdCounter, got {bytes}")
+        self.register_buffer("counters", torch.zeros(_DEPTH, bytes // 16, dtype=torch.int32, device=device))
+        self.register_buffer("reached", torch.zeros(self.MOST + 1, dtype=torch.int64, device=device))
+
+    def _counters_of(self, row: Tensor) -> Tensor:
+        """(4, n): of each id, the place in each row of counters."""
+        salts = torch.arange(1, _DEPTH + 1, device=row.device).unsqueeze(1) * signed(_SALT)
+        return multiply_high(mix64(row + salts), self.counters.shape[1])
+
+    @torch.no_grad()
+    def add(self, ids: Tensor, keys: Tensor) -> None:
+        """Count ids; arguments as in ``row_hash``."""
+        self._add(row_hash(ids, keys).flatten())
+
+    def _add(self, row: Tensor) -> None:
+        different, times = row.unique(return_counts=True)
+        places = self._counters_of(different)
+        before = self.counters.gather(1, places).amin(0)
+        after = before + times.int()
+        self.counters.scatter_reduce_(1, places, after.expand_as(places), "amax")
+        # One more id at each count from before + 1 to after.
+        steps = self.reached.new_zeros(self.MOST + 2)
+        one = torch.ones_like(different)
+        steps.index_add_(0, (before + 1).clamp(max=self.MOST + 1), one)
+        steps.index_add_(0, (after + 1).clamp(max=self.MOST + 1), -one)
+        self.reached += steps.cumsum(0)[:-1]
+
+    def count(self, ids: Tensor, keys: Tensor) -> Tensor:
+        """How often each id was seen, int64 (...); never too low. Arguments as in ``row_hash``."""
+        row = row_hash(ids, keys)
+        return self.counters.gather(1, self._counters_of(row.flatten())).amin(0).view(row.shape).long()
+
+    def threshold_for(self, ids: int) -> int:
+        """The least number of times that at most so many different ids were seen, 1 to 1023."""
+        fits = (self.reached[1:] <= ids).nonzero()
+        return int(fits[0]) + 1 if len(fits) else self.MOST
+
+    @torch.no_grad()
+    def decay(self, factor: float) -> None:
+        """Multiply all counts, so that what was seen long ago counts less; ``reached`` stays as it is.
+
+        Raises:
+            ValueError: factor is not within 0 to 1.
+        """
+        if not 0 <= factor <= 1:
+            raise ValueError(f"factor: expected 0 to 1, got {factor}")
+        self.counters.copy_((self.counters * factor).int())
+
+
+class Admission(nn.Module):
+    """The ids that have an embedding of their own; given to layers as ``admission=``, to several if they share it.
+
+    With a threshold it counts what its layers read while they train, and lets an id in when it has been seen that
+    often. Without one, ids are let in by ``admit``, such as after counting them in a pass over the data.
+
+    Args:
+        bytes: of the filter, a multiple of 8; 4 to 8 bits for each id that is let in are good.
+        threshold: times an id has to be seen; None: no counting.
+        counter_bytes: with threshold, of the counters, which are there during training only; see IdCounter.
+        device: of the filter.
+
+    Attributes:
+        filter: buffer (bytes // 8,) int64.
+        counter: the IdCounter, None without one. While it is there, its counts are in the ``state_dict``.
+
+    Raises:
+        ValueError: bytes no positive multiple of 8, or threshold below 1.
+    """
+
+    filter: Tensor
+    counter: IdCounter | None
+
+    def __init__(self, bytes: int, *, threshold: int | None = None, counter_bytes: int = 1 << 28, device=None):
+        super().__init__()
+        if bytes < 8 or bytes % 8:
+            raise ValueError(f"bytes: expected a positive multiple of 8 for an Admission, got {bytes}")
+        if threshold is not None and threshold < 1:
+            raise ValueError(f"threshold: expected at least 1, got {threshold}")
+        self.threshold = threshold
+        self.register_buffer("filter", torch.zeros(bytes // 8, dtype=torch.int64, device=device))
+        self.counter = None if threshold is None else IdCounter(counter_bytes, device)
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the filter."""
+        return 8 * len(self.filter)
+
+    def admits(self, ids: Tensor, keys: Tensor) -> Tensor:
+        """Whether each id is let in, bool (...); arguments as in ``row_hash``."""
+        return admits(self.filter, ids, keys)
+
+    def admit(self, ids: Tensor, keys: Tensor) -> None:
+        """Let ids in for good; arguments as in ``row_hash``."""
+        self._admit(row_hash(ids, keys).flatten())
+
+    def _admit(self, row: Tensor) -> None:
+        word, bits = _places(row.unique(), len(self.filter))
+        filter = self.filter.cpu()
+        np.bitwise_or.at(filter.numpy(), word.cpu().numpy(), bits.cpu().numpy())
+        self.filter.copy_(filter)
+
+    @torch._disable_dynamo
+    @torch.no_grad()
+    def observe(self, ids: Tensor, keys: Tensor) -> None:
+        """Count ids that are not in, and let in those seen ``threshold`` times. Layers call it with what they read.
+
+        Raises:
+            ValueError: there is no counter.
+        """
+        if self.counter is None or self.threshold is None:
+            raise ValueError("observe: this Admission does not count; it was made without threshold, or is frozen")
+        row = row_hash(ids, keys).flatten()
+        word, bits = _places(row, len(self.filter))
+        row = row[self.filter[word] & bits != bits]
+        if not len(row):
+            return
+        self.counter._add(row)
+        row = row.unique()
+        often = self.counter.counters.gather(1, self.counter._counters_of(row)).amin(0) >= self.threshold
+        if often.any():
+            self._admit(row[often])
+
+    def freeze(self) -> None:
+        """Stop counting and drop the counters: what is in stays in, what is not stays out."""
+        self.counter = self.threshold = None
+
+    def false_positive_rate(self) -> float:
+        """The share of ids never let in that are in by chance, from the bits that are set."""
+        words = self.filter.cpu().numpy().view(np.uint8).reshape(-1, 8)
+        full = np.unpackbits(words, axis=1).mean(axis=1)
+        return float((full**_BITS_OF_ID).mean())
+
+    def extra_repr(self) -> str:
+        return f"{self.bytes} bytes" + ("" if self.threshold is None else f", threshold={self.threshold}")
