@@ -12,7 +12,7 @@ The ids let in are kept in a Bloom filter whose bits for an id lie in one word (
     bits = 2**(row % 64) | 2**(row // 64 % 64) | 2**(row // 4096 % 64)
 
 Id x is in if all of ``bits`` are set in the word. One that was let in always is; another one is by chance, the more
-likely the fuller the filter: in 4 of 100 cases at 8 bits for each id let in, 8 at 6, 17 at 4.
+likely the fuller the filter: in 4 of 100 cases at 8 bits for each id let in, 7 at 6, 16 at 4.
 
 Ids are counted in a count-min sketch (Cormode and Muthukrishnan 2005) with conservative update (Estan and Varghese
 2002), in bounded memory: a count is never too low, and too high only for an id that shares all its counters.

@@ -4,7 +4,6 @@ import copy
 import math
 from collections import Counter
 
-import numpy as np
 import pytest
 import torch
 from kernels import IS_NATIVE
@@ -81,7 +80,7 @@ def test_who_was_let_in_is_in_whatever_comes_after():
     assert not robe.Admission(64).admits(some, KEYS).any()
 
 
-@pytest.mark.parametrize(("bits", "rate"), [(4, 0.17), (6, 0.08), (8, 0.04)])
+@pytest.mark.parametrize(("bits", "rate"), [(4, 0.16), (6, 0.07), (8, 0.04)])
 def test_false_positives_are_as_many_as_the_docs_say(bits, rate):
     admission = robe.Admission(8 * 2000)
     admission.admit(torch.arange(2000 * 64 // bits), KEYS[0])
@@ -244,19 +243,20 @@ def test_gradients_go_where_the_rows_are_read():
 @pytest.mark.parametrize("optimizer", [robe.optim.SGD, robe.optim.Adagrad, robe.optim.Adam])
 def test_optimizers_of_touched_slots_see_the_admission(optimizer):
     admission = robe.Admission(512)
-    layer = collection(admission)
+    layer = collection(admission).double()
     admission.admit(BOUNDED[:30], layer.table_keys)
     dense = copy.deepcopy(layer)
     own = optimizer(layer, lr=0.1)
     name = {"Adam": "SparseAdam"}.get(optimizer.__name__, optimizer.__name__)
-    upstream = torch.randn(80, 3, 8)
+    upstream = torch.randn(80, 3, 8, dtype=torch.float64)
     (layer(BOUNDED) * upstream).sum().backward()
     own.step()
     (dense(BOUNDED) * upstream).sum().backward()
     if name == "SparseAdam":
         weight = dense.array.weight
         touched = weight.grad.nonzero().squeeze(1)
-        weight.grad = torch.sparse_coo_tensor(touched.unsqueeze(0), weight.grad[touched], weight.shape)
+        with torch.sparse.check_sparse_tensor_invariants():
+            weight.grad = torch.sparse_coo_tensor(touched.unsqueeze(0), weight.grad[touched], weight.shape)
     getattr(torch.optim, name)([dense.array.weight], lr=0.1).step()
     torch.testing.assert_close(layer.array.weight, dense.array.weight)
 
