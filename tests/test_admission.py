@@ -249,7 +249,7 @@ def test_optimizers_of_touched_slots_see_the_admission(optimizer):
     own = optimizer(layer, lr=0.1)
     upstream = torch.randn(80, 3, 8, dtype=torch.float64)
     (layer(BOUNDED) * upstream).sum().backward()
-    own.step()  # the first: whatever torch's moves without a gradient has not begun to
+    own.step()  # in the first step torch's leave slots without a gradient as they are, Adam too
     (dense(BOUNDED) * upstream).sum().backward()
     getattr(torch.optim, optimizer.__name__)([dense.array.weight], lr=0.1).step()
     torch.testing.assert_close(layer.array.weight, dense.array.weight)
