@@ -39,6 +39,7 @@ class DLRMConfig:
     block_size: int | None = None  # robe: Z; None: embedding_dim, one read per row
     sign: bool = False  # robe: hashed signs
     hash_seed: int = 0  # robe: seed of the hash
+    admission_bytes: int = 0  # robe: of the filter of the ids that have a row of their own (robe.Admission); 0: all have
     init_std: float | None = None  # robe: scale of the initial weights; None: RobeArray's default
     vocabulary: bool = False  # full: rows belong to the ids of the training data, one more row a table to all others
 
@@ -86,6 +87,25 @@ class DLRMConfig:
         )
         _check(self.robe_size is None or self.robe_size >= 1, "robe_size", "at least 1", self.robe_size)
         _check(
+            self.admission_bytes >= 0 and self.admission_bytes % 8 == 0,
+            "admission_bytes",
+            "a multiple of 8",
+            self.admission_bytes,
+        )
+        _check(
+            self.embedding == "robe" or not self.admission_bytes,
+            "admission_bytes",
+            "embedding='robe' with it",
+            self.embedding,
+        )
+        if self.admission_bytes:
+            _check(
+                self.array_floats >= 1,
+                "admission_bytes",
+                f"less than the {int(self.full_floats / (self.compression or 1)) * 4} bytes that compression leaves",
+                self.admission_bytes,
+            )
+        _check(
             self.embedding == "robe" or self.robe_size is None, "robe_size", "embedding='robe' with it", self.embedding
         )
         _check(
@@ -112,6 +132,13 @@ class DLRMConfig:
     def full_floats(self) -> int:
         """Weights in the full tables."""
         return sum(self.table_rows) * self.embedding_dim
+
+    @property
+    def array_floats(self) -> int:
+        """robe: weights in the array; what compression leaves is shared with the filter."""
+        if self.robe_size is not None:
+            return self.robe_size
+        return int(self.full_floats / (self.compression or 1)) - self.admission_bytes // 4
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

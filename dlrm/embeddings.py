@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dlrm.config import DLRMConfig
-from robe import EmbeddingBagConfig, RobeEmbeddingBagCollection
+from robe import Admission, EmbeddingBagConfig, RobeEmbeddingBagCollection
 from robe.hashing import mix64, multiply_high, table_key
 
 _ID_BITS = 32
@@ -181,11 +181,12 @@ def build_embeddings(config: DLRMConfig, vocabulary: Sequence[Tensor] | None = N
         tables = [EmbeddingBagConfig(f"cat_{i}", None, config.embedding_dim) for i in range(len(config.table_rows))]
         return RobeEmbeddingBagCollection(
             tables,
-            robe_size=config.robe_size or int(config.full_floats / (config.compression or 1)),
+            robe_size=config.array_floats,
             block_size=config.block_size,
             sign=config.sign,
             seed=config.hash_seed,
             init_std=config.init_std,
+            admission=Admission(config.admission_bytes) if config.admission_bytes else None,
         )
     if config.embedding == "hash":
         assert config.compression is not None
