@@ -39,7 +39,7 @@ class DLRMConfig:
     block_size: int | None = None  # robe: Z; None: embedding_dim, one read per row
     sign: bool = False  # robe: hashed signs
     hash_seed: int = 0  # robe: seed of the hash
-    admission_bytes: int = 0  # robe: of the filter of the ids that have a row of their own (robe.Admission); 0: all have
+    admission_bytes: int = 0  # robe: of the filter of the ids with a row of their own (robe.Admission); 0: all have
     init_std: float | None = None  # robe: scale of the initial weights; None: RobeArray's default
     vocabulary: bool = False  # full: rows belong to the ids of the training data, one more row a table to all others
 
