@@ -42,7 +42,15 @@ from dlrm.journal import Journal
 from dlrm.metrics import EVALUATION_BATCH, environment, evaluate, peak_rss_bytes
 from dlrm.mllog import MLLog
 from dlrm.plots import learning_curves
-from dlrm.trainer import CHECKPOINT_SECONDS, Progress, Stopped, Trainer, TrainingError, make_optimizers
+from dlrm.trainer import (
+    CHECKPOINT_SECONDS,
+    AveragedWeights,
+    Progress,
+    Stopped,
+    Trainer,
+    TrainingError,
+    make_optimizers,
+)
 
 METRICS, CURVES = "metrics.json", "learning_curve.png"
 LAST = -1  # --resume without a step
@@ -52,7 +60,7 @@ PATHS = {"data", "eval_data", "mllog"}
 DEFAULTS = {"preset": "kaggle", "embedding": "robe", "table_rows": "preset", "seed": 0}
 TRAINING_OPTIONS = (
     "epochs", "target_auc", "batch_size", "learning_rate", "warmup_steps", "decay_start", "decay_steps", "optimizer",
-    "evaluations_per_epoch",
+    "averaging_steps", "evaluations_per_epoch",
 )  # fmt: skip
 
 
@@ -95,6 +103,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     how.add_argument("--warmup-steps", type=int, metavar="N", help="over which the learning rate grows linearly")
     how.add_argument("--decay-start", type=int, metavar="N", help="step after which it falls, as MLPerf's")
     how.add_argument("--decay-steps", type=int, metavar="N", help="over how many, with power 2")
+    how.add_argument(
+        "--averaging-steps",
+        type=int,
+        metavar="N",
+        help="evaluate and keep an average of the weights over about so many steps; 0: the last weights",
+    )
     how.add_argument("--optimizer", choices=OPTIMIZERS)
     how.add_argument("--evaluations-per-epoch", type=int, metavar="N")
     how.add_argument("--mllog", type=Path, metavar="FILE", help="write MLPerf's training log")
@@ -155,6 +169,10 @@ def run(args: argparse.Namespace, world: World) -> None:
     optimizers = make_optimizers(model, training, world)
     if saved:
         saved.restore(optimizers)
+    averages = None
+    if training.averaging_steps:
+        before = {name: x.to(world.device) for name, x in saved.averages.items()} if saved else None
+        averages = AveragedWeights(model, training.averaging_steps, before)
     progress = Progress(**saved.state["progress"]) if saved else Progress()
     command = saved.state["command"] if saved else shlex.join(sys.argv)
     say = print if world.is_first else lambda *_: None
@@ -195,7 +213,7 @@ def run(args: argparse.Namespace, world: World) -> None:
             "processes": world.size,
         }
         best = args.output / WEIGHTS if progress.history else None
-        checkpoints.save(progress.step, model, optimizers, state, best)
+        checkpoints.save(progress.step, model, optimizers, state, best, averages.tensors if averages else None)
 
     trainer = Trainer(
         model,
@@ -207,6 +225,7 @@ def run(args: argparse.Namespace, world: World) -> None:
         save=save,
         wants_to_stop=lambda: signals.received,
         optimizers=optimizers,
+        averages=averages,
         progress=progress,
         world=world,
         journal=journal,
@@ -370,7 +389,7 @@ def merge_options(given: dict[str, Any], saved: Saved | None) -> argparse.Namesp
         names = ("compression", "robe_size", "block_size", "init_std", "synthetic_hots")
         changes = (*PATHS, *TRAINING_OPTIONS, *names)
         return argparse.Namespace(**dict.fromkeys(changes) | DEFAULTS | given)
-    started = dict(saved.state["options"])
+    started = dict.fromkeys(TRAINING_OPTIONS) | saved.state["options"]
     for name in PATHS:
         started[name] = started[name] and Path(started[name])
     for name, value in given.items():

@@ -3,7 +3,8 @@
 A model is a folder with config.json and model.safetensors, from which alone it is rebuilt: ``save``, ``load``.
 
 A training run keeps more, to go on as if it had never stopped: ``TrainingCheckpoints``. Each is a folder
-step-000001234 with model.safetensors; optimizer.safetensors, the state of the optimizers and of torch's generator;
+step-000001234 with model.safetensors; optimizer.safetensors, the state of the optimizers, of torch's generator and of
+averaged weights;
 state.json, everything else, with the SHA-256 of the others and of itself; and best.safetensors, the weights with the
 best evaluation by then, which is a link to the file in the run's folder where the file system allows.
 """
@@ -32,6 +33,7 @@ BEST, OPTIMIZER, STATE = "best.safetensors", "optimizer.safetensors", "state.jso
 VERSION = 1
 _COUNT_IN_INTEGERS = (robe.optim.SGD, robe.optim.Adagrad, robe.optim.Adam, torch.optim.SparseAdam)
 _GENERATOR = "generator"  # torch's, among the tensors of the optimizers
+_AVERAGE = "average"  # likewise, of each parameter
 
 
 class CheckpointError(ValueError):
@@ -141,8 +143,8 @@ class Saved:
         """
         states: dict[str, dict[str, Any]] = {name: dict(x) for name, x in self.state["optimizers"].items()}
         for name, tensor in self._tensors.items():
-            if name != _GENERATOR:
-                parameter, what = name.split("/")
+            parameter, _, what = name.partition("/")
+            if name != _GENERATOR and what != _AVERAGE:
                 states.setdefault(parameter, {})[what] = tensor
         names = {id(p): name for name, p in self.model.named_parameters()}
         for optimizer in optimizers:
@@ -166,6 +168,12 @@ class Saved:
                 f"{self.path / OPTIMIZER}: not the state of these optimizers: they have no {next(iter(states))}"
             )
         torch.set_rng_state(self._tensors[_GENERATOR])
+
+    @property
+    def averages(self) -> dict[str, torch.Tensor]:
+        """Of parameters whose average was kept."""
+        end = "/" + _AVERAGE
+        return {name.removesuffix(end): x for name, x in self._tensors.items() if name.endswith(end)}
 
     def put_back_best(self, folder: Path) -> None:
         """Give the run's folder the weights with the best evaluation by then: those there may be of a later one."""
@@ -209,12 +217,14 @@ class TrainingCheckpoints:
         optimizers: Sequence[torch.optim.Optimizer],
         state: dict[str, Any],
         best: Path | None = None,
+        averages: dict[str, torch.Tensor] | None = None,
     ) -> None:
         """Write a checkpoint under a temporary name, flush it to the disk, rename it, and remove the oldest.
 
         Args:
             state: whatever else the run needs, for JSON.
             best: the file of the best weights so far, which is replaced and never changed.
+            averages: of parameters, by their names.
 
         Raises:
             OSError: it can't be written; the earlier ones are as they were.
@@ -222,6 +232,7 @@ class TrainingCheckpoints:
         part = self.folder / "unfinished"
         shutil.rmtree(part, ignore_errors=True)  # of a run that was killed here
         tensors = {_GENERATOR: torch.get_rng_state()}
+        tensors |= {f"{name}/{_AVERAGE}": x.contiguous() for name, x in (averages or {}).items()}
         numbers: dict[str, dict[str, Any]] = {}  # what is not a tensor
         names_of = {id(p): name for name, p in model.named_parameters()}
         for optimizer in optimizers:

@@ -167,6 +167,7 @@ class TrainingConfig:
     decay_start: int = 0  # step after which the rate falls with the square of what is left
     decay_steps: int = 0  # over how many; 0: it does not fall
     adagrad_eps: float = 1e-10  # torch's; MLPerf's DCNv2 has 1e-8
+    averaging_steps: int = 0  # what is evaluated and kept is an average of the weights over about so many; 0: the last
     seed: int = 0  # of initial values and shuffling
 
     def __post_init__(self):
@@ -175,7 +176,7 @@ class TrainingConfig:
         _check(self.adagrad_eps > 0, "adagrad_eps", "a positive number", self.adagrad_eps)
         for name in ("batch_size", "epochs", "evaluations_per_epoch"):
             _check(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        for name in ("warmup_steps", "decay_start", "decay_steps"):
+        for name in ("warmup_steps", "decay_start", "decay_steps", "averaging_steps"):
             _check(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
         _check(
             not self.decay_steps or self.decay_start >= self.warmup_steps,

@@ -6,8 +6,8 @@ learning rate are functions of the step. So a run that goes on from a checkpoint
 
 import math
 import time
-from collections.abc import Callable, Generator, Iterable
-from contextlib import closing, nullcontext
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +29,7 @@ from robe import RobeArray
 # to get as far: see docs/accuracy.md.
 SPARSE_ADAM_RATE = 3
 CHECKPOINT_SECONDS = 600.0
+_AVERAGED_STEPS = 8  # between updates of averaged weights: each goes through all of them
 _JOURNAL_STEPS = 100  # steps whose mean loss is a line of the journal
 _CUDA_LOOK = 20  # steps between readings of the loss there, each of which waits for the device
 
@@ -133,6 +134,43 @@ def train_step(
     return numbers
 
 
+class AveragedWeights:
+    """Exponential moving averages of a model's weights: average += (weight - average) / n, n = steps at first.
+
+    Each step moves weights that rows share for the sake of the batch's rows; in the average, what these do to others
+    cancels out. So it does the more for ROBE the more rows share a weight: docs/accuracy.md.
+
+    Args:
+        steps: n at the most; the number of steps that the average reaches back, about.
+        tensors: of each parameter, where to go on; None: from the weights as they are.
+    """
+
+    def __init__(self, model: nn.Module, steps: int, tensors: dict[str, Tensor] | None = None):
+        self._parameters = dict(model.named_parameters())
+        self._steps = steps
+        self.tensors = tensors or {name: p.detach().clone() for name, p in self._parameters.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the weights after a step, counted from 1. Not all are looked at."""
+        if step % _AVERAGED_STEPS == 0:
+            weight = min(_AVERAGED_STEPS / min(step, self._steps), 1.0)
+            torch._foreach_lerp_(list(self.tensors.values()), list(self._parameters.values()), weight)
+
+    @contextmanager
+    def in_the_model(self) -> Iterator[None]:
+        """Within, the model's weights are the averages."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    def _exchange(self) -> None:
+        for name, parameter in self._parameters.items():
+            self.tensors[name], parameter.data = parameter.data, self.tensors[name]
+
+
 @dataclass
 class Trainer:
     """A training run.
@@ -148,6 +186,7 @@ class Trainer:
             when ``checkpoint_seconds`` have passed, and before the run stops.
         wants_to_stop: asked after each step.
         optimizers: none: those of the config.
+        averages: of the weights, with config.averaging_steps; None: they begin here.
         progress: where to go on.
     """
 
@@ -160,6 +199,7 @@ class Trainer:
     save: Callable[[Progress], None] = lambda progress: None
     wants_to_stop: Callable[[], bool] = lambda: False
     optimizers: list[torch.optim.Optimizer] = field(default_factory=list)
+    averages: AveragedWeights | None = None
     progress: Progress = field(default_factory=Progress)
     world: World = field(default_factory=World)
     journal: Journal | None = None
@@ -169,6 +209,8 @@ class Trainer:
 
     def __post_init__(self):
         self.optimizers = self.optimizers or make_optimizers(self.model, self.config, self.world)
+        if self.averages is None and self.config.averaging_steps:
+            self.averages = AveragedWeights(self.model, self.config.averaging_steps)
         self.steps = math.ceil(self.rows / self.config.batch_size)  # in an epoch
         count = self.config.evaluations_per_epoch
         self._evaluate_at = {math.ceil(self.steps * k / count) for k in range(1, count + 1)}
@@ -245,6 +287,8 @@ class Trainer:
                 rows = min(batch_size, self.rows - (done - 1) * batch_size)
                 self._set_rate(config.rate(progress.step))
                 numbers = train_step(self.model, self.optimizers, batch, self.world, rows, self.wants_to_stop())
+                if self.averages:
+                    self.averages.update(progress.step)
                 self._unread.append(numbers)
                 self._bar.update(rows)
                 due = done in self._evaluate_at
@@ -312,15 +356,18 @@ class Trainer:
         self._stop_clock()
         self._require_finite_weights()
         start_ms = int(time.time() * 1e3)
+        epoch, done = self.place
         try:
-            scores = self.evaluate()
+            with self.averages.in_the_model() if self.averages else nullcontext():
+                scores = self.evaluate()
+                is_best = not progress.history or scores["auc"] > progress.best["auc"]
+                if is_best and self.world.is_first:
+                    self.keep()
         except Stopped:
             self._save()
             raise
         self.model.train()
-        epoch, done = self.place
         point = {"step": progress.step, "epoch": self.epoch, "train_loss": progress.loss_sum / done}
-        is_best = not progress.history or scores["auc"] > progress.best["auc"]
         progress.history.append(point | {name: scores[name] for name in ("auc", "log_loss")})
         self._shown["validation_auc"] = f"{scores['auc']:.4f}"
         self._bar.set_postfix(self._shown)
@@ -331,8 +378,6 @@ class Trainer:
             self.mllog.evaluation(self.epoch, scores["auc"], start_ms)
             if done == self.steps or self.reached:
                 self.mllog.epoch_stop(epoch + 1)
-        if is_best and self.world.is_first:
-            self.keep()
         self._save()
 
     def _save(self) -> None:
