@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dlrm.embeddings import Tables, synthetic_ids
 from dlrm.model import DLRM
 from robe import RobeEmbeddingBagCollection
+from robe.admission import RARE
 from robe.hashing import slots
 
 
@@ -20,6 +21,7 @@ class Portable(nn.Module):
 
     feature: Tensor
     pairs: Tensor
+    rare: Tensor
 
     def __init__(self, model: DLRM, embeddings: nn.Module):
         super().__init__()
@@ -28,6 +30,8 @@ class Portable(nn.Module):
         self.register_buffer("feature", torch.tensor(model.config.feature_of_id))
         vectors = len(model.config.table_rows) + 1
         lower = torch.tril_indices(vectors, vectors, -1)
+        # Read from memory: of a hash that it knows beforehand, the C++ compiler does not let the products wrap around.
+        self.register_buffer("rare", torch.full((1, len(self.feature)), RARE))
         self.register_buffer("pairs", lower[0] * vectors + lower[1])
 
     def forward(self, dense: Tensor, sparse: Tensor) -> Tensor:
@@ -60,9 +64,12 @@ class Portable(nn.Module):
         """ids (B, H) to rows (B, H, D)."""
         weight, scale = embeddings.array.read()
         dim, block_size = embeddings.embedding_dim, embeddings.block_size
+        keys = embeddings.table_keys[self.feature]
+        if embeddings.admission is not None:
+            ids = ids.where(embeddings.admission.admits(ids, keys), self.rare)
         slot, signs = slots(
             ids,
-            embeddings.table_keys[self.feature],
+            keys,
             size=len(weight),
             embedding_dim=dim,
             block_size=block_size,

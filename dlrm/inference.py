@@ -139,22 +139,23 @@ def check_mlp_dtype(mlp_dtype: str) -> None:
 
 
 def with_array_dtype(embeddings: nn.Module, array_dtype: str) -> nn.Module:
-    """The same embeddings on a copy of their ROBE array in another dtype; in float32 they themselves.
+    """The same embeddings to infer with, in float32 on the same ROBE array, else on a copy of it in another dtype.
 
     Raises:
         ValueError: unknown dtype, or embeddings without an array.
     """
     if array_dtype not in DTYPES:
         raise ValueError(f"array_dtype: expected one of {', '.join(DTYPES)}, got {array_dtype!r}")
+    other = copy.copy(embeddings)  # the module, not its weights
+    other.training = False  # an admission counts no ids
     if array_dtype == "float32":
-        return embeddings
+        return other
     if not isinstance(embeddings, RobeEmbeddingBagCollection):
         raise ValueError(f"array_dtype: {array_dtype} needs a model with a ROBE array; this one has tables")
-    other = copy.copy(embeddings)  # the module, not its weights
     other._modules = dict(embeddings._modules)
     array = embeddings.array
     if array_dtype == "int8":
-        other.array = array.quantized()  # type: ignore[assignment]
+        other.array = array.quantized()
     else:
         other.array = copy.copy(array)
         other.array._parameters = {"weight": nn.Parameter(array.weight.detach().bfloat16(), requires_grad=False)}
@@ -162,12 +163,12 @@ def with_array_dtype(embeddings: nn.Module, array_dtype: str) -> nn.Module:
 
 
 def array_bytes(embeddings: nn.Module) -> int:
-    """Memory of the weights that embeddings are read from: an array with its scales, or tables."""
-    tensors = (
-        [*embeddings.parameters(), *embeddings.buffers()]
-        if not isinstance(embeddings, RobeEmbeddingBagCollection)
-        else [x for x in embeddings.array.read() if x is not None]
-    )
+    """Memory of what embeddings are read from: an array with its scales and the filter of an admission, or tables."""
+    if isinstance(embeddings, RobeEmbeddingBagCollection):
+        filter = None if embeddings.admission is None else embeddings.admission.filter
+        tensors = [x for x in (*embeddings.array.read(), filter) if x is not None]
+    else:
+        tensors = [*embeddings.parameters(), *embeddings.buffers()]
     return sum(x.numel() * x.element_size() for x in tensors)
 
 

@@ -14,7 +14,8 @@ from dlrm.config import DLRMConfig
 from dlrm.embeddings import SYNTHETIC, Tables, VocabularyTables
 from dlrm.inference import array_bytes
 from dlrm.model import DLRM, MLP, CrossInteraction
-from robe import RobeEmbeddingBagCollection
+from robe import Admission, RobeEmbeddingBagCollection
+from robe.admission import BITS_OF_ID, BITS_OF_WORD, RARE, row_hash
 from robe.hashing import GOLDEN, MULTIPLIERS, SHIFTS, table_key
 
 _OPSET, _IR_VERSION = 20, 10
@@ -185,7 +186,8 @@ def _robe(graph: Graph, embeddings: RobeEmbeddingBagCollection, ids: str, featur
     """
     dim, block_size, sign = embeddings.embedding_dim, embeddings.block_size, embeddings.sign
     choices = np.uint64(embeddings.array.size - block_size + 1)
-    keys = embeddings.table_keys.numpy().view(np.uint64)[feature]
+    table_keys, admission = embeddings.table_keys[torch.from_numpy(feature)], embeddings.admission
+    keys = table_keys.numpy().view(np.uint64)
 
     def hashed_rows(x: str) -> str:
         return graph.mix64(graph.op("Add", graph.op("Mul", graph.cast(x, "UINT64"), np.uint64(GOLDEN)), keys))
@@ -198,6 +200,9 @@ def _robe(graph: Graph, embeddings: RobeEmbeddingBagCollection, ids: str, featur
         return graph.op("Sub", np.float32(1), graph.op("Add", lowest, lowest))
 
     if block_size > dim:
+        if admission is not None:
+            inside = graph.cast(_admitted(graph, admission, hashed_rows(ids), len(feature)), "BOOL")
+            ids = graph.op("Where", inside, ids, np.int64(RARE))
         # A row lies in one block or in two neighbours; start is its place in the first.
         quotient, remainder = graph.floor_divide(ids, block_size)
         position = graph.op("Mul", remainder, np.int64(dim))
@@ -216,6 +221,11 @@ def _robe(graph: Graph, embeddings: RobeEmbeddingBagCollection, ids: str, featur
 
     blocks = math.ceil(dim / block_size)
     hashed = hashed_rows(ids)
+    if admission is not None:
+        rare = row_hash(torch.tensor(RARE), table_keys).numpy().view(np.uint64)
+        inside = _admitted(graph, admission, hashed, len(feature))
+        # ONNX Runtime's Where takes no uint64.
+        hashed = graph.op("BitwiseXor", graph.op("Mul", graph.op("BitwiseXor", hashed, rare), inside), rare)
     if blocks > 1:
         numbers = np.arange(blocks, dtype=np.uint64) * np.uint64(GOLDEN)
         hashed = graph.op("Add", graph.unsqueeze(hashed, -1), numbers)  # (B, H, blocks)
@@ -230,6 +240,18 @@ def _robe(graph: Graph, embeddings: RobeEmbeddingBagCollection, ids: str, featur
     if blocks * block_size > dim:
         rows = graph.op("Slice", rows, np.array([0]), np.array([dim]), np.array([2]))
     return rows
+
+
+def _admitted(graph: Graph, admission: Admission, hashed: str, count: int) -> str:
+    """Of each id 1 if it was let in, else 0, uint64 (B, count); hashed: (B, count), of their rows."""
+    filter, ones = admission.filter.numpy().view(np.uint64), np.uint64((1 << BITS_OF_WORD) - 1)
+    word = graph.cast(graph.multiply_high(hashed, np.uint64(len(filter))), "INT64")
+    word = graph.reshape(graph.op("GatherElements", filter, graph.reshape(word, -1)), -1, count)
+    found = word
+    for k in range(BITS_OF_ID):
+        bit = graph.op("BitwiseAnd", graph.shift_right(hashed, k * BITS_OF_WORD), ones)
+        found = graph.op("BitwiseAnd", graph.op("BitShift", word, bit, direction="RIGHT"), found if k else np.uint64(1))
+    return found
 
 
 def _read(graph: Graph, embeddings: RobeEmbeddingBagCollection, slot: str, *shape: int) -> str:

@@ -101,7 +101,7 @@ def _without_clock(run: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor,
 
 def _describe(model: DLRM) -> str:
     if isinstance(model.embeddings, RobeEmbeddingBagCollection):
-        return f"ROBE {model.config.full_floats / model.embeddings.array.size:.4g}x"
+        return f"ROBE {4 * model.config.full_floats / array_bytes(model.embeddings):.4g}x"
     return {"hash": "hash trick", "full": "trained tables"}.get(model.config.embedding, "model")
 
 

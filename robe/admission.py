@@ -18,6 +18,8 @@ Ids are counted in a count-min sketch (Cormode and Muthukrishnan 2005) with cons
 2002), in bounded memory: a count is never too low, and too high only for an id that shares all its counters.
 """
 
+from collections.abc import Callable, Iterable
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -26,8 +28,8 @@ from robe.hashing import GOLDEN, mix64, multiply_high, signed
 
 RARE = -(1 << 63)  # the id whose row all ids read that were not let in
 _SALT = 0xD1B54A32D192ED03  # of the counters, which are not read at the hashes of blocks
-_BITS_OF_WORD = 6  # log2
-_BITS_OF_ID = 3
+BITS_OF_WORD = 6  # log2
+BITS_OF_ID = 3
 _DEPTH = 4  # counters of an id
 
 
@@ -44,8 +46,8 @@ def row_hash(ids: Tensor, keys: Tensor) -> Tensor:
 def _places(row: Tensor, words: int) -> tuple[Tensor, Tensor]:
     """The word of each id in the filter, and its bits there."""
     one, bits = torch.ones_like(row), torch.zeros_like(row)
-    for k in range(_BITS_OF_ID):
-        bits |= one << ((row >> (k * _BITS_OF_WORD)) & 63)
+    for k in range(BITS_OF_ID):
+        bits |= one << ((row >> (k * BITS_OF_WORD)) & 63)
     return multiply_high(row, words), bits
 
 
@@ -64,22 +66,28 @@ class IdCounter(nn.Module):
 
     Attributes:
         counters: buffer (4, bytes // 16) int32.
-        reached: buffer (1024,) int64: reached[t] different ids were seen t times or more; [0] means nothing.
+        steps: buffer (MOST + 2,) int64: how many more different ids were seen t times or more than t - 1; [0] means
+            nothing.
 
     Raises:
         ValueError: bytes too few.
     """
 
-    MOST = 1023  # times: reached goes no further
+    MOST = (1 << 20) - 1  # times that ``reached`` tells apart
     counters: Tensor
-    reached: Tensor
+    steps: Tensor
 
     def __init__(self, bytes: int = 1 << 28, device=None):
         super().__init__()
         if bytes < 1024:
             raise ValueError(f"bytes: expected at least 1024 of an IdCounter, got {bytes}")
         self.register_buffer("counters", torch.zeros(_DEPTH, bytes // 16, dtype=torch.int32, device=device))
-        self.register_buffer("reached", torch.zeros(self.MOST + 1, dtype=torch.int64, device=device))
+        self.register_buffer("steps", torch.zeros(self.MOST + 2, dtype=torch.int64, device=device))
+
+    @property
+    def reached(self) -> Tensor:
+        """(MOST + 1,) int64: reached[t] different ids were seen t times or more, about; [0] means nothing."""
+        return self.steps.cumsum(0)[:-1]
 
     def _counters_of(self, row: Tensor) -> Tensor:
         """(4, n): of each id, the place in each row of counters."""
@@ -98,19 +106,20 @@ class IdCounter(nn.Module):
         after = before + times.int()
         self.counters.scatter_reduce_(1, places, after.expand_as(places), "amax")
         # One more id at each count from before + 1 to after.
-        steps = self.reached.new_zeros(self.MOST + 2)
         one = torch.ones_like(different)
-        steps.index_add_(0, (before + 1).clamp(max=self.MOST + 1), one)
-        steps.index_add_(0, (after + 1).clamp(max=self.MOST + 1), -one)
-        self.reached += steps.cumsum(0)[:-1]
+        self.steps.index_add_(0, (before + 1).clamp(max=self.MOST + 1), one)
+        self.steps.index_add_(0, (after + 1).clamp(max=self.MOST + 1), -one)
 
     def count(self, ids: Tensor, keys: Tensor) -> Tensor:
         """How often each id was seen, int64 (...); never too low. Arguments as in ``row_hash``."""
         row = row_hash(ids, keys)
-        return self.counters.gather(1, self._counters_of(row.flatten())).amin(0).view(row.shape).long()
+        return self._count(row.flatten()).view(row.shape)
+
+    def _count(self, row: Tensor) -> Tensor:
+        return self.counters.gather(1, self._counters_of(row)).amin(0).long()
 
     def threshold_for(self, ids: int) -> int:
-        """The least number of times that at most so many different ids were seen, 1 to 1023."""
+        """The least number of times that at most so many different ids were seen, 1 to MOST."""
         fits = (self.reached[1:] <= ids).nonzero()
         return int(fits[0]) + 1 if len(fits) else self.MOST
 
@@ -178,6 +187,31 @@ class Admission(nn.Module):
         np.bitwise_or.at(filter.numpy(), word.cpu().numpy(), bits.cpu().numpy())
         self.filter.copy_(filter)
 
+    @torch.no_grad()
+    def admit_frequent(
+        self, read: Callable[[], Iterable[Tensor]], keys: Tensor, *, bits: float = 8, counter_bytes: int = 1 << 28
+    ) -> int:
+        """Let in the ids that are most often in some data, as many as the filter is made for.
+
+        The data is read twice: to count, and to let in.
+
+        Args:
+            read: gives the ids anew at each call, in tensors; with keys as in ``row_hash``.
+            bits: of the filter, for each id.
+            counter_bytes: see IdCounter.
+
+        Returns:
+            how often an id was seen at least that was let in.
+        """
+        counter = IdCounter(counter_bytes, self.filter.device)
+        for ids in read():
+            counter.add(ids, keys)
+        times = counter.threshold_for(int(8 * self.bytes / bits))
+        for ids in read():
+            row = row_hash(ids, keys).flatten().unique()
+            self._admit(row[counter._count(row) >= times])
+        return times
+
     @torch._disable_dynamo
     @torch.no_grad()
     def observe(self, ids: Tensor, keys: Tensor) -> None:
@@ -195,7 +229,7 @@ class Admission(nn.Module):
             return
         self.counter._add(row)
         row = row.unique()
-        often = self.counter.counters.gather(1, self.counter._counters_of(row)).amin(0) >= self.threshold
+        often = self.counter._count(row) >= self.threshold
         if often.any():
             self._admit(row[often])
 
@@ -207,7 +241,7 @@ class Admission(nn.Module):
         """The share of ids never let in that are in by chance, from the bits that are set."""
         words = self.filter.cpu().numpy().view(np.uint8).reshape(-1, 8)
         full = np.unpackbits(words, axis=1).mean(axis=1)
-        return float((full**_BITS_OF_ID).mean())
+        return float((full**BITS_OF_ID).mean())
 
     def extra_repr(self) -> str:
         return f"{self.bytes} bytes" + ("" if self.threshold is None else f", threshold={self.threshold}")

@@ -23,7 +23,7 @@ from dlrm import DLRM, DLRMConfig, checkpoint
 from dlrm.embeddings import build_embeddings
 from dlrm.export import export, load
 from dlrm.inference import Predictor
-from robe import EmbeddingBagConfig, RobeEmbeddingBagCollection
+from robe import Admission, EmbeddingBagConfig, RobeEmbeddingBagCollection
 
 ROOT = Path(__file__).parents[1]
 CONFIG = DLRMConfig(
@@ -38,6 +38,7 @@ CONFIG = DLRMConfig(
 HOTS = (2, 1, 3)
 KNOWN = [[3, 2**32 - 1], list(range(0, 400, 3)), [0]]
 VOCABULARY = {"embedding": "full", "vocabulary": True, "table_rows": tuple(len(ids) + 1 for ids in KNOWN)}
+LET_IN = [0, -1, 2**32 + 3, -(2**63) + 1, *range(2, 12)]
 EDGES = [0, 1, -1, 5, 2**31, 2**32 - 1, 2**32, 2**32 + 3, -(2**32), 2**62 + 1, 2**63 - 1, -(2**63), -(2**63) + 1]
 
 
@@ -46,6 +47,8 @@ def make(**changes):
     config = replace(CONFIG, **changes)
     vocabulary = [torch.tensor(ids) for ids in KNOWN] if config.vocabulary else None
     model = DLRM(config, build_embeddings(config, vocabulary))
+    if config.admission_bytes:
+        model.embeddings.admission.admit(torch.tensor(LET_IN).unsqueeze(1), model.embeddings.table_keys)
     with torch.no_grad():
         for layer in model.modules():
             if isinstance(layer, nn.Linear):
@@ -93,6 +96,9 @@ KINDS = {
     "cross": {"interaction": "cross", "cross_rank": 3, "cross_layers": 2},
     "deep": {"bottom_mlp": (3, 9, 4), "top_mlp": (1,)},
     "one feature": {"table_rows": (50,)},
+    "admission": {"admission_bytes": 56},
+    "admission, small blocks": {"admission_bytes": 56, "block_size": 2, "sign": True, "hots": HOTS},
+    "admission, long blocks": {"admission_bytes": 56, "block_size": 7, "sign": True},
 }
 
 
@@ -132,6 +138,22 @@ def test_onnx_reads_the_slots_of_the_oracle(tmp_path, block_size, array_dtype):
         x = model.interaction(model.bottom(torch.from_numpy(dense)), rows.float())
         expected = model.top(x).squeeze(1).sigmoid()
     np.testing.assert_allclose(run_onnx(tmp_path / "model.onnx", dense, sparse), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("block_size", [1, 3, 4, 7])
+def test_onnx_reads_one_row_for_the_ids_that_were_not_let_in(tmp_path, block_size):
+    model = make(block_size=block_size, sign=True, compression=None, robe_size=150, admission_bytes=80)
+    export(model, tmp_path / "model.onnx", format="onnx")
+    dense, sparse = inputs(model, 200)
+    embeddings = model.embeddings
+    inside = embeddings.admission.admits(torch.from_numpy(sparse), embeddings.table_keys).numpy()
+    assert 0.2 < inside.mean() < 0.8
+    replaced = np.where(inside, sparse, -(2**63))
+    got = run_onnx(tmp_path / "model.onnx", dense, sparse)
+    assert np.array_equal(got, run_onnx(tmp_path / "model.onnx", dense, replaced))
+    np.testing.assert_allclose(got, eager(model, dense, sparse), atol=1e-6)
+    embeddings.admission = None
+    np.testing.assert_allclose(got, eager(model, dense, replaced), atol=1e-6)
 
 
 def test_an_array_of_more_than_32_bits_of_places():
@@ -197,6 +219,24 @@ def old_file(tmp_path):
     yield tmp_path / "model.onnx"
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
     assert (tmp_path / "model.onnx").read_text() == "old"
+
+
+@pytest.mark.parametrize("block_size", [4, 7])
+def test_another_filter_is_found_out(old_file, monkeypatch, block_size):
+    monkeypatch.setattr(dlrm.onnx_graph, "BITS_OF_WORD", 5)
+    with pytest.raises(ValueError, match=r"differ from the model's by (0\.\d+|1), expected at most 1e-05"):
+        export(make(admission_bytes=56, block_size=block_size), old_file, format="onnx")
+
+
+def test_no_id_is_counted_by_an_export(tmp_path):
+    model = make()
+    model.embeddings.admission = admission = Admission(64, threshold=1, counter_bytes=1 << 23)
+    model.train()
+    for format, name in (("onnx", "model.onnx"), ("aoti", "model.pt2")):
+        export(model, tmp_path / name, format=format)
+        assert not admission.filter.any()
+        assert not admission.counter.counters.any()
+        assert (tmp_path / name).stat().st_size < 1 << 22, "without the counters"
 
 
 @pytest.mark.parametrize(
@@ -344,6 +384,8 @@ def test_aoti_as_its_user_runs_it(tmp_path):
     [
         ({"hots": HOTS, "synthetic_hots": True, "block_size": 7, "sign": True}, "bfloat16"),
         (VOCABULARY, "float32"),
+        ({"admission_bytes": 56, "block_size": 2}, "float32"),
+        ({"admission_bytes": 56, "block_size": 7}, "int8"),
     ],
 )
 def test_aoti_has_the_probabilities_of_the_model(tmp_path, changes, array_dtype):
@@ -351,6 +393,8 @@ def test_aoti_has_the_probabilities_of_the_model(tmp_path, changes, array_dtype)
     assert export(model, tmp_path / "model.pt2", format="aoti", array_dtype=array_dtype).difference <= 1e-5
     if array_dtype == "bfloat16":
         model.embeddings.array.weight.data = model.embeddings.array.weight.bfloat16().float()
+    elif array_dtype == "int8":
+        model.embeddings.array = model.embeddings.array.quantized()
     run = load(tmp_path / "model.pt2")
     for rows in (1, 2, 301):
         dense, sparse = inputs(model, rows)

@@ -11,6 +11,7 @@ from data.rows import Batch
 from dlrm import DLRM, DLRMConfig, inference
 from dlrm.embeddings import build_embeddings
 from dlrm.inference import DTYPES, Predictor, array_bytes, check_mlp_dtype, with_array_dtype
+from robe import Admission
 
 CONFIG = DLRMConfig(
     embedding_dim=8, bottom_mlp=(40, 8), top_mlp=(70, 33, 1), table_rows=(9, 400, 5000, 3), num_dense=5, compression=3
@@ -22,6 +23,8 @@ CONFIGS = {
     "robe, long blocks": replace(CONFIG, block_size=20),
     "robe, several ids": replace(CONFIG, hots=HOTS),
     "robe, synthetic ids": replace(CONFIG, hots=HOTS, synthetic_hots=True),
+    "robe, admission": replace(CONFIG, admission_bytes=1536),
+    "robe, admission and small blocks": replace(CONFIG, admission_bytes=1536, block_size=3, hots=HOTS),
     "full": replace(CONFIG, embedding="full", compression=None),
     "full, several ids": replace(CONFIG, embedding="full", compression=None, hots=HOTS),
     "hash": replace(CONFIG, embedding="hash"),
@@ -48,6 +51,9 @@ def make(config, seed=0):
     with torch.no_grad():
         for p in model.embeddings.parameters():
             p.normal_(std=0.3)
+    if config.admission_bytes:  # bits at random: two ids of five are in
+        some, others = torch.randint(-(2**63), 2**63 - 1, (2, config.admission_bytes // 8))
+        model.embeddings.admission.filter.copy_(some | others)
     return model.eval()
 
 
@@ -76,6 +82,9 @@ def test_predictions_are_those_of_the_model(name, mlp_dtype):
         assert got.dtype == torch.float32
         torch.testing.assert_close(got, want, rtol=0, atol=TOLERANCE[mlp_dtype])
     assert want.std() > 0.02, "or constants would pass"
+    if model.config.admission_bytes:
+        inside = model.embeddings.admission.admits(sparse[:, :4], model.embeddings.table_keys)
+        assert 0.1 < inside.float().mean() < 0.9
 
 
 @pytest.mark.parametrize("name", ["robe", "cross"])
@@ -118,6 +127,10 @@ def test_bytes_of_the_array():
     groups = -(-size // 64)
     for dtype, want in {"float32": 4 * size, "bfloat16": 2 * size, "int8": size + 4 * groups}.items():
         assert array_bytes(with_array_dtype(model.embeddings, dtype)) == want
+    admission = make(CONFIGS["robe, admission"]).embeddings
+    assert array_bytes(admission) == array_bytes(model.embeddings) == 4 * size, "the array is smaller by the filter"
+    admission.admission = Admission(80, threshold=2, counter_bytes=1 << 16)
+    assert array_bytes(admission) == 4 * admission.array.size + 80, "without the counters"
     full = make(CONFIGS["full"])
     assert array_bytes(full.embeddings) >= CONFIG.full_floats * 4
 
@@ -130,6 +143,20 @@ def test_predictions_do_not_depend_on_how_rows_come_in_batches():
     pieces = [predictor(d, s) for d, s in zip(dense.split(77), sparse.split(77))]
     # torch's sigmoid rounds the last few of a tensor otherwise than those before.
     torch.testing.assert_close(torch.cat(pieces), whole, rtol=3e-7, atol=0)
+
+
+@pytest.mark.parametrize("array_dtype", DTYPES)
+def test_a_predictor_counts_no_ids(array_dtype):
+    model = make(CONFIG)
+    model.embeddings.admission = admission = Admission(64, threshold=1, counter_bytes=1 << 16)
+    model.train()
+    dense, sparse = rows_of(CONFIG, 10)
+    Predictor(model, array_dtype=array_dtype)(dense, sparse)
+    assert not admission.filter.any()
+    assert not admission.counter.counters.any()
+    assert model.embeddings.training
+    model(dense, sparse)
+    assert admission.filter.any()
 
 
 def test_results_stay_what_they_were():
