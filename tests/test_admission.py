@@ -107,7 +107,7 @@ def test_counts_are_exact_where_there_is_room():
     for times in (1, 2, 3, 10, 100):
         assert counter.reached[times] == sum(n >= times for n in want.values())
     for ids in (0, 5, 100, 10**6):
-        fits = [t for t in range(1, 1024) if sum(n >= t for n in want.values()) <= ids]
+        fits = [t for t in range(1, 9999) if sum(n >= t for n in want.values()) <= ids]
         assert counter.threshold_for(ids) == fits[0]
 
 
@@ -122,7 +122,8 @@ def test_counts_are_never_too_low_where_there_is_none():
     assert (got > torch.tensor(list(want.values()))).any()
 
 
-def test_more_than_the_most():
+def test_more_than_the_most(monkeypatch):
+    monkeypatch.setattr(robe.IdCounter, "MOST", 1023)
     counter = robe.IdCounter(1 << 16)
     counter.add(torch.zeros(5000, dtype=torch.long), KEYS[0])
     counter.add(torch.ones(1023, dtype=torch.long), KEYS[0])
@@ -130,6 +131,18 @@ def test_more_than_the_most():
     assert counter.reached[1:].tolist() == [2] * 1023
     assert counter.threshold_for(1) == 1023
     assert counter.threshold_for(2) == 1
+
+
+def test_the_most_frequent_ids_are_let_in():
+    admission, ids = robe.Admission(64), [ids_of(300, 3, seed=seed, top=500) for seed in range(4)]
+    times = admission.admit_frequent(lambda: iter(ids), KEYS, counter_bytes=1 << 22)
+    seen = Counter((k, x) for some in ids for row in some.tolist() for k, x in enumerate(row))
+    often = [pair for pair, n in seen.items() if n >= times]
+    assert len(often) <= 64 < sum(n >= times - 1 for n in seen.values())
+    want = robe.Admission(64)
+    tables, values = map(torch.tensor, zip(*often))
+    want.admit(values, KEYS[tables])
+    assert torch.equal(admission.filter, want.filter)
 
 
 def test_decay():
@@ -156,7 +169,7 @@ def test_an_id_is_let_in_when_it_was_seen_often_enough():
 
 def test_freeze():
     admission = robe.Admission(1 << 10, threshold=2, counter_bytes=1 << 16)
-    assert sorted(admission.state_dict()) == ["counter.counters", "counter.reached", "filter"]
+    assert sorted(admission.state_dict()) == ["counter.counters", "counter.steps", "filter"]
     admission.observe(torch.tensor([1, 1, 2]), KEYS[0])
     admission.freeze()
     assert list(admission.state_dict()) == ["filter"]
