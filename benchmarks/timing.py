@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 import robe
 from dlrm.checkpoint import write_json
@@ -20,6 +22,8 @@ from dlrm.metrics import environment
 COPIES_OF_IDS = {1: 256, 64: 64, 256: 32, 2048: 8}  # batches to go through: the same ids again would lie in the cache
 
 LARGE = 25_000_000  # weights: 100 MB
+
+ADMISSION = " + admission"  # in the names of candidates that have one
 
 
 def side_by_side(
@@ -94,6 +98,33 @@ def robe_layer(features: int, dim: int, size: int, block_size: int) -> robe.Robe
     """A table without end for each feature, on an array of ``size`` weights."""
     tables = [robe.EmbeddingBagConfig(f"cat_{i}", None, dim) for i in range(features)]
     return robe.RobeEmbeddingBagCollection(tables, robe_size=size, block_size=block_size)
+
+
+def admitting_layer(
+    features: int, dim: int, size: int, block_size: int, ids: list[Tensor]
+) -> robe.RobeEmbeddingBagCollection:
+    """A ``robe_layer`` with a filter an eighth the size of its array, full at 8 bits an id.
+
+    Args:
+        ids: batches (B, F): the most frequent are let in, so many that they are half of all.
+    """
+    layer = robe_layer(features, dim, size, block_size)
+    admission = robe.Admission(layer.array.size // 16 * 8)
+    columns = [column.unique(return_counts=True) for column in torch.cat(ids).T]
+    values, counts = (torch.cat(tensors) for tensors in zip(*columns))
+    keys = layer.table_keys.repeat_interleave(torch.tensor([len(column) for column, _ in columns]))
+    order = (counts + torch.rand(len(counts))).argsort(descending=True)
+    order = order[counts[order].cumsum(0) <= counts.sum() / 2][: admission.bytes]
+    admission.admit(values[order], keys[order])
+    admission.admit(torch.randint(1 << 62, (admission.bytes - len(order),)), keys[:1])  # ids that are not looked up
+    layer.admission = admission
+    return layer
+
+
+def times_without_admission(times: dict[str, dict[str, float]], name: str) -> str:
+    """The time of a candidate with an admission, in times of the same without; nothing for the others."""
+    without = times.get(name.replace(ADMISSION, ""))
+    return f"{times[name]['median'] / without['median']:.2f}" if without and ADMISSION in name else ""
 
 
 def parse(description: str | None, seconds: float) -> argparse.Namespace:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from robe.hashing import GOLDEN, mix64, multiply_high, signed
 
 RARE = -(1 << 63)  # the id whose row all ids read that were not let in
+SPREAD = 0.5  # of the effects of ids on the log-odds of a click
 _SALT = 0xD1B54A32D192ED03  # of the counters, which are not read at the hashes of blocks
 BITS_OF_WORD = 6  # log2
 BITS_OF_ID = 3
@@ -57,8 +58,26 @@ def admits(filter: Tensor, ids: Tensor, keys: Tensor) -> Tensor:
     return filter[word] & bits == bits
 
 
+def expected_gain(times: Tensor, clicks: Tensor, rate: float) -> Tensor:
+    """How much log likelihood an embedding of its own is expected to gain by an id's effect on the click rate.
+
+    The effect is one on the log-odds, with the prior N(0, SPREAD**2). Around no effect the log likelihood of the
+    id's clicks is about a parabola (Laplace's approximation) with information I and maximum at e:
+
+        I = times * rate * (1 - rate),    e = (clicks - times * rate) / I
+        gain = I * mean**2 / 2,    mean = e * SPREAD**2 / (SPREAD**2 + 1 / I), the posterior mean
+
+    Args:
+        times, clicks: float, how often an id was seen, and how often with label 1.
+        rate: of label 1 in all.
+    """
+    information = times * (rate * (1 - rate))
+    mean = (clicks - times * rate) / (information + SPREAD**-2)
+    return information * mean**2 / 2
+
+
 class IdCounter(nn.Module):
-    """How often each id was seen, about, and how many different ids were seen how often.
+    """How often each id was seen, about, in bounded memory.
 
     Args:
         bytes: of the counters. Counts are close while different ids are fewer than a quarter of bytes / 16 or so.
@@ -66,28 +85,18 @@ class IdCounter(nn.Module):
 
     Attributes:
         counters: buffer (4, bytes // 16) int32.
-        steps: buffer (MOST + 2,) int64: how many more different ids were seen t times or more than t - 1; [0] means
-            nothing.
 
     Raises:
         ValueError: bytes too few.
     """
 
-    MOST = (1 << 20) - 1  # times that ``reached`` tells apart
     counters: Tensor
-    steps: Tensor
 
     def __init__(self, bytes: int = 1 << 28, device=None):
         super().__init__()
         if bytes < 1024:
             raise ValueError(f"bytes: expected at least 1024 of an IdCounter, got {bytes}")
         self.register_buffer("counters", torch.zeros(_DEPTH, bytes // 16, dtype=torch.int32, device=device))
-        self.register_buffer("steps", torch.zeros(self.MOST + 2, dtype=torch.int64, device=device))
-
-    @property
-    def reached(self) -> Tensor:
-        """(MOST + 1,) int64: reached[t] different ids were seen t times or more, about; [0] means nothing."""
-        return self.steps.cumsum(0)[:-1]
 
     def _counters_of(self, row: Tensor) -> Tensor:
         """(4, n): of each id, the place in each row of counters."""
@@ -105,10 +114,6 @@ class IdCounter(nn.Module):
         before = self.counters.gather(1, places).amin(0)
         after = before + times.int()
         self.counters.scatter_reduce_(1, places, after.expand_as(places), "amax")
-        # One more id at each count from before + 1 to after.
-        one = torch.ones_like(different)
-        self.steps.index_add_(0, (before + 1).clamp(max=self.MOST + 1), one)
-        self.steps.index_add_(0, (after + 1).clamp(max=self.MOST + 1), -one)
 
     def count(self, ids: Tensor, keys: Tensor) -> Tensor:
         """How often each id was seen, int64 (...); never too low. Arguments as in ``row_hash``."""
@@ -118,14 +123,9 @@ class IdCounter(nn.Module):
     def _count(self, row: Tensor) -> Tensor:
         return self.counters.gather(1, self._counters_of(row)).amin(0).long()
 
-    def threshold_for(self, ids: int) -> int:
-        """The least number of times that at most so many different ids were seen, 1 to MOST."""
-        fits = (self.reached[1:] <= ids).nonzero()
-        return int(fits[0]) + 1 if len(fits) else self.MOST
-
     @torch.no_grad()
     def decay(self, factor: float) -> None:
-        """Multiply all counts, so that what was seen long ago counts less; ``reached`` stays as it is.
+        """Multiply all counts, so that what was seen long ago counts less.
 
         Raises:
             ValueError: factor is not within 0 to 1.
@@ -188,29 +188,49 @@ class Admission(nn.Module):
         self.filter.copy_(filter)
 
     @torch.no_grad()
-    def admit_frequent(
-        self, read: Callable[[], Iterable[Tensor]], keys: Tensor, *, bits: float = 8, counter_bytes: int = 1 << 28
+    def admit_best(
+        self,
+        read: Callable[[], Iterable[tuple[Tensor, Tensor | None]]],
+        keys: Tensor,
+        *,
+        bits: float = 8,
+        counter_bytes: int = 1 << 28,
     ) -> int:
-        """Let in the ids that are most often in some data, as many as the filter is made for.
+        """Let in those ids of some data from which most is to be gained, as many as the filter is made for.
 
-        The data is read twice: to count, and to let in.
+        With labels of 0 and 1 that is ``expected_gain``, without how often an id is there. The data is read twice: to
+        count, and to choose; memory does not grow with it.
 
         Args:
-            read: gives the ids anew at each call, in tensors; with keys as in ``row_hash``.
+            read: gives the data anew at each call, as pairs: ids, and the label of each or None. ids are as in
+                ``row_hash`` with keys; labels are broadcastable to them.
             bits: of the filter, for each id.
-            counter_bytes: see IdCounter.
+            counter_bytes: of each of two counters, there for the time being; see IdCounter.
 
         Returns:
-            how often an id was seen at least that was let in.
+            how many were let in.
         """
-        counter = IdCounter(counter_bytes, self.filter.device)
-        for ids in read():
-            counter.add(ids, keys)
-        times = counter.threshold_for(int(8 * self.bytes / bits))
-        for ids in read():
-            row = row_hash(ids, keys).flatten().unique()
-            self._admit(row[counter._count(row) >= times])
-        return times
+        device = self.filter.device
+        times, clicks = IdCounter(counter_bytes, device), None
+        seen = clicked = 0
+        for ids, labels in read():
+            row = row_hash(ids, keys)
+            times._add(row.flatten())
+            if labels is not None:
+                clicks = clicks or IdCounter(counter_bytes, device)
+                with_click = row[labels.expand_as(row) > 0.5]
+                clicks._add(with_click)
+                seen, clicked = seen + row.numel(), clicked + len(with_click)
+        most = int(8 * self.bytes / bits)
+        best, scores = row_hash(torch.empty(0, dtype=torch.int64, device=device), keys.flatten()[:0]), None
+        for ids, _ in read():
+            row = torch.cat([best, row_hash(ids, keys).flatten()]).unique()
+            scores = times._count(row).double()
+            if clicks is not None:
+                scores = expected_gain(scores, clicks._count(row).double(), clicked / seen)
+            best = row[scores.topk(min(most, len(row))).indices]
+        self._admit(best)
+        return len(best)
 
     @torch._disable_dynamo
     @torch.no_grad()

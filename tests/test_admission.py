@@ -104,11 +104,6 @@ def test_counts_are_exact_where_there_is_room():
     tables, values = map(torch.tensor, zip(*want))
     assert counter.count(values, KEYS[tables]).tolist() == list(want.values())
     assert not counter.count(torch.tensor([12345, -12345]), KEYS[0]).any()
-    for times in (1, 2, 3, 10, 100):
-        assert counter.reached[times] == sum(n >= times for n in want.values())
-    for ids in (0, 5, 100, 10**6):
-        fits = [t for t in range(1, 9999) if sum(n >= t for n in want.values()) <= ids]
-        assert counter.threshold_for(ids) == fits[0]
 
 
 def test_counts_are_never_too_low_where_there_is_none():
@@ -122,27 +117,39 @@ def test_counts_are_never_too_low_where_there_is_none():
     assert (got > torch.tensor(list(want.values()))).any()
 
 
-def test_more_than_the_most(monkeypatch):
-    monkeypatch.setattr(robe.IdCounter, "MOST", 1023)
-    counter = robe.IdCounter(1 << 16)
-    counter.add(torch.zeros(5000, dtype=torch.long), KEYS[0])
-    counter.add(torch.ones(1023, dtype=torch.long), KEYS[0])
-    assert counter.count(torch.tensor([0, 1]), KEYS[0]).tolist() == [5000, 1023]
-    assert counter.reached[1:].tolist() == [2] * 1023
-    assert counter.threshold_for(1) == 1023
-    assert counter.threshold_for(2) == 1
+@pytest.mark.parametrize("labelled", [False, True])
+def test_the_best_ids_are_let_in(labelled):
+    data = [(ids_of(300, 3, seed=seed, top=500), torch.rand(300, 1).round()) for seed in range(4)]
+    data = [(ids, labels if labelled else None) for ids, labels in data]
+    seen, clicked = Counter(), Counter()
+    for ids, labels in data:
+        for row, (label,) in zip(ids.tolist(), (torch.zeros(300, 1) if labels is None else labels).tolist()):
+            for k, x in enumerate(row):
+                seen[k, x] += 1
+                clicked[k, x] += label
+    rate = sum(clicked.values()) / sum(seen.values())
 
+    def score(pair):
+        if not labelled:
+            return seen[pair]
+        information = seen[pair] * rate * (1 - rate)
+        effect = (clicked[pair] - seen[pair] * rate) / information
+        return information / 2 * (effect * 0.25 / (0.25 + 1 / information)) ** 2
 
-def test_the_most_frequent_ids_are_let_in():
-    admission, ids = robe.Admission(64), [ids_of(300, 3, seed=seed, top=500) for seed in range(4)]
-    times = admission.admit_frequent(lambda: iter(ids), KEYS, counter_bytes=1 << 22)
-    seen = Counter((k, x) for some in ids for row in some.tolist() for k, x in enumerate(row))
-    often = [pair for pair, n in seen.items() if n >= times]
-    assert len(often) <= 64 < sum(n >= times - 1 for n in seen.values())
+    admission = robe.Admission(64)
+    assert admission.admit_best(lambda: iter(data), KEYS, counter_bytes=1 << 22) == 64
+    ranked = sorted(seen, key=score, reverse=True)
+    sure = [pair for pair in ranked if score(pair) > score(ranked[64]) + 1e-9]
+    assert len(sure) > 40  # others have the same score as the first that is not in
+    tables, values = map(torch.tensor, zip(*sure))
+    assert admission.admits(values, KEYS[tables]).all()
+    # And no more than 64: bits that the sure ones have not set are of ids with the score of the last.
     want = robe.Admission(64)
-    tables, values = map(torch.tensor, zip(*often))
     want.admit(values, KEYS[tables])
-    assert torch.equal(admission.filter, want.filter)
+    last = [pair for pair in ranked if abs(score(pair) - score(ranked[63])) <= 1e-9]
+    tables, values = map(torch.tensor, zip(*last))
+    want.admit(values, KEYS[tables])
+    assert torch.equal(want.filter | admission.filter, want.filter)
 
 
 def test_decay():
@@ -169,7 +176,7 @@ def test_an_id_is_let_in_when_it_was_seen_often_enough():
 
 def test_freeze():
     admission = robe.Admission(1 << 10, threshold=2, counter_bytes=1 << 16)
-    assert sorted(admission.state_dict()) == ["counter.counters", "counter.steps", "filter"]
+    assert sorted(admission.state_dict()) == ["counter.counters", "filter"]
     admission.observe(torch.tensor([1, 1, 2]), KEYS[0])
     admission.freeze()
     assert list(admission.state_dict()) == ["filter"]
