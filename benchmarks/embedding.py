@@ -168,7 +168,7 @@ def main() -> None:
             results += measure(name, args.max_rows, args.seconds, bar)
     print(report(results))
     print(
-        "\ntimes faster: than the faster of nn.EmbeddingBag and fbgemm TBE; copies: of the time to copy the output once\n"
+        "\ntimes faster: than the faster of nn.EmbeddingBag and fbgemm TBE; copies: of the time to copy the output;\n"
         "without: of the time without an admission"
     )
     save(args.output, results)
