@@ -37,7 +37,7 @@ from dlrm import DLRM, PRESETS, checkpoint
 from dlrm.checkpoint import WEIGHTS, Saved, TrainingCheckpoints
 from dlrm.config import EMBEDDINGS, MLPERF_HOTS, OPTIMIZERS, DLRMConfig, TrainingConfig
 from dlrm.distributed import PeerFailed, World
-from dlrm.embeddings import build_embeddings
+from dlrm.embeddings import build_embeddings, synthetic_ids
 from dlrm.journal import Journal
 from dlrm.metrics import EVALUATION_BATCH, environment, evaluate, peak_rss_bytes
 from dlrm.mllog import MLLog
@@ -51,6 +51,8 @@ from dlrm.trainer import (
     TrainingError,
     make_optimizers,
 )
+from robe import Admission
+from robe.hashing import table_key
 
 METRICS, CURVES = "metrics.json", "learning_curve.png"
 LAST = -1  # --resume without a step
@@ -81,6 +83,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     size.add_argument("--robe-size", type=int, metavar="N", help="weights in the array")
     run.add_argument("--block-size", type=int, metavar="Z", help="weights per hashed block (default: the dimension)")
     run.add_argument("--init-std", type=float, metavar="X", help="scale of the initial array (default 0.01)")
+    run.add_argument(
+        "--admission",
+        type=float,
+        metavar="SHARE",
+        help="only ids that are worth it have a row of their own, the others of a feature share one; a filter keeps "
+        "them, in at most this share of the memory that is left (1/8 is good). They are chosen in two passes over the "
+        "training rows, or with --admit-after while it trains",
+    )
+    run.add_argument("--admit-after", type=int, metavar="N", help="ids have a row of their own once seen N times")
     run.add_argument(
         "--table-rows",
         choices=("preset", "data"),
@@ -151,6 +162,11 @@ def run_in_world(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace, world: World) -> None:
+    if args.admit_after is not None and world.size > 1:
+        raise ValueError(
+            "--admit-after: each of several processes would count its own rows; leave it out, and ids are "
+            "chosen before training"
+        )
     start, start_ms = time.perf_counter(), int(time.time() * 1e3)
     checkpoints = TrainingCheckpoints(args.output, args.keep_checkpoints)
     saved = world.each(lambda: find_checkpoint(args, checkpoints))
@@ -162,6 +178,8 @@ def run(args: argparse.Namespace, world: World) -> None:
     if saved:
         world.each(lambda: require_rows(rows, saved, options.data))
         model = saved.model
+        if options.admit_after is not None:
+            model.embeddings.admission.threshold = options.admit_after
     else:
         model = new_model(options, training, parts["train"], world)
     model.to(world.device)
@@ -291,10 +309,11 @@ def require_rows(rows: dict[str, int], saved: Saved, path: Path) -> None:
 
 
 def describe(options: argparse.Namespace, model: DLRM, rows: dict[str, int]) -> str:
-    floats, full = embedding_floats(model), model.config.full_floats
+    full, bytes = model.config.full_floats, model.config.admission_bytes
+    admission = f" and an admission of {bytes:,} bytes" if bytes else ""
     return (
-        f"{options.preset}, {model.config.embedding}: {floats:,} floats of embeddings for {full:,} in full tables "
-        f"({full / floats:.4g}x); {describe_rows(rows)}"
+        f"{options.preset}, {model.config.embedding}: {embedding_floats(model):,} floats of embeddings{admission} for "
+        f"{full:,} in full tables ({compression(model):.4g}x); {describe_rows(rows)}"
     )
 
 
@@ -311,6 +330,11 @@ def describe_result(metrics: dict[str, Any]) -> str:
         f"{metrics['best_epoch']:.2f}, validation AUC {metrics['validation_auc']:.4f}); "
         f"{metrics['samples_per_second']:,.0f} samples/s"
     )
+
+
+def compression(model: DLRM) -> float:
+    """Bytes of the full tables over bytes kept."""
+    return 4 * model.config.full_floats / (4 * embedding_floats(model) + model.config.admission_bytes)
 
 
 def embedding_floats(model: DLRM) -> int:
@@ -331,8 +355,9 @@ def summary(
         "target_epoch": trainer.reached and trainer.reached["epoch"],
         "samples_per_second": trainer.trained_rows / progress.seconds,
         "array_floats": floats,
+        "admission_bytes": config.admission_bytes,
         "full_floats": config.full_floats,
-        "compression": config.full_floats / floats,
+        "compression": compression(trainer.model),
         "epochs": trainer.config.epochs,
         "steps": progress.step,
         "peak_rss_bytes": peak_rss_bytes(),
@@ -386,10 +411,11 @@ def merge_options(given: dict[str, Any], saved: Saved | None) -> argparse.Namesp
     if saved is None:
         if "data" not in given:
             raise ValueError("--data: is needed to start a run (there is no checkpoint to go on from)")
-        names = ("compression", "robe_size", "block_size", "init_std", "synthetic_hots")
+        names = ("compression", "robe_size", "block_size", "init_std", "admission", "admit_after", "synthetic_hots")
         changes = (*PATHS, *TRAINING_OPTIONS, *names)
         return argparse.Namespace(**dict.fromkeys(changes) | DEFAULTS | given)
-    started = dict.fromkeys(TRAINING_OPTIONS) | saved.state["options"]
+    # Those that are new since then were not given.
+    started = dict.fromkeys((*TRAINING_OPTIONS, "admission", "admit_after")) | saved.state["options"]
     for name in PATHS:
         started[name] = started[name] and Path(started[name])
     for name, value in given.items():
@@ -417,15 +443,41 @@ def open_parts(options: argparse.Namespace, world: World) -> dict[str, Part]:
 def new_model(options: argparse.Namespace, training: TrainingConfig, train: Part, world: World) -> DLRM:
     """The model of a new run, before its first step."""
     known = world.first(lambda: count_ids(train)) if options.table_rows == "data" else None
+    config = world.each(lambda: model_config(options, known, train.source.layout))
+    world.each(lambda: require_memory(config, training))
+    filter = None
+    if options.admission and options.admit_after is None:
+        filter = world.first(lambda: choose_ids(train, config))
+        config = replace(config, admission_bytes=8 * len(filter))
 
     def build() -> DLRM:
-        config = model_config(options, known, train.source.layout)
-        require_memory(config, training)
         torch.manual_seed(options.seed)
         ids = [torch.from_numpy(column) for column in known] if known and config.vocabulary else None
-        return DLRM(config, build_embeddings(config, ids))
+        model = DLRM(config, build_embeddings(config, ids))
+        if filter is not None:
+            model.embeddings.admission.filter.copy_(filter)
+        elif options.admit_after is not None:
+            model.embeddings.admission.start_counting(options.admit_after)
+        return model
 
     return world.each(build)
+
+
+def choose_ids(train: Part, config: DLRMConfig) -> torch.Tensor:
+    """The filter of an admission, of at most the bytes that the config has for it."""
+
+    def read() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        with tqdm(total=len(train), unit="row", unit_scale=True, desc="choosing ids", leave=False) as bar:
+            for batch in train.source.read(train.rows.start, train.rows.stop):
+                assert batch.labels is not None
+                sparse = torch.from_numpy(batch.sparse)
+                if config.synthetic_hots:
+                    sparse = synthetic_ids(sparse, config.hots or (), config.table_rows)
+                yield sparse, torch.from_numpy(batch.labels).unsqueeze(1)
+                bar.update(len(batch))
+
+    keys = torch.tensor([table_key(config.hash_seed, feature) for feature in config.feature_of_id])
+    return Admission.choose(read, keys, config.admission_bytes).filter
 
 
 def count_ids(train: Part) -> list[np.ndarray]:
@@ -449,6 +501,12 @@ def model_config(args: argparse.Namespace, known: list[np.ndarray] | None, layou
         "hash_seed": args.seed,
         "hots": layout.hots,
     }
+    share = args.admission
+    if share is not None:
+        if args.embedding != "robe" or not 0 < share < 1:
+            raise ValueError(f"--admission: expected a share between 0 and 1, of --embedding robe, got {share}")
+    elif args.admit_after is not None:
+        raise ValueError("--admit-after: expected --admission with it, the memory of the ids that are let in")
     if args.synthetic_hots:
         if layout.hots is not None:
             raise ValueError("--synthetic-hots: the data has several ids a feature already; leave it out")
@@ -464,7 +522,10 @@ def model_config(args: argparse.Namespace, known: list[np.ndarray] | None, layou
         changes["vocabulary"] = args.embedding == "full"
         if changes["vocabulary"] and max(int(ids[-1]) for ids in known) >= 1 << 32:
             raise ValueError("--table-rows data: expected ids of 32 bits for --embedding full")
-    return replace(PRESETS[args.preset].model, **changes)
+    config = replace(PRESETS[args.preset].model, **changes)
+    if share is not None:
+        config = replace(config, admission_bytes=max(int(4 * share * config.array_floats) // 8, 1) * 8)
+    return config
 
 
 def require_memory(config: DLRMConfig, training: TrainingConfig) -> None:

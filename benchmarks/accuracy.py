@@ -21,9 +21,11 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
@@ -33,20 +35,24 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks.peers import QuotientRemainder
+from benchmarks.peers import HashTrick, QuotientRemainder
 from data.batches import split_rows
 from data.formats import open_source
 from data.rows import Batch
 from data.synthetic import Signal
 from dlrm.checkpoint import whole_file, write_json
-from dlrm.config import PRESETS, DLRMConfig, TrainingConfig
-from dlrm.embeddings import Tables, VocabularyTables, capped_rows
+from dlrm.config import PRESETS
+from dlrm.embeddings import VocabularyTables
 from dlrm.metrics import environment, evaluate
 from dlrm.model import DLRM
-from dlrm.trainer import Trainer, make_optimizers
-from robe import Admission, EmbeddingBagConfig, IdCounter, RobeEmbeddingBagCollection
+from dlrm.trainer import Stopped, Trainer, make_optimizers
+from robe import Admission, EmbeddingBagConfig, RobeEmbeddingBagCollection
+from robe.array import INIT_STD
+from robe.hashing import table_key
 
-DIM = 16
+DIM = 16  # the kaggle preset
+SEARCH_SEED = 1000  # and on; those of tests are 0 and on
+BEST = {"block_size": 1, "admit": 0.125}
 
 
 class Rows:
@@ -89,3 +95,388 @@ class Rows:
         order = np.random.default_rng([seed, epoch]).permutation(len(self.parts[0]))
         for start in range(0, len(order), size):
             yield self.batch[order[start : start + size]]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training run: all that a result depends on, with the rows and the seed."""
+
+    method: str
+    compression: float = 1.0
+    rate: float = 1e-3
+    init: float = 1.0  # times the method's own initial scale
+    decay: float = 0.0  # of the weights of MLPs and arrays, as torch.optim.Adam has it
+    averaging: int = 500
+    epochs: int = 6
+    options: tuple[tuple[str, Any], ...] = ()  # of the embeddings, beyond the method's
+
+    @property
+    def key(self) -> str:
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return json.dumps(values, sort_keys=True)
+
+
+def robe(rows: Rows, trial: Trial, seed: int, **options: Any) -> nn.Module:
+    """ROBE in rows.full_bytes / compression bytes, the filter of an admission among them.
+
+    Args:
+        options: of RobeEmbeddingBagCollection; and ``admit``, the share of the memory that the filter of an Admission
+            takes at the most, ``labelled``, whether ids are chosen by labels or counts, ``times`` as in its choose.
+    """
+    options |= dict(trial.options)
+    memory = rows.full_bytes / trial.compression
+    share, labelled, times = options.pop("admit", 0.0), options.pop("labelled", True), options.pop("times", 10)
+    linear = options.get("hash") == "linear"  # whose tables lie one behind the other, and so have an end
+    tables = [EmbeddingBagConfig(f"cat_{i}", 1 << 32 if linear else None, DIM) for i in range(len(rows.table_rows))]
+    admission = None
+    if share:
+
+        def read() -> Iterator[tuple[Tensor, Tensor | None]]:
+            for batch in rows.part(rows.parts[0], 1 << 16):
+                assert batch.labels is not None
+                labels = torch.from_numpy(batch.labels).unsqueeze(1) if labelled else None
+                yield torch.from_numpy(batch.sparse), labels
+
+        keys = torch.tensor([table_key(seed, i) for i in range(len(tables))])
+        admission = Admission.choose(read, keys, int(memory * share), times=times)
+    layer = RobeEmbeddingBagCollection(
+        tables,
+        robe_size=int(memory - (admission.bytes if admission else 0)) // 4,
+        seed=seed,
+        init_std=INIT_STD * trial.init,
+        admission=admission,
+        **options,
+    )
+    if linear:  # the authors' initial values
+        bound = trial.init * max(rows.table_rows) ** -0.5
+        nn.init.uniform_(layer.array.weight, -bound, bound)
+    return layer
+
+
+def tables(rows: Rows, trial: Trial, seed: int) -> nn.Module:
+    return scaled(VocabularyTables(rows.table_rows, DIM, rows.vocabulary), trial)
+
+
+def hash_trick(rows: Rows, trial: Trial, seed: int) -> nn.Module:
+    return scaled(HashTrick(rows.table_rows, DIM, trial.compression), trial)
+
+
+def quotient_remainder(rows: Rows, trial: Trial, seed: int) -> nn.Module:
+    return scaled(QuotientRemainder(rows.table_rows, DIM, trial.compression), trial)
+
+
+def scaled(layer: nn.Module, trial: Trial) -> nn.Module:
+    with torch.no_grad():
+        for weight in layer.parameters():
+            weight *= trial.init
+    return layer
+
+
+FULL, ADMISSION = "full tables", "ROBE + admission"
+METHODS: dict[str, Callable[[Rows, Trial, int], nn.Module]] = {
+    FULL: tables,
+    "hash trick": hash_trick,
+    "QR": quotient_remainder,
+    "ROBE, authors'": partial(robe, hash="linear"),
+    **{f"ROBE, Z={z}": partial(robe, block_size=z) for z in (1, 4, 8, 16)},
+    ADMISSION: partial(robe, **BEST),
+}
+SEARCHED_AS = {f"ROBE, Z={z}": "ROBE, Z=16" for z in (1, 4, 8)}
+_ADMITTED = Trial(ADMISSION)
+
+
+def _with(**options: Any) -> Trial:
+    return replace(_ADMITTED, options=tuple(options.items()))
+
+
+STUDIES: dict[str, list[Trial]] = {
+    "share": [_with(admit=share) for share in (1 / 8, 1 / 4)] + [_with(times=20), _with(labelled=False)],
+    "block": [_with(block_size=z) for z in (1, 4, 8, 16, 32)],
+}
+# Each changes one thing, and is kept if validation AUC is better; the next ones go on from there.
+SEARCH: tuple[dict[str, float], ...] = ({"rate": 2.0}, {"rate": 0.5}, {"init": 0.1}, {"init": 3.0}, {"decay": 1e-6})
+
+
+def run(rows: Rows, trial: Trial, seed: int, batch_size: int) -> dict[str, Any]:
+    """Train once; the scores of the weights with the best validation AUC."""
+    start = time.perf_counter()
+    torch.manual_seed(seed)
+    embeddings = METHODS[trial.method](rows, trial, seed)
+    memory = 4 * sum(p.numel() for p in embeddings.parameters())
+    if getattr(embeddings, "admission", None) is not None:
+        memory += embeddings.admission.bytes
+    preset = PRESETS["kaggle"]
+    config = replace(preset.model, table_rows=rows.table_rows, embedding="full", compression=None)
+    model = DLRM(config, embeddings)
+    training = replace(
+        preset.training,
+        batch_size=batch_size,
+        learning_rate=trial.rate,
+        epochs=trial.epochs,
+        evaluations_per_epoch=2,
+        averaging_steps=trial.averaging,
+        seed=seed,
+    )
+    optimizers = make_optimizers(model, training)
+    for group in optimizers[0].param_groups:
+        group["weight_decay"] = trial.decay
+    train, validation, test = rows.parts
+    best: dict[str, Tensor] = {}
+    trainer = Trainer(
+        model,
+        training,
+        lambda epoch, start: rows.train_batches(batch_size, seed, epoch),
+        len(train),
+        evaluate=lambda: evaluate(model, rows.part(validation, 4096)),
+        keep=lambda: best.update({name: p.detach().clone() for name, p in model.named_parameters()}),
+        optimizers=optimizers,
+        show=False,
+        wants_to_stop=lambda: is_past_its_best(trainer.progress.history),
+    )
+    with suppress(Stopped):
+        trainer.train()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(best[name])
+    scores = evaluate(model, rows.part(test, 4096))
+    return {
+        "auc": scores["auc"],
+        "log_loss": scores["log_loss"],
+        "validation_auc": trainer.progress.best["auc"],
+        "best_epoch": trainer.progress.best["epoch"],
+        "history": [(point["epoch"], point["auc"]) for point in trainer.progress.history],
+        "bytes": memory,
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def is_past_its_best(history: list[dict[str, float]]) -> bool:
+    """Whether the last epoch's evaluations are all below the best one before."""
+    aucs = [point["auc"] for point in history]
+    return len(aucs) > 2 and max(aucs[-2:]) < max(aucs[:-2])
+
+
+class Runs:
+    """Runs in processes of one thread each, and a file of those that ended.
+
+    Args:
+        path: a line of JSON a run.
+        rows: of all runs.
+        batch_size: likewise.
+        processes: how many at a time.
+    """
+
+    def __init__(self, path: Path, rows: Rows, batch_size: int, processes: int):
+        self.path = path
+        self._done: dict[tuple[str, int], dict[str, Any]] = {}
+        if path.exists():
+            for line in path.read_text().splitlines():
+                with suppress(ValueError):  # the last line of a program that was killed
+                    run = json.loads(line)
+                    self._done[run["trial"], run["seed"]] = run["result"]
+        global _work
+        _work = rows, batch_size
+        # Forked, so that all read the same rows.
+        self._pool = multiprocessing.get_context("fork").Pool(processes, torch.set_num_threads, (1,))
+        self.bar = tqdm(unit="run", file=sys.stderr)
+
+    def results(self, jobs: list[tuple[Trial, int]]) -> dict[tuple[Trial, int], dict[str, Any]]:
+        """Of each trial and seed."""
+        jobs = list(dict.fromkeys(jobs))
+        missing = [(trial, seed) for trial, seed in jobs if (trial.key, seed) not in self._done]
+        self.bar.total = self.bar.n + len(missing)
+        with self.path.open("a") as file:
+            for trial, seed, result in self._pool.imap_unordered(_run, missing):
+                self._done[trial.key, seed] = result
+                file.write(json.dumps({"trial": trial.key, "seed": seed, "result": result}) + "\n")
+                file.flush()
+                self.bar.set_postfix_str(f"{trial.method} {trial.compression:g}x: {result['auc']:.4f}")
+                self.bar.update()
+        return {(trial, seed): self._done[trial.key, seed] for trial, seed in jobs}
+
+
+_work: tuple[Rows, int]  # of the processes of a pool
+
+
+def _run(job: tuple[Trial, int]) -> tuple[Trial, int, dict[str, Any]]:
+    return *job, run(_work[0], *job, _work[1])
+
+
+def search(runs: Runs, trials: list[Trial], seeds: int) -> list[Trial]:
+    """The best trial found from each on; all are searched side by side."""
+    validation: dict[Trial, float] = {}
+    of_seeds = range(SEARCH_SEED, SEARCH_SEED + seeds)
+
+    def measure(tried: list[Trial]) -> None:
+        results = runs.results([(trial, seed) for trial in tried for seed in of_seeds])
+        for trial in tried:
+            validation[trial] = mean(results[trial, seed]["validation_auc"] for seed in of_seeds)
+
+    best = list(trials)
+    measure(best)
+    for change in SEARCH:
+        (name, value), *_ = change.items()
+        changed = [
+            replace(trial, **{name: value if name == "decay" else value * getattr(start, name)})
+            for trial, start in zip(best, trials)
+        ]
+        measure(changed)
+        best = [max(old, new, key=validation.__getitem__) for old, new in zip(best, changed)]
+    return best
+
+
+def interval(differences: list[float]) -> tuple[float, float]:
+    """Mean, and half of its 95 % interval (Student's t, paired)."""
+    n = len(differences)
+    return mean(differences), float(student.ppf(0.975, n - 1)) * stdev(differences) / math.sqrt(n)
+
+
+def compare(runs: Runs, methods: list[str], compressions: list[float], seeds: int, searches: int) -> list[dict]:
+    """Search, then test; a row for each method and compression."""
+    searched = [Trial(m) if m == FULL else Trial(m, c) for m in methods for c in compressions if m not in SEARCHED_AS]
+    searched = list(dict.fromkeys(searched))
+    found = dict(zip(searched, search(runs, searched, searches) if searches else searched))
+    best = []
+    for method in methods:
+        for compression in compressions[: 1 if method == FULL else None]:
+            start = Trial(method) if method == FULL else Trial(SEARCHED_AS.get(method, method), compression)
+            best.append(replace(found.get(start, start), method=method))
+    return tested(runs, best, seeds)
+
+
+def tested(runs: Runs, trials: list[Trial], seeds: int) -> list[dict]:
+    """Rows of the table: the first trial is what the others are compared with."""
+    results = runs.results([(trial, seed) for trial in trials for seed in range(seeds)])
+    table = []
+    for trial in trials:
+        of_seed = [results[trial, seed] for seed in range(seeds)]
+        auc = [result["auc"] for result in of_seed]
+        against, half = interval([result["auc"] - results[trials[0], s]["auc"] for s, result in enumerate(of_seed)])
+        table.append(
+            {
+                "trial": json.loads(trial.key),
+                "bytes": of_seed[0]["bytes"],
+                "auc": auc,
+                "mean": mean(auc),
+                "sd": stdev(auc),
+                "against": against,
+                "interval": half,
+                "validation_auc": mean(result["validation_auc"] for result in of_seed),
+                "log_loss": mean(result["log_loss"] for result in of_seed),
+                "best_epoch": mean(result["best_epoch"] for result in of_seed),
+            }
+        )
+    return table
+
+
+def label(row: dict) -> str:
+    trial = row["trial"]
+    name = trial["method"]
+    if trial["method"] != FULL:
+        name += f" {trial['compression']:g}x"
+    changed = {k: v for k, v in trial.items() if k not in ("method", "compression") and v != getattr(Trial(""), k)}
+    options = {**changed, **dict(changed.pop("options", ()))}
+    options.pop("options", None)
+    return name + "".join(f", {k} {v:g}" if isinstance(v, float) else f", {k} {v}" for k, v in options.items())
+
+
+def markdown(table: list[dict], seeds: int) -> str:
+    lines = [
+        f"| {seeds} seeds | bytes | test AUC | sd | against the first, 95 % | validation AUC | log loss | best epoch |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in table:
+        against = f"{row['against']:+.4f} ± {row['interval']:.4f}" if row is not table[0] else ""
+        lines.append(
+            f"| {label(row)} | {row['bytes']:,} | {row['mean']:.4f} | {row['sd']:.4f} | {against} "
+            f"| {row['validation_auc']:.4f} | {row['log_loss']:.4f} | {row['best_epoch']:.1f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def plot(path: Path, table: list[dict], best_possible: float | None) -> None:
+    """AUC against memory, a line a method."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    methods: dict[str, list[dict]] = {}
+    for row in table:
+        methods.setdefault(row["trial"]["method"], []).append(row)
+    for method, points in methods.items():
+        if method == FULL:
+            axes.axhline(points[0]["mean"], color="black", linewidth=1, label=FULL)
+            continue
+        points = sorted(points, key=lambda row: row["bytes"])
+        spread = [row["sd"] for row in points]
+        width = 2.5 if method == ADMISSION else 1.2
+        axes.errorbar(
+            [row["bytes"] for row in points],
+            [row["mean"] for row in points],
+            yerr=spread,
+            label=method,
+            linewidth=width,
+            marker="o",
+            markersize=2 * width,
+            capsize=2,
+        )
+    if best_possible is not None:
+        axes.axhline(best_possible, color="grey", linestyle=":", label="best possible")
+    axes.set(xscale="log", xlabel="memory of the embeddings, bytes", ylabel="test AUC")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    with whole_file(path) as part:
+        figure.savefig(part, format="png", dpi=130)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    rows = parser.add_mutually_exclusive_group(required=True)
+    rows.add_argument("--data", type=Path, metavar="PATH", help="any format of data/")
+    rows.add_argument("--generate", type=int, metavar="N", help="rows with a known best AUC")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--searches", type=int, default=2, metavar="N", help="seeds of a search; 0: none")
+    parser.add_argument("--compressions", type=float, nargs="+", default=[10.0, 100.0, 1000.0])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME")
+    parser.add_argument("--study", choices=STUDIES, help="instead of methods, variants of ROBE")
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="of one thread each")
+    args = parser.parse_args()
+    if args.seeds < 2:
+        parser.error("--seeds: expected at least 2, for a standard deviation")
+    return args
+
+
+def main() -> None:
+    args = parse()
+    args.output.mkdir(parents=True, exist_ok=True)
+    rows = Rows.generate(args.generate) if args.data is None else Rows.read(args.data)
+    runs = Runs(args.output / "runs.jsonl", rows, args.batch_size, args.processes)
+    if args.study:
+        trials = [Trial(FULL)] + [replace(t, compression=c) for c in args.compressions for t in STUDIES[args.study]]
+        name, table = args.study, tested(runs, trials, args.seeds)
+    else:
+        name, table = "accuracy", compare(runs, args.methods, args.compressions, args.seeds, args.searches)
+    runs.bar.close()
+    write_json(
+        args.output / f"{name}.json",
+        {
+            "table": table,
+            "rows": len(rows.batch),
+            "full_bytes": rows.full_bytes,
+            "best_possible_auc": rows.best,
+            "batch_size": args.batch_size,
+            "environment": environment(),
+        },
+    )
+    text = markdown(table, args.seeds)
+    if rows.best is not None:
+        text += f"\nBest possible AUC of the test rows: {rows.best:.4f}\n"
+    (args.output / f"{name}.md").write_text(text)
+    plot(args.output / f"{name}.png", table, rows.best)
+    print(f"\n{text}")
+
+
+if __name__ == "__main__":
+    main()

@@ -27,12 +27,14 @@ from safetensors.torch import load_file, save_file
 import robe.optim
 from dlrm.config import DLRMConfig
 from dlrm.model import DLRM
+from robe import IdCounter
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 BEST, OPTIMIZER, STATE = "best.safetensors", "optimizer.safetensors", "state.json"
 VERSION = 1
 _COUNT_IN_INTEGERS = (robe.optim.SGD, robe.optim.Adagrad, robe.optim.Adam, torch.optim.SparseAdam)
 _GENERATOR = "generator"  # torch's, among the tensors of the optimizers
+_COUNTERS = "embeddings.admission.counter.counters"  # of an admission that counts while it trains
 _AVERAGE = "average"  # likewise, of each parameter
 
 
@@ -76,8 +78,9 @@ def save(folder: str | Path, model: DLRM, training: dict[str, Any] | None = None
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    state = {name: x for name, x in _state(model).items() if name != _COUNTERS}  # counts are for training only
     with whole_file(folder / WEIGHTS) as part:
-        save_file(_state(model), part)
+        save_file(state, part)
     write_json(folder / CONFIG, {"model": model.config.to_dict(), "training": training})
 
 
@@ -107,12 +110,18 @@ def _build(config: DLRMConfig, weights_path: Path, config_name: str) -> DLRM:
     state = _read(weights_path)
     with torch.device("meta"):
         expected = DLRM(config).state_dict()
+    counters = state.get(_COUNTERS)
+    if counters is not None and config.admission_bytes:
+        expected[_COUNTERS] = counters
     for name in sorted(expected.keys() | state.keys()):
         want = tuple(expected[name].shape) if name in expected else "none"
         got = tuple(state[name].shape) if name in state else "none"
         if want != got:
             raise CheckpointError(f"{weights_path}: {name} has shape {got}, {config_name} makes it {want}")
     model = DLRM(config)
+    if counters is not None:
+        counter = IdCounter(counters.numel() * counters.element_size())
+        model.embeddings.admission.counter = counter  # type: ignore[union-attr]
     model.load_state_dict(state)
     return model
 

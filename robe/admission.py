@@ -31,6 +31,7 @@ SPREAD = 0.5  # of the effects of ids on the log-odds of a click
 _SALT = 0xD1B54A32D192ED03  # of the counters, which are not read at the hashes of blocks
 BITS_OF_WORD = 6  # log2
 BITS_OF_ID = 3
+_FULL = 0.5  # the share of bits set at which counting lets no more ids in: then 1 of 8 others is in by chance
 _DEPTH = 4  # counters of an id
 
 
@@ -74,6 +75,10 @@ def expected_gain(times: Tensor, clicks: Tensor, rate: float) -> Tensor:
     information = times * (rate * (1 - rate))
     mean = (clicks - times * rate) / (information + SPREAD**-2)
     return information * mean**2 / 2
+
+
+def _count_bits(words: np.ndarray) -> int:
+    return int(np.unpackbits(words.view(np.uint8)).sum())
 
 
 class IdCounter(nn.Module):
@@ -138,8 +143,8 @@ class IdCounter(nn.Module):
 class Admission(nn.Module):
     """The ids that have an embedding of their own; given to layers as ``admission=``, to several if they share it.
 
-    With a threshold it counts what its layers read while they train, and lets an id in when it has been seen that
-    often. Without one, ids are let in by ``admit``, such as after counting them in a pass over the data.
+    ``choose`` makes one of ids that are chosen from the data before training. With a threshold it counts what its
+    layers read while they train, and lets an id in when it has been seen that often. Else ids are let in by ``admit``.
 
     Args:
         bytes: of the filter, a multiple of 8; 4 to 8 bits for each id that is let in are good.
@@ -157,16 +162,17 @@ class Admission(nn.Module):
 
     filter: Tensor
     counter: IdCounter | None
+    threshold: int | None
 
     def __init__(self, bytes: int, *, threshold: int | None = None, counter_bytes: int = 1 << 28, device=None):
         super().__init__()
         if bytes < 8 or bytes % 8:
             raise ValueError(f"bytes: expected a positive multiple of 8 for an Admission, got {bytes}")
-        if threshold is not None and threshold < 1:
-            raise ValueError(f"threshold: expected at least 1, got {threshold}")
-        self.threshold = threshold
         self.register_buffer("filter", torch.zeros(bytes // 8, dtype=torch.int64, device=device))
-        self.counter = None if threshold is None else IdCounter(counter_bytes, device)
+        self.threshold, self.counter = None, None
+        self._bits_set: int | None = None  # of the filter; None: not counted yet
+        if threshold is not None:
+            self.start_counting(threshold, counter_bytes)
 
     @property
     def bytes(self) -> int:
@@ -182,60 +188,88 @@ class Admission(nn.Module):
         self._admit(row_hash(ids, keys).flatten())
 
     def _admit(self, row: Tensor) -> None:
-        word, bits = _places(row.unique(), len(self.filter))
+        word, bits = (x.cpu().numpy() for x in _places(row.unique(), len(self.filter)))
         filter = self.filter.cpu()
-        np.bitwise_or.at(filter.numpy(), word.cpu().numpy(), bits.cpu().numpy())
+        touched = np.unique(word)
+        before = _count_bits(filter.numpy()[touched])
+        np.bitwise_or.at(filter.numpy(), word, bits)
+        if self._bits_set is not None:
+            self._bits_set += _count_bits(filter.numpy()[touched]) - before
         self.filter.copy_(filter)
 
+    def _is_full(self) -> bool:
+        if self._bits_set is None:
+            self._bits_set = _count_bits(self.filter.cpu().numpy())
+        return self._bits_set >= _FULL * 64 * len(self.filter)
+
+    def _load_from_state_dict(self, *arguments) -> None:
+        super()._load_from_state_dict(*arguments)
+        self._bits_set = None
+
+    @classmethod
     @torch.no_grad()
-    def admit_best(
-        self,
+    def choose(
+        cls,
         read: Callable[[], Iterable[tuple[Tensor, Tensor | None]]],
         keys: Tensor,
+        bytes: int,
         *,
-        bits: float = 8,
+        times: int = 10,
+        bits: int = 8,
         counter_bytes: int = 1 << 28,
-    ) -> int:
-        """Let in those ids of some data from which most is to be gained, as many as the filter is made for.
+    ) -> "Admission":
+        """An Admission of those ids of some data from which most is to be gained.
 
-        With labels of 0 and 1 that is ``expected_gain``, without how often an id is there. The data is read twice: to
-        count, and to choose; memory does not grow with it.
+        Of the ids that are there often enough, those with the largest ``expected_gain``, or without labels those that
+        are there most often, as many as the filter has room for. Labels say little about rare ids, and letting in a
+        rare id because of its labels tells the model what they are: it would learn to trust that. The data is read
+        twice, to count and to choose; memory does not grow with it.
 
         Args:
-            read: gives the data anew at each call, as pairs: ids, and the label of each or None. ids are as in
+            read: gives the data anew at each call, as pairs: ids, and the label of each, 0 or 1, or None. ids are as in
                 ``row_hash`` with keys; labels are broadcastable to them.
+            keys: of the layer that is to have it: ``layer.table_keys``, or before there is one, ``hashing.table_key``
+                of the array's seed and each table_id.
+            bytes: of the filter at the most; it is made no larger than the ids need.
+            times: an id has to be there, at least.
             bits: of the filter, for each id.
             counter_bytes: of each of two counters, there for the time being; see IdCounter.
 
-        Returns:
-            how many were let in.
+        Raises:
+            ValueError: bytes below 8, or times or bits below 1.
         """
-        device = self.filter.device
-        times, clicks = IdCounter(counter_bytes, device), None
-        seen = clicked = 0
+        for name, value, least in (("bytes", bytes, 8), ("times", times, 1), ("bits", bits, 1)):
+            if value < least:
+                raise ValueError(f"{name}: expected at least {least}, got {value}")
+        device = keys.device
+        seen, clicks = IdCounter(counter_bytes, device), None
+        total = clicked = 0
         for ids, labels in read():
             row = row_hash(ids, keys)
-            times._add(row.flatten())
+            seen._add(row.flatten())
             if labels is not None:
                 clicks = clicks or IdCounter(counter_bytes, device)
                 with_click = row[labels.expand_as(row) > 0.5]
                 clicks._add(with_click)
-                seen, clicked = seen + row.numel(), clicked + len(with_click)
-        most = int(8 * self.bytes / bits)
-        best, scores = row_hash(torch.empty(0, dtype=torch.int64, device=device), keys.flatten()[:0]), None
+                total, clicked = total + row.numel(), clicked + len(with_click)
+        most = 8 * bytes // bits
+        best = torch.empty(0, dtype=torch.int64, device=device)
         for ids, _ in read():
             row = torch.cat([best, row_hash(ids, keys).flatten()]).unique()
-            scores = times._count(row).double()
-            if clicks is not None:
-                scores = expected_gain(scores, clicks._count(row).double(), clicked / seen)
-            best = row[scores.topk(min(most, len(row))).indices]
-        self._admit(best)
-        return len(best)
+            count = seen._count(row)
+            row, count = row[count >= times], count[count >= times].double()
+            gain = count if clicks is None else expected_gain(count, clicks._count(row).double(), clicked / total)
+            best = row[gain.topk(min(most, len(row))).indices]
+        admission = cls(8 * max(-(-len(best) * bits // 64), 1), device=device)
+        admission._admit(best)
+        return admission
 
     @torch._disable_dynamo
     @torch.no_grad()
     def observe(self, ids: Tensor, keys: Tensor) -> None:
         """Count ids that are not in, and let in those seen ``threshold`` times. Layers call it with what they read.
+
+        Once half of the filter's bits are set, at 4 to 5 bits for each id that is in, no more are let in.
 
         Raises:
             ValueError: there is no counter.
@@ -245,7 +279,7 @@ class Admission(nn.Module):
         row = row_hash(ids, keys).flatten()
         word, bits = _places(row, len(self.filter))
         row = row[self.filter[word] & bits != bits]
-        if not len(row):
+        if not len(row) or self._is_full():
             return
         self.counter._add(row)
         row = row.unique()
@@ -253,14 +287,23 @@ class Admission(nn.Module):
         if often.any():
             self._admit(row[often])
 
+    def start_counting(self, threshold: int, counter_bytes: int = 1 << 28) -> None:
+        """Count what layers read from now on, and let in what they have read ``threshold`` times.
+
+        Raises:
+            ValueError: threshold below 1, or too few counter_bytes.
+        """
+        if threshold < 1:
+            raise ValueError(f"threshold: expected at least 1, got {threshold}")
+        self.counter, self.threshold = IdCounter(counter_bytes, self.filter.device), threshold
+
     def freeze(self) -> None:
         """Stop counting and drop the counters: what is in stays in, what is not stays out."""
         self.counter = self.threshold = None
 
     def false_positive_rate(self) -> float:
         """The share of ids never let in that are in by chance, from the bits that are set."""
-        words = self.filter.cpu().numpy().view(np.uint8).reshape(-1, 8)
-        full = np.unpackbits(words, axis=1).mean(axis=1)
+        full = np.unpackbits(self.filter.cpu().numpy().view(np.uint8).reshape(-1, 8), axis=1).mean(axis=1)
         return float((full**BITS_OF_ID).mean())
 
     def extra_repr(self) -> str:

@@ -100,8 +100,9 @@ class RobeEmbedding(_RobeTable):
         padding_idx: the id that reads zeros and takes no gradient.
         array: the RobeArray to read from, shared with other layers; or instead
         robe_size: number of weights of an array of the layer's own; or instead
-        compression: times the array of the layer's own is smaller than the table. Where that array has room for every
-            weight of the table, the mapping is the identity and the layer equals its torch counterpart exactly.
+        compression: times the array of the layer's own, with the filter of an admission, is smaller than the table.
+            Where the array has room for every weight of the table, the mapping is the identity and the layer equals its
+            torch counterpart exactly.
         block_size: Z, consecutive weights read at one hashed offset; None: embedding_dim, one read per row. Above
             embedding_dim, a block spans rows.
         table_id: tells the tables of one array apart: layers with the same array and table_id read the same rows.

@@ -62,6 +62,7 @@ class RobeTables(nn.Module):
             robe_size,
             compression,
             table_weights=table_weights,
+            filter_bytes=0 if admission is None else admission.bytes,
             seed=seed,
             init_std=init_std,
             dtype=dtype,
@@ -206,6 +207,7 @@ def _resolve_array(
     compression: float | None,
     *,
     table_weights: int | None,
+    filter_bytes: int,
     seed: int | None,
     init_std: float | None,
     dtype,
@@ -215,6 +217,7 @@ def _resolve_array(
 
     Args:
         table_weights: weights that the layer's tables would have; None where a table is unbounded.
+        filter_bytes: of the memory that compression leaves, those of an admission.
     """
     given = {"array": array, "robe_size": robe_size, "compression": compression}
     names = [name for name, value in given.items() if value is not None]
@@ -236,9 +239,11 @@ def _resolve_array(
             raise ValueError("compression: tables without num_embeddings have no size to compress; give robe_size=")
         # At compression 1 or below, more slots than weights would stay empty.
         robe_size = table_weights if compression <= 1 else int(table_weights / compression)
+        robe_size -= filter_bytes // (torch.empty(0, dtype=dtype).element_size())
         if robe_size < 1:
+            beside = f" beside the {filter_bytes} bytes of the admission" if filter_bytes else ""
             raise ValueError(
-                f"compression: {table_weights} weights compressed {compression} times leave none; "
+                f"compression: {table_weights} weights compressed {compression} times leave none{beside}; "
                 "share one array= between the tables, or compress less"
             )
     assert robe_size is not None

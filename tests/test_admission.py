@@ -130,14 +130,19 @@ def test_the_best_ids_are_let_in(labelled):
     rate = sum(clicked.values()) / sum(seen.values())
 
     def score(pair):
+        if seen[pair] < 3:
+            return -1
         if not labelled:
             return seen[pair]
         information = seen[pair] * rate * (1 - rate)
         effect = (clicked[pair] - seen[pair] * rate) / information
         return information / 2 * (effect * 0.25 / (0.25 + 1 / information)) ** 2
 
-    admission = robe.Admission(64)
-    assert admission.admit_best(lambda: iter(data), KEYS, counter_bytes=1 << 22) == 64
+    def choose(bytes):
+        return robe.Admission.choose(lambda: iter(data), KEYS, bytes, times=3, counter_bytes=1 << 22)
+
+    admission = choose(64)
+    assert admission.bytes == 64
     ranked = sorted(seen, key=score, reverse=True)
     sure = [pair for pair in ranked if score(pair) > score(ranked[64]) + 1e-9]
     assert len(sure) > 40  # others have the same score as the first that is not in
@@ -150,6 +155,14 @@ def test_the_best_ids_are_let_in(labelled):
     tables, values = map(torch.tensor, zip(*last))
     want.admit(values, KEYS[tables])
     assert torch.equal(want.filter | admission.filter, want.filter)
+    # With room for all, all that are there often enough are in, and the filter is no larger than they need.
+    often = [pair for pair, n in seen.items() if n >= 3]
+    everyone = choose(1 << 20)
+    assert everyone.bytes == 8 * -(-len(often) // 8)
+    want = robe.Admission(everyone.bytes)
+    tables, values = map(torch.tensor, zip(*often))
+    want.admit(values, KEYS[tables])
+    assert torch.equal(everyone.filter, want.filter)
 
 
 def test_decay():
@@ -174,6 +187,20 @@ def test_an_id_is_let_in_when_it_was_seen_often_enough():
     assert 20 < want.sum() < len(want) - 20
 
 
+def test_no_more_are_let_in_than_the_filter_has_room_for():
+    admission = robe.Admission(80, threshold=2, counter_bytes=1 << 20)
+    for start in range(0, 1000, 10):
+        admission.observe(torch.arange(start, start + 10).repeat(2), KEYS[0])
+        twin = copy.deepcopy(admission)
+        twin.load_state_dict(admission.state_dict())
+        twin.observe(torch.arange(5000, 5010).repeat(2), KEYS[0])
+    bits = sum((x & MASK).bit_count() for x in admission.filter.tolist())
+    assert 320 <= bits < 320 + 3 * 10
+    assert torch.equal(twin.filter, admission.filter)
+    assert admission.admits(torch.arange(120), KEYS[0]).all()
+    assert admission.admits(torch.arange(300, 1000), KEYS[0]).float().mean() < 0.3
+
+
 def test_freeze():
     admission = robe.Admission(1 << 10, threshold=2, counter_bytes=1 << 16)
     assert sorted(admission.state_dict()) == ["counter.counters", "filter"]
@@ -191,6 +218,8 @@ def test_freeze():
         (lambda: robe.Admission(0), "bytes: expected a positive multiple of 8"),
         (lambda: robe.Admission(12), "bytes: expected a positive multiple of 8"),
         (lambda: robe.Admission(64, threshold=0), "threshold: expected at least 1, got 0"),
+        (lambda: robe.Admission.choose(list, KEYS, 7), "bytes: expected at least 8, got 7"),
+        (lambda: robe.Admission.choose(list, KEYS, 8, times=0), "times: expected at least 1, got 0"),
         (lambda: robe.IdCounter(100), "bytes: expected at least 1024 of an IdCounter, got 100"),
         (
             lambda: robe.RobeEmbedding(9, 4, robe_size=8, hash="linear", admission=robe.Admission(8)),
@@ -233,6 +262,16 @@ def test_ids_outside_read_the_row_of_one(block_size, sign):
     rare[:, 1] = wide(torch.tensor([RARE]))
     assert torch.equal(layer(BOUNDED), torch.where(inside.unsqueeze(-1), every, rare))
     assert torch.equal(layer.full_weight("f1")[BOUNDED[:, 1]], layer(BOUNDED)[:, 1])
+
+
+def test_the_filter_is_part_of_what_compression_leaves():
+    admission = robe.Admission(200)
+    layer = robe.RobeEmbedding(1000, 8, compression=10, admission=admission)
+    assert 4 * layer.array.size + admission.bytes == 4 * 1000 * 8 // 10
+    half = robe.RobeEmbedding(1000, 8, compression=10, admission=admission, dtype=torch.float16)
+    assert half.array.size == 1000 * 8 // 10 - 100
+    with pytest.raises(ValueError, match="compressed 1000 times leave none beside the 200 bytes of the admission"):
+        robe.RobeEmbedding(1000, 8, compression=1000, admission=admission)
 
 
 def test_gradients_go_where_the_rows_are_read():

@@ -17,6 +17,7 @@ enum class Mode { one, sum, mean, max };          // one: an id per feature, no 
 enum class Rule { sgd, adagrad, adam };
 
 constexpr int64_t kTileBlocks = 128;  // the most that are read ahead
+constexpr int64_t kSpare = 8;         // the most that a vector holds
 constexpr uint64_t kGolden = 0x9E3779B97F4A7C15;
 
 // One call of lookup or bag. Strides count elements; pointers are borrowed from the caller's tensors.
@@ -27,7 +28,7 @@ struct Job {
   const float* scale;   // int8: of each group of weights
   int group_shift;      // int8: log2 of the weights of a group
   // The tables
-  const int64_t* keys;  // (features,); these three, where Mode::one, go on from the first for kTileBlocks more
+  const int64_t* keys;  // (features,); these three, where Mode::one, go on from the first as far as a tile does
   const int64_t* rows;  // (features,), 0: unbounded
   int64_t features, dim, block;
   uint64_t choices;     // offsets that a block can have, m - Z + 1
@@ -37,7 +38,7 @@ struct Job {
   int64_t padding;
   const uint64_t* filter;  // of the ids that have a row of their own (robe/admission.py), or null: all have
   uint64_t filter_words;
-  const uint64_t* rare;    // (features,), with a filter: the hash of the row that the other ids read
+  const uint64_t* rare;    // (features,), with a filter: the hash of the row that the other ids read; then kSpare more
   // The ids. Bag k is example k / features of feature k % features where there is one id each (Mode::one), else it is
   // example k % batch of feature k / batch and its ids are at offsets[k] .. offsets[k + 1].
   Mode mode;

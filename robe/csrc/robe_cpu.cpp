@@ -264,7 +264,7 @@ struct Call {
     filter = dense_rows(*words);
     job.filter = static_cast<const uint64_t*>(filter->const_data_ptr());
     job.filter_words = static_cast<uint64_t>(filter->numel());
-    rare.resize(job.features);
+    rare.resize(job.features + kSpare);
     for (int64_t f = 0; f < job.features; ++f)
       rare[f] = mix64(static_cast<uint64_t>(job.keys[f]) + static_cast<uint64_t>(kRare) * kGolden);
     job.rare = rare.data();
@@ -282,11 +282,13 @@ struct Call {
     EXPECT(t.size(1) == job.features,
            "ids: expected (B, " + str(job.features) + "), one column per feature, got " + shape(t));
     ids = t;
-    // So that the tables of consecutive rows lie one after another wherever they begin.
+    // So that the tables of consecutive rows lie one after another wherever they begin; those of one example do already.
     const auto in_turn = [&](auto& places, const auto* values) {
-      places.resize(job.features + kTileBlocks);
-      for (size_t i = 0; i < places.size(); ++i) places[i] = i < static_cast<size_t>(job.features) ? values[i] : places[i - job.features];
-      return places.data();
+      if (ids.size(0) <= 1) return values;
+      places.resize(job.features + kTileBlocks + kSpare);
+      std::copy_n(values, job.features, places.begin());
+      for (size_t i = job.features; i < places.size(); ++i) places[i] = places[i - job.features];
+      return static_cast<decltype(values)>(places.data());
     };
     job.keys = in_turn(keys_in_turn, job.keys);
     job.rows = in_turn(rows_in_turn, job.rows);
