@@ -148,7 +148,8 @@ class AveragedWeights:
     def __init__(self, model: nn.Module, steps: int, tensors: dict[str, Tensor] | None = None):
         self._parameters = dict(model.named_parameters())
         self._steps = steps
-        self.tensors = tensors or {name: p.detach().clone() for name, p in self._parameters.items()}
+        tensors = tensors or {name: p.detach().clone() for name, p in self._parameters.items()}
+        self.tensors = {name: tensors[name] for name in self._parameters}  # in the order of the parameters
 
     @torch.no_grad()
     def update(self, step: int) -> None:

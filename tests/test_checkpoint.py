@@ -37,6 +37,18 @@ def test_round_trip(tmp_path, embedding):
     assert json.loads((tmp_path / "new" / "run" / "config.json").read_text())["training"] == {"epochs": 2}
 
 
+def test_an_admission_is_kept_and_its_counts_are_not(tmp_path):
+    model = DLRM(replace(CONFIG, compression=None, robe_size=40, admission_bytes=16))
+    model.embeddings.admission.start_counting(1, counter_bytes=1 << 12)
+    model.train()(DENSE, SPARSE)
+    assert model.embeddings.admission.filter.any()
+    checkpoint.save(tmp_path, model)
+    loaded = checkpoint.load(tmp_path)
+    assert loaded.embeddings.admission.counter is None
+    assert torch.equal(loaded(DENSE, SPARSE), model.eval()(DENSE, SPARSE))
+    assert torch.equal(loaded.embeddings.admission.filter, model.embeddings.admission.filter)
+
+
 def test_files_have_the_permissions_of_other_files(tmp_path):
     checkpoint.save(tmp_path, build("robe"))
     (tmp_path / "other").touch()

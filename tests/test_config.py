@@ -145,6 +145,12 @@ def test_rates_of_the_published_recipe_at_its_corners():
         ({"interaction": "cat"}, "interaction: expected one of dot, cross, got cat"),
         ({"cross_layers": 0}, "cross_layers: expected at least 1, got 0"),
         ({"cross_rank": -1}, "cross_rank: expected at least 1, got -1"),
+        ({"admission_bytes": 12}, "admission_bytes: expected a multiple of 8, got 12"),
+        (
+            {"compression": 100.0, "admission_bytes": 8},
+            "admission_bytes: expected less than the 4 bytes that compression leaves",
+        ),
+        ({"embedding": "hash", "admission_bytes": 8}, "admission_bytes: expected embedding='robe' with it"),
         ({"hots": (1,)}, "hots: expected 2 numbers from 1"),
         ({"hots": (1, 0)}, "hots: expected 2 numbers from 1"),
     ],

@@ -190,6 +190,9 @@ def test_a_run_that_was_killed_again_and_again_ends_the_same(start, rows, tmp_pa
         ["--robe-size", "500", "--optimizer", "adagrad", "--warmup-steps", "50"],
         ["--embedding", "full", "--table-rows", "data"],
         ["--synthetic-hots", "--robe-size", "500", "--optimizer", "sgd"],
+        ["--robe-size", "500", "--averaging-steps", "5"],
+        ["--robe-size", "500", "--optimizer", "sgd", "--admission", "0.1"],
+        ["--robe-size", "500", "--admission", "0.1", "--admit-after", "4"],
     ],
     ids=" ".join,
 )
@@ -263,6 +266,7 @@ def test_a_second_interrupt_does_not_wait(rows, tmp_path, at_step, capsys):
         (["--optimizer", "sgd"], "--optimizer: sgd, but was not given when"),
         (["--evaluations-per-epoch", "3"], "--evaluations-per-epoch: 3, but was 2 when"),
         (["--synthetic-hots"], "--synthetic-hots: True, but was not given when"),
+        (["--admission", "0.1"], "--admission: 0.1, but was not given when"),
         (["--mllog", "log.txt"], "--mllog: log.txt, but was not given when"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from sklearn.metrics import log_loss, roc_auc_score
 
 import infer
@@ -42,6 +43,8 @@ def run(*args):
         ["--compression", 1000],
         ["--compression", 10, "--table-rows", "data", "--block-size", 4, "--optimizer", "adagrad"],
         ["--robe-size", 777, "--seed", 3],
+        ["--compression", 100, "--table-rows", "data", "--admission", 0.125, "--averaging-steps", 6],
+        ["--robe-size", 777, "--admission", 0.2, "--admit-after", 3],
         ["--embedding", "full", "--table-rows", "data"],
         ["--embedding", "hash", "--compression", 1000, "--optimizer", "sgd", "--learning-rate", 0.1],
     ],
@@ -61,7 +64,8 @@ def test_a_run_leaves_a_checkpoint_whose_test_scores_are_those_reported(rows, tm
     assert metrics["auc"] == pytest.approx(roc_auc_score(batch.labels, probability), abs=1e-6)
     assert metrics["log_loss"] == pytest.approx(log_loss(batch.labels, probability.astype(float)), abs=1e-5)
     assert metrics["array_floats"] == sum(p.numel() for p in model.embeddings.parameters())
-    assert metrics["compression"] == pytest.approx(metrics["full_floats"] / metrics["array_floats"])
+    kept = 4 * metrics["array_floats"] + metrics["admission_bytes"]
+    assert metrics["compression"] == pytest.approx(4 * metrics["full_floats"] / kept)
     assert metrics["rows"] == {"train": 2142, "validation": 429, "test": 429}
     assert len(metrics["history"]) == 2
     assert metrics["validation_auc"] == max(point["auc"] for point in metrics["history"])
@@ -80,6 +84,34 @@ def test_compression_is_that_of_the_tables_chosen(rows, tmp_path):
     known = vocabulary(file.read(0, split_rows(ROWS)[0].stop), file.layout.features)
     assert metrics["full_floats"] == 16 * sum(len(ids) + 1 for ids in known)
     assert metrics["array_floats"] == metrics["full_floats"] // 10
+
+
+def test_ids_that_have_a_row_are_chosen_from_the_training_rows(rows, tmp_path, capsys):
+    options = ["--table-rows", "data", "--compression", 100, "--admission", 0.125]
+    assert run("--data", rows, "--output", tmp_path / "run", *QUICK, *options) == 0
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert 100 <= metrics["compression"] < 100.1
+    bytes = metrics["admission_bytes"]
+    assert 0 < bytes <= metrics["full_floats"] * 4 / 100 * 0.125
+    model = checkpoint.load(tmp_path / "run")
+    train_rows = split_rows(ROWS)[0]
+    batch = Batch.concatenate(list(CriteoTSV(rows).read(0, train_rows.stop)))
+    gains, rate = [], batch.labels.mean()
+    for column in batch.sparse.T:
+        for x in np.unique(column):
+            n, k = (column == x).sum(), batch.labels[column == x].sum()
+            information = n * rate * (1 - rate)
+            mean = (k - n * rate) / (information + 4)
+            gains.append((information * mean**2 / 2 if n >= 10 else -1, x, len(gains)))
+    assert model.embeddings.admission.filter.any()
+    features = np.repeat(np.arange(26), [len(np.unique(column)) for column in batch.sparse.T])
+    often = sum(gain >= 0 for gain, _, _ in gains)
+    assert often - 8 < bytes - 8 < often, "8 bits for each, in whole words"
+    best = sorted(zip(gains, features), reverse=True)[: often - 5]
+    assert best[-1][0][0] > 0
+    for (_, x, _), feature in best:
+        ids = torch.full((1, 26), int(x))
+        assert model.embeddings.admission.admits(ids, model.embeddings.table_keys)[0, feature]
 
 
 def test_same_seed_same_weights_other_seed_others(rows, tmp_path):
@@ -138,6 +170,11 @@ def test_bad_data_is_one_line_and_leaves_nothing(tmp_path, case, capsys):
         (["--epochs", "0"], "epochs: expected at least 1"),
         (["--preset", "terabyte", "--embedding", "full"], "the embeddings take 96.1 GB"),
         (["--block-size", "0"], "block_size: expected at least 1, got 0"),
+        (["--admission", "1"], "--admission: expected a share between 0 and 1, of --embedding robe, got 1.0"),
+        (["--admission", "0.1", "--embedding", "hash"], "--admission: expected a share between 0 and 1, of --embedd"),
+        (["--admit-after", "5"], "--admit-after: expected --admission with it"),
+        (["--admission", "0.1", "--admit-after", "0"], "threshold: expected at least 1, got 0"),
+        (["--averaging-steps", "-1"], "averaging_steps: expected at least 0, got -1"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+import dlrm.trainer
 from data.rows import Batch
 from dlrm import DLRM, DLRMConfig, TrainingConfig
 from dlrm.checkpoint import TrainingCheckpoints
@@ -103,6 +104,42 @@ def test_evaluates_evenly_and_keeps_the_best():
     assert len(kept) == 2
     assert not torch.equal(kept[0], kept[1])
     assert progress.seconds > 0
+
+
+def test_what_is_evaluated_and_kept_is_the_average(monkeypatch):
+    """Of the weights after each step in turn, from the first on; the last weights go on training."""
+    monkeypatch.setattr(dlrm.trainer, "_AVERAGED_STEPS", 1)
+    plain, averaged = build(), build()
+    weights = []
+
+    def look():  # before each step
+        weights.append(plain.embeddings.array.weight.detach().clone())
+        return False
+
+    train(plain, wants_to_stop=look)
+    look()
+    average, expected = torch.zeros(()), {}
+    for step, weight in enumerate(weights[1:], start=1):
+        average = average + (weight - average) / min(step, 4)
+        expected[step] = average
+    evaluated, kept = [], []
+    weight = averaged.embeddings.array.weight
+
+    def evaluate():
+        evaluated.append(weight.detach().clone())
+        return scores(auc=0.5 + 0.1 * len(evaluated))
+
+    train(
+        averaged,
+        replace(TRAINING, averaging_steps=4),
+        evaluate=evaluate,
+        keep=lambda: kept.append(weight.detach().clone()),
+    )
+    for step, seen, saved in zip((3, 5, 8, 10), evaluated, kept, strict=True):
+        torch.testing.assert_close(seen, expected[step])
+        assert torch.equal(saved, seen)
+    assert averaged.embeddings.array.weight is weight
+    assert torch.equal(weight, weights[-1])
 
 
 def test_the_first_of_equal_evaluations_is_the_best():
