@@ -167,8 +167,8 @@ class TrainingConfig:
     decay_start: int = 0  # step after which the rate falls with the square of what is left
     decay_steps: int = 0  # over how many; 0: it does not fall
     adagrad_eps: float = 1e-10  # torch's; MLPerf's DCNv2 has 1e-8
-    averaging_steps: int = 0  # what is evaluated and kept is an average of the weights over about so many; 0: the last
     seed: int = 0  # of initial values and shuffling
+    averaging_steps: int = 0  # what is evaluated and kept is an average of the weights over about so many; 0: the last
 
     def __post_init__(self):
         _check(self.optimizer in OPTIMIZERS, "optimizer", f"one of {', '.join(OPTIMIZERS)}", self.optimizer)
