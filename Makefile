@@ -56,8 +56,8 @@ $(SANITIZED_READER): data/csrc/tsv.cpp
 test-sanitized: setup $(SANITIZED) $(SANITIZED_READER)
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 ROBE_KERNELS=$(SANITIZED) ROBE_READER=$(SANITIZED_READER) \
-	    $(BIN)/python -m pytest tests/test_native.py tests/test_mlp.py tests/test_optim.py tests/test_tsv.py \
-	    --deselect tests/test_native.py::test_nothing_leaks
+	    $(BIN)/python -m pytest tests/test_native.py tests/test_admission.py tests/test_mlp.py tests/test_optim.py \
+	    tests/test_tsv.py --deselect tests/test_native.py::test_nothing_leaks
 
 lint: setup
 	$(BIN)/ruff format --check .
