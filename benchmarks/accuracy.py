@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks.peers import HashTrick, QuotientRemainder
+from benchmarks.variants import Counts, Variant, project
 from data.batches import split_rows
 from data.formats import open_source
 from data.rows import Batch
@@ -45,14 +46,15 @@ from dlrm.config import PRESETS
 from dlrm.embeddings import VocabularyTables
 from dlrm.metrics import environment, evaluate
 from dlrm.model import DLRM
-from dlrm.trainer import Stopped, Trainer, make_optimizers
+from dlrm.trainer import Progress, Stopped, Trainer, make_optimizers
 from robe import Admission, EmbeddingBagConfig, RobeEmbeddingBagCollection
 from robe.array import INIT_STD
 from robe.hashing import table_key
+from robe.optim import Adam as RobeAdam
 
 DIM = 16  # the kaggle preset
 SEARCH_SEED = 1000  # and on; those of tests are 0 and on
-BEST = {"block_size": 1, "admit": 0.125}
+SHARE = 0.125  # of the memory, of the filter of an admission
 
 
 class Rows:
@@ -67,7 +69,8 @@ class Rows:
         self.batch, self.best = batch, best
         self.parts = split_rows(len(batch))
         train = batch.sparse[: len(self.parts[0])]
-        self.vocabulary = [torch.from_numpy(np.unique(column)) for column in train.T]
+        self.counts = Counts(torch.from_numpy(train))
+        self.vocabulary = self.counts.ids
         self.table_rows = tuple(len(ids) + 1 for ids in self.vocabulary)
         self.full_bytes = 4 * DIM * sum(self.table_rows)
 
@@ -123,7 +126,8 @@ def robe(rows: Rows, trial: Trial, seed: int, **options: Any) -> nn.Module:
         options: of RobeEmbeddingBagCollection; and ``admit``, the share of the memory that the filter of an Admission
             takes at the most, ``labelled``, whether ids are chosen by labels or counts, ``times`` as in its choose.
     """
-    options |= dict(trial.options)
+    options |= {name: value for name, value in trial.options if name not in OF_TRAINING}
+    variant = {name: options.pop(name) for name in list(options) if name in OF_VARIANTS}
     memory = rows.full_bytes / trial.compression
     share, labelled, times = options.pop("admit", 0.0), options.pop("labelled", True), options.pop("times", 10)
     linear = options.get("hash") == "linear"  # whose tables lie one behind the other, and so have an end
@@ -139,9 +143,13 @@ def robe(rows: Rows, trial: Trial, seed: int, **options: Any) -> nn.Module:
 
         keys = torch.tensor([table_key(seed, i) for i in range(len(tables))])
         admission = Admission.choose(read, keys, int(memory * share), times=times)
+        memory -= admission.bytes
+    if "tier" in variant:
+        variant["tier"] = int(memory * variant["tier"]) // (4 * DIM)
+        memory -= 4 * DIM * variant["tier"]
     layer = RobeEmbeddingBagCollection(
         tables,
-        robe_size=int(memory - (admission.bytes if admission else 0)) // 4,
+        robe_size=int(memory) // 4,
         seed=seed,
         init_std=INIT_STD * trial.init,
         admission=admission,
@@ -150,7 +158,7 @@ def robe(rows: Rows, trial: Trial, seed: int, **options: Any) -> nn.Module:
     if linear:  # the authors' initial values
         bound = trial.init * max(rows.table_rows) ** -0.5
         nn.init.uniform_(layer.array.weight, -bound, bound)
-    return layer
+    return Variant(layer, rows.counts, **variant) if variant else layer
 
 
 def tables(rows: Rows, trial: Trial, seed: int) -> nn.Module:
@@ -172,6 +180,9 @@ def scaled(layer: nn.Module, trial: Trial) -> nn.Module:
     return layer
 
 
+# Options of a trial that are not the collection's: of Variant, and of the training.
+OF_VARIANTS = ("gain", "soft", "zero", "twice", "tier", "sharing")
+OF_TRAINING = ("array_rate", "touched", "optimizer", "project")
 FULL, ADMISSION = "full tables", "ROBE + admission"
 METHODS: dict[str, Callable[[Rows, Trial, int], nn.Module]] = {
     FULL: tables,
@@ -179,9 +190,10 @@ METHODS: dict[str, Callable[[Rows, Trial, int], nn.Module]] = {
     "QR": quotient_remainder,
     "ROBE, authors'": partial(robe, hash="linear"),
     **{f"ROBE, Z={z}": partial(robe, block_size=z) for z in (1, 4, 8, 16)},
-    ADMISSION: partial(robe, **BEST),
+    ADMISSION: partial(robe, admit=SHARE),
+    f"{ADMISSION}, Z=1": partial(robe, admit=SHARE, block_size=1),
 }
-SEARCHED_AS = {f"ROBE, Z={z}": "ROBE, Z=16" for z in (1, 4, 8)}
+SEARCHED_AS = {f"ROBE, Z={z}": "ROBE, Z=16" for z in (1, 4, 8)} | {f"{ADMISSION}, Z=1": ADMISSION}
 _ADMITTED = Trial(ADMISSION)
 
 
@@ -190,44 +202,106 @@ def _with(**options: Any) -> Trial:
 
 
 STUDIES: dict[str, list[Trial]] = {
-    "share": [_with(admit=share) for share in (1 / 8, 1 / 4)] + [_with(times=20), _with(labelled=False)],
-    "block": [_with(block_size=z) for z in (1, 4, 8, 16, 32)],
+    "choice": [
+        _with(),
+        _with(admit=1 / 16),
+        _with(admit=1 / 4),
+        _with(times=1),
+        _with(times=20),
+        _with(labelled=False),
+        _with(labelled=False, zero=True),
+        Trial("ROBE, Z=16", options=(("soft", 10.0),)),
+        Trial("ROBE, Z=16"),
+    ],
+    "averaging": [
+        replace(trial, averaging=steps)
+        for steps in (0, 100, 500, 2000)
+        for trial in (Trial(FULL), Trial("ROBE, Z=16"), Trial(ADMISSION))
+    ],
+    "layout": [_with(block_size=z) for z in (1, 4, 8, 16, 32)] + [_with(sign=True), _with(twice=True)],
+    "scale": [replace(_ADMITTED, init=x) for x in (0.1, 1.0, 3.0, 10.0)] + [_with(gain=True)],
+    "optimizer": [
+        *(_with(array_rate=x) for x in (0.3, 1.0, 3.0)),
+        _with(touched=True),
+        replace(_with(optimizer="adagrad"), rate=0.01),
+        _with(sharing=0.5),
+        _with(sharing=1.0),
+    ],
+    "tiers": [_with(), _with(tier=0.25), _with(tier=0.5), _with(project=True)],
 }
 # Each changes one thing, and is kept if validation AUC is better; the next ones go on from there.
-SEARCH: tuple[dict[str, float], ...] = ({"rate": 2.0}, {"rate": 0.5}, {"init": 0.1}, {"init": 3.0}, {"decay": 1e-6})
+SEARCH: tuple[dict[str, float], ...] = ({"rate": 2.0}, {"rate": 0.5}, {"init": 0.1}, {"decay": 1e-6})
 
 
 def run(rows: Rows, trial: Trial, seed: int, batch_size: int) -> dict[str, Any]:
     """Train once; the scores of the weights with the best validation AUC."""
     start = time.perf_counter()
-    torch.manual_seed(seed)
-    embeddings = METHODS[trial.method](rows, trial, seed)
+    before = None
+    if dict(trial.options).get("project"):
+        before, _ = fit(rows, Trial(FULL, averaging=trial.averaging), seed, batch_size)
+    model, progress = fit(rows, trial, seed, batch_size, before)
+    embeddings = model.embeddings
     memory = 4 * sum(p.numel() for p in embeddings.parameters())
     if getattr(embeddings, "admission", None) is not None:
         memory += embeddings.admission.bytes
-    preset = PRESETS["kaggle"]
+    scores = evaluate(model, rows.part(rows.parts[2], 4096))
+    return {
+        "auc": scores["auc"],
+        "log_loss": scores["log_loss"],
+        "validation_auc": progress.best["auc"],
+        "best_epoch": progress.best["epoch"],
+        "history": [(point["epoch"], point["auc"]) for point in progress.history],
+        "bytes": memory,
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def fit(rows: Rows, trial: Trial, seed: int, batch_size: int, before: DLRM | None = None) -> tuple[DLRM, Progress]:
+    """Train once; the model with the weights of the best validation AUC.
+
+    Args:
+        before: a trained model with full tables to start from.
+    """
+    torch.manual_seed(seed)
+    preset, options = PRESETS["kaggle"], dict(trial.options)
     config = replace(preset.model, table_rows=rows.table_rows, embedding="full", compression=None)
-    model = DLRM(config, embeddings)
+    model = DLRM(config, METHODS[trial.method](rows, trial, seed))
+    if before is not None:
+        tables = [table[:-1] for table in before.embeddings.weight.detach().split(list(rows.table_rows))]
+        project(model.embeddings, rows.counts, tables)
+        model.bottom.load_state_dict(before.bottom.state_dict())
+        model.top.load_state_dict(before.top.state_dict())
     training = replace(
         preset.training,
         batch_size=batch_size,
         learning_rate=trial.rate,
+        optimizer=options.get("optimizer", "adam"),
         epochs=trial.epochs,
         evaluations_per_epoch=2,
         averaging_steps=trial.averaging,
         seed=seed,
     )
     optimizers = make_optimizers(model, training)
-    for group in optimizers[0].param_groups:
-        group["weight_decay"] = trial.decay
-    train, validation, test = rows.parts
+    optimizers[0].param_groups[0]["weight_decay"] = trial.decay
+    if "array_rate" in options:
+        rate = options["array_rate"] * trial.rate
+        arrays = {id(p) for p in model.embeddings.parameters()}
+        groups = [
+            {"params": [p for p in model.parameters() if id(p) not in arrays]},
+            {"params": list(model.embeddings.parameters()), "lr": rate},
+        ]
+        optimizers = [torch.optim.Adam(groups, lr=trial.rate)]
+    if options.get("touched"):
+        array = model.embeddings.array
+        rest = [p for p in model.parameters() if p is not array.weight]
+        optimizers = [torch.optim.Adam(rest, lr=trial.rate), RobeAdam(array, lr=trial.rate)]
     best: dict[str, Tensor] = {}
     trainer = Trainer(
         model,
         training,
         lambda epoch, start: rows.train_batches(batch_size, seed, epoch),
-        len(train),
-        evaluate=lambda: evaluate(model, rows.part(validation, 4096)),
+        len(rows.parts[0]),
+        evaluate=lambda: evaluate(model, rows.part(rows.parts[1], 4096)),
         keep=lambda: best.update({name: p.detach().clone() for name, p in model.named_parameters()}),
         optimizers=optimizers,
         show=False,
@@ -238,16 +312,7 @@ def run(rows: Rows, trial: Trial, seed: int, batch_size: int) -> dict[str, Any]:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(best[name])
-    scores = evaluate(model, rows.part(test, 4096))
-    return {
-        "auc": scores["auc"],
-        "log_loss": scores["log_loss"],
-        "validation_auc": trainer.progress.best["auc"],
-        "best_epoch": trainer.progress.best["epoch"],
-        "history": [(point["epoch"], point["auc"]) for point in trainer.progress.history],
-        "bytes": memory,
-        "seconds": time.perf_counter() - start,
-    }
+    return model, trainer.progress
 
 
 def is_past_its_best(history: list[dict[str, float]]) -> bool:
@@ -454,7 +519,9 @@ def main() -> None:
     rows = Rows.generate(args.generate) if args.data is None else Rows.read(args.data)
     runs = Runs(args.output / "runs.jsonl", rows, args.batch_size, args.processes)
     if args.study:
-        trials = [Trial(FULL)] + [replace(t, compression=c) for c in args.compressions for t in STUDIES[args.study]]
+        study = STUDIES[args.study]
+        compressed = [t if t.method == FULL else replace(t, compression=c) for c in args.compressions for t in study]
+        trials = list(dict.fromkeys([Trial(FULL), *compressed]))
         name, table = args.study, tested(runs, trials, args.seeds)
     else:
         name, table = "accuracy", compare(runs, args.methods, args.compressions, args.seeds, args.searches)
