@@ -334,9 +334,12 @@ class Runs:
     def __init__(self, path: Path, rows: Rows, batch_size: int, processes: int):
         self.path = path
         self._done: dict[tuple[str, int], dict[str, Any]] = {}
+        self._cut_off = False  # the last line, of a program that was killed
         if path.exists():
-            for line in path.read_text().splitlines():
-                with suppress(ValueError):  # the last line of a program that was killed
+            text = path.read_text()
+            self._cut_off = bool(text) and not text.endswith("\n")
+            for line in text.splitlines():
+                with suppress(ValueError):  # a line that was cut off
                     run = json.loads(line)
                     self._done[run["trial"], run["seed"]] = run["result"]
         global _work
@@ -345,12 +348,23 @@ class Runs:
         self._pool = multiprocessing.get_context("fork").Pool(processes, torch.set_num_threads, (1,))
         self.bar = tqdm(unit="run", file=sys.stderr)
 
+    def __enter__(self) -> "Runs":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.terminate()
+        self._pool.join()
+        self.bar.close()
+
     def results(self, jobs: list[tuple[Trial, int]]) -> dict[tuple[Trial, int], dict[str, Any]]:
         """Of each trial and seed."""
         jobs = list(dict.fromkeys(jobs))
         missing = [(trial, seed) for trial, seed in jobs if (trial.key, seed) not in self._done]
         self.bar.total = self.bar.n + len(missing)
         with self.path.open("a") as file:
+            if self._cut_off:
+                file.write("\n")
+                self._cut_off = False
             for trial, seed, result in self._pool.imap_unordered(_run, missing):
                 self._done[trial.key, seed] = result
                 file.write(json.dumps({"trial": trial.key, "seed": seed, "result": result}) + "\n")
@@ -517,15 +531,16 @@ def main() -> None:
     args = parse()
     args.output.mkdir(parents=True, exist_ok=True)
     rows = Rows.generate(args.generate) if args.data is None else Rows.read(args.data)
-    runs = Runs(args.output / "runs.jsonl", rows, args.batch_size, args.processes)
-    if args.study:
-        study = STUDIES[args.study]
-        compressed = [t if t.method == FULL else replace(t, compression=c) for c in args.compressions for t in study]
-        trials = list(dict.fromkeys([Trial(FULL), *compressed]))
-        name, table = args.study, tested(runs, trials, args.seeds)
-    else:
-        name, table = "accuracy", compare(runs, args.methods, args.compressions, args.seeds, args.searches)
-    runs.bar.close()
+    with Runs(args.output / "runs.jsonl", rows, args.batch_size, args.processes) as runs:
+        if args.study:
+            study = STUDIES[args.study]
+            compressed = [
+                t if t.method == FULL else replace(t, compression=c) for c in args.compressions for t in study
+            ]
+            trials = list(dict.fromkeys([Trial(FULL), *compressed]))
+            name, table = args.study, tested(runs, trials, args.seeds)
+        else:
+            name, table = "accuracy", compare(runs, args.methods, args.compressions, args.seeds, args.searches)
     write_json(
         args.output / f"{name}.json",
         {
