@@ -532,6 +532,7 @@ def require_memory(config: DLRMConfig, training: TrainingConfig) -> None:
     """Refuse embeddings that can't fit before they are allocated."""
     floats = config.robe_size or config.full_floats / (config.compression or 1)
     copies = {"sgd": 1, "adagrad": 2, "adam": 3}[training.optimizer] + (config.embedding == "robe")
+    copies += training.averaging_steps > 0
     needed, there = floats * 4 * copies, physical_memory()
     if needed > there:
         raise MemoryError(

@@ -23,6 +23,8 @@ from dlrm.metrics import environment
 from dlrm.plots import learning_curves
 
 COMPRESSIONS = (10, 100, 1000)
+AVERAGED = ("--averaging-steps", 500)
+ADMITTED = ("--admission", 0.125)
 
 
 def main() -> None:
@@ -35,8 +37,10 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     rows = args.output / "rows.tsv"
     signal = write(rows, args.rows, args.seed, progress=True)
-    methods: dict[str, list] = {"full tables": ["--embedding", "full"]}
-    methods |= {f"ROBE {compression}x": ["--compression", compression] for compression in COMPRESSIONS}
+    methods: dict[str, list] = {"full tables": ["--embedding", "full", *AVERAGED]}
+    methods |= {
+        f"ROBE {compression}x": ["--compression", compression, *ADMITTED, *AVERAGED] for compression in COMPRESSIONS
+    }
     runs = {}
     for name, options in methods.items():
         folder = args.output / name.replace(" ", "-").lower()
@@ -49,7 +53,8 @@ def main() -> None:
     print(f"\n{'':14}{'test AUC':>10}{'floats':>14}{'bytes':>10}{'samples/s':>12}")
     for name, run in runs.items():
         size = run["array_floats"]
-        print(f"{name:14}{run['auc']:10.4f}{size:14,}{4 * size / 1e6:7.2f} MB{run['samples_per_second']:12,.0f}")
+        megabytes = (4 * size + run["admission_bytes"]) / 1e6
+        print(f"{name:14}{run['auc']:10.4f}{size:14,}{megabytes:7.2f} MB{run['samples_per_second']:12,.0f}")
     print(f"{'best possible':14}{best:10.4f}   (the AUC of the true probabilities on the same test rows)")
     print(f"\nlearning curves: {picture}")
 
