@@ -53,6 +53,7 @@ from robe.hashing import table_key
 from robe.optim import Adam as RobeAdam
 
 DIM = 16  # the kaggle preset
+EPOCHS = 6
 SEARCH_SEED = 1000  # and on; those of tests are 0 and on
 SHARE = 0.125  # of the memory, of the filter of an admission
 
@@ -110,7 +111,7 @@ class Trial:
     init: float = 1.0  # times the method's own initial scale
     decay: float = 0.0  # of the weights of MLPs and arrays, as torch.optim.Adam has it
     averaging: int = 500
-    epochs: int = 6
+    epochs: int = EPOCHS
     options: tuple[tuple[str, Any], ...] = ()  # of the embeddings, beyond the method's
 
     @property
@@ -410,17 +411,18 @@ def interval(differences: list[float]) -> tuple[float, float]:
     return mean(differences), float(student.ppf(0.975, n - 1)) * stdev(differences) / math.sqrt(n)
 
 
-def compare(runs: Runs, methods: list[str], compressions: list[float], seeds: int, searches: int) -> list[dict]:
+def compare(runs: Runs, args: argparse.Namespace) -> list[dict]:
     """Search, then test; a row for each method and compression."""
-    searched = [Trial(m) if m == FULL else Trial(m, c) for m in methods for c in compressions if m not in SEARCHED_AS]
-    searched = list(dict.fromkeys(searched))
-    found = dict(zip(searched, search(runs, searched, searches) if searches else searched))
-    best = []
-    for method in methods:
-        for compression in compressions[: 1 if method == FULL else None]:
-            start = Trial(method) if method == FULL else Trial(SEARCHED_AS.get(method, method), compression)
-            best.append(replace(found.get(start, start), method=method))
-    return tested(runs, best, seeds)
+
+    def start(method: str, compression: float) -> Trial:
+        method = SEARCHED_AS.get(method, method)
+        return Trial(method, 1.0 if method == FULL else compression, epochs=args.epochs)
+
+    places = [(m, c) for m in args.methods for c in args.compressions[: 1 if m == FULL else None]]
+    searched = list(dict.fromkeys(start(*place) for place in places))
+    found = dict(zip(searched, search(runs, searched, args.searches) if args.searches else searched))
+    best = [replace(found[start(method, compression)], method=method) for method, compression in places]
+    return tested(runs, best, args.seeds)
 
 
 def tested(runs: Runs, trials: list[Trial], seeds: int) -> list[dict]:
@@ -520,6 +522,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME")
     parser.add_argument("--study", choices=STUDIES, help="instead of methods, variants of ROBE")
     parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--epochs", type=int, default=EPOCHS, help=f"at the most (default {EPOCHS})")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="of one thread each")
     args = parser.parse_args()
     if args.seeds < 2:
@@ -537,10 +540,10 @@ def main() -> None:
             compressed = [
                 t if t.method == FULL else replace(t, compression=c) for c in args.compressions for t in study
             ]
-            trials = list(dict.fromkeys([Trial(FULL), *compressed]))
+            trials = [replace(t, epochs=args.epochs) for t in dict.fromkeys([Trial(FULL), *compressed])]
             name, table = args.study, tested(runs, trials, args.seeds)
         else:
-            name, table = "accuracy", compare(runs, args.methods, args.compressions, args.seeds, args.searches)
+            name, table = "accuracy", compare(runs, args)
     write_json(
         args.output / f"{name}.json",
         {
