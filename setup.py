@@ -60,7 +60,7 @@ setup(
         Extension(
             "robe._cpu",
             ["robe/csrc/robe_cpu.cpp"],
-            depends=[f"robe/csrc/{name}.h" for name in ("job", "kernels", "interaction", "mlp")],
+            depends=[f"robe/csrc/{name}.h" for name in ("job", "kernels", "interaction", "mlp", "admission")],
             # No product is fused with a sum: every instruction set then gives the same bits.
             extra_compile_args=[
                 "-std=c++17",

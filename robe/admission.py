@@ -15,9 +15,12 @@ Id x is in if all of ``bits`` are set in the word. One that was let in always is
 likely the fuller the filter: in 4 of 100 cases at 8 bits for each id let in, 7 at 6, 16 at 4.
 
 Ids are counted in a count-min sketch (Cormode and Muthukrishnan 2005) with conservative update (Estan and Varghese
-2002), in bounded memory: a count is never too low, and too high only for an id that shares all its counters.
+2002), in bounded memory: a count is never too low, and too high only for an id that shares all its counters. It stops
+at 2**31 - 1. The kernels for CPUs count one id after another; elsewhere torch counts all of a call at once, which comes
+to the same, or to less where different ids of the call share counters.
 """
 
+import math
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -33,6 +36,8 @@ BITS_OF_WORD = 6  # log2
 BITS_OF_ID = 3
 _FULL = 0.5  # the share of bits set at which counting lets no more ids in: then 1 of 8 others is in by chance
 _DEPTH = 4  # counters of an id
+_RECENT = 1 << 18  # rows that the kernel remembers to have found frequent
+_WAITING = 1 << 20  # rows that ``choose`` compares at a time, at least
 
 
 def row_hash(ids: Tensor, keys: Tensor) -> Tensor:
@@ -77,6 +82,23 @@ def expected_gain(times: Tensor, clicks: Tensor, rate: float) -> Tensor:
     return information * mean**2 / 2
 
 
+def counters_of(row: Tensor, width: int) -> Tensor:
+    """(4, n): the place of each row hash in each row of counters (4, width)."""
+    salts = torch.arange(1, _DEPTH + 1, device=row.device).unsqueeze(1) * signed(_SALT)
+    return multiply_high(mix64(row + salts), width)
+
+
+def _best(rows: Tensor, gain_of: Callable[[Tensor], Tensor], most: int) -> tuple[Tensor, float]:
+    """The rows with most to gain, of equal ones the lowest, and the gain that others need to be as good."""
+    rows = rows.unique()
+    if len(rows) <= most:
+        return rows, 0.0
+    gain = gain_of(rows)
+    least = float(gain.topk(most).values[-1]) if most else math.inf
+    above, equal = rows[gain > least], rows[gain == least]
+    return torch.cat([above, equal[: most - len(above)]]), least
+
+
 def _count_bits(words: np.ndarray) -> int:
     return int(np.unpackbits(words.view(np.uint8)).sum())
 
@@ -103,22 +125,14 @@ class IdCounter(nn.Module):
             raise ValueError(f"bytes: expected at least 1024 of an IdCounter, got {bytes}")
         self.register_buffer("counters", torch.zeros(_DEPTH, bytes // 16, dtype=torch.int32, device=device))
 
-    def _counters_of(self, row: Tensor) -> Tensor:
-        """(4, n): of each id, the place in each row of counters."""
-        salts = torch.arange(1, _DEPTH + 1, device=row.device).unsqueeze(1) * signed(_SALT)
-        return multiply_high(mix64(row + salts), self.counters.shape[1])
-
     @torch.no_grad()
     def add(self, ids: Tensor, keys: Tensor) -> None:
-        """Count ids; arguments as in ``row_hash``."""
-        self._add(row_hash(ids, keys).flatten())
+        """Count ids; arguments as in ``row_hash``.
 
-    def _add(self, row: Tensor) -> None:
-        different, times = row.unique(return_counts=True)
-        places = self._counters_of(different)
-        before = self.counters.gather(1, places).amin(0)
-        after = before + times.int()
-        self.counters.scatter_reduce_(1, places, after.expand_as(places), "amax")
+        Raises:
+            ValueError: ids are no integers, or keys not broadcastable to them; nothing was counted.
+        """
+        torch.ops.robe.count_ids_(self.counters, ids, keys)
 
     def count(self, ids: Tensor, keys: Tensor) -> Tensor:
         """How often each id was seen, int64 (...); never too low. Arguments as in ``row_hash``."""
@@ -126,7 +140,7 @@ class IdCounter(nn.Module):
         return self._count(row.flatten()).view(row.shape)
 
     def _count(self, row: Tensor) -> Tensor:
-        return self.counters.gather(1, self._counters_of(row)).amin(0).long()
+        return torch.ops.robe.id_counts(self.counters, row)
 
     @torch.no_grad()
     def decay(self, factor: float) -> None:
@@ -221,7 +235,8 @@ class Admission(nn.Module):
         """An Admission of those ids of some data from which most is to be gained.
 
         Of the ids that are there often enough, those with the largest ``expected_gain``, or without labels those that
-        are there most often, as many as the filter has room for. Labels say little about rare ids, and letting in a
+        are there most often, as many as the filter has room for; of equal ones those with the lowest ``row_hash``, so
+        that it does not matter how the data is cut into batches. Labels say little about rare ids, and letting in a
         rare id because of its labels tells the model what they are: it would learn to trust that. The data is read
         twice, to count and to choose; memory does not grow with it.
 
@@ -236,31 +251,44 @@ class Admission(nn.Module):
             counter_bytes: of each of two counters, there for the time being; see IdCounter.
 
         Raises:
-            ValueError: bytes below 8, or times or bits below 1.
+            ValueError: bytes below 8, times or bits below 1, or ids or labels that are not as above.
         """
         for name, value, least in (("bytes", bytes, 8), ("times", times, 1), ("bits", bits, 1)):
             if value < least:
                 raise ValueError(f"{name}: expected at least {least}, got {value}")
-        device = keys.device
-        seen, clicks = IdCounter(counter_bytes, device), None
+        seen, clicks = IdCounter(counter_bytes, keys.device), None
         total = clicked = 0
         for ids, labels in read():
-            row = row_hash(ids, keys)
-            seen._add(row.flatten())
-            if labels is not None:
-                clicks = clicks or IdCounter(counter_bytes, device)
-                with_click = row[labels.expand_as(row) > 0.5]
-                clicks._add(with_click)
-                total, clicked = total + row.numel(), clicked + len(with_click)
+            if labels is None:
+                seen.add(ids, keys)
+                continue
+            clicks = clicks or IdCounter(counter_bytes, keys.device)
+            labels = labels > 0.5
+            torch.ops.robe.count_ids_(seen.counters, ids, keys, clicks.counters, labels)
+            total, clicked = total + ids.numel(), clicked + int(labels.expand_as(ids).sum())
+        rate = clicked / max(total, 1)
+
+        def gain_of(row: Tensor) -> Tensor:
+            count = seen._count(row).double()
+            return count if clicks is None else expected_gain(count, clicks._count(row).double(), rate)
+
         most = 8 * bytes // bits
-        best = torch.empty(0, dtype=torch.int64, device=device)
+        # Rows to compare: the best so far and others, some of these twice; and the gain that others need.
+        waiting, others, floor = [keys.new_empty(0)], 0, 0.0
+        recent = keys.new_zeros(_RECENT)
+        recent[0] = -1  # a row that is never looked for there, unlike 0
         for ids, _ in read():
-            row = torch.cat([best, row_hash(ids, keys).flatten()]).unique()
-            count = seen._count(row)
-            row, count = row[count >= times], count[count >= times].double()
-            gain = count if clicks is None else expected_gain(count, clicks._count(row).double(), clicked / total)
-            best = row[gain.topk(min(most, len(row))).indices]
-        admission = cls(8 * max(-(-len(best) * bits // 64), 1), device=device)
+            row = torch.ops.robe.frequent_rows_(seen.counters, ids, keys, times, recent)
+            if floor:
+                row = row[gain_of(row) >= floor]
+            if len(row):
+                waiting.append(row)
+                others += len(row)
+            if others > max(len(waiting[0]), _WAITING):
+                best, floor = _best(torch.cat(waiting), gain_of, most)
+                waiting, others = [best], 0
+        best, _ = _best(torch.cat(waiting), gain_of, most)
+        admission = cls(8 * max(-(-len(best) * bits // 64), 1), device=keys.device)
         admission._admit(best)
         return admission
 
@@ -272,20 +300,15 @@ class Admission(nn.Module):
         Once half of the filter's bits are set, at 4 to 5 bits for each id that is in, no more are let in.
 
         Raises:
-            ValueError: there is no counter.
+            ValueError: there is no counter, or ids are no integers, or keys not broadcastable to them.
         """
         if self.counter is None or self.threshold is None:
             raise ValueError("observe: this Admission does not count; it was made without threshold, or is frozen")
-        row = row_hash(ids, keys).flatten()
-        word, bits = _places(row, len(self.filter))
-        row = row[self.filter[word] & bits != bits]
-        if not len(row) or self._is_full():
+        if self._is_full():
             return
-        self.counter._add(row)
-        row = row.unique()
-        often = self.counter._count(row) >= self.threshold
-        if often.any():
-            self._admit(row[often])
+        row = torch.ops.robe.observe_ids_(self.counter.counters, ids, keys, self.filter, self.threshold)
+        if len(row):
+            self._admit(row)
 
     def start_counting(self, threshold: int, counter_bytes: int = 1 << 28) -> None:
         """Count what layers read from now on, and let in what they have read ``threshold`` times.

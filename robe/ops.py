@@ -7,6 +7,7 @@
     update_(weight, ...)                                       an optimizer's rule on the slots that lookups touched
     dot_interaction(dense (B, D), embeddings (B, F, D)) -> (B, D + (F + 1) * F / 2)    what a DLRM does with them
     mlp(x (B, fan_in)) -> (B, width)                           linear layers with ReLU between them, without autograd
+    count_ids_, id_counts, frequent_rows_, observe_ids_        counting for an admission (robe/admission.py)
 
 B examples, F features, D = embedding_dim, m = number of weights. Values are features major: feature f of example b is
 bag k = f * B + b, values[offsets[k] : offsets[k + 1]]. Both take, per feature, the table's hash key (``hashing.slots``)
@@ -20,13 +21,16 @@ runs of G weights, G the smallest power of two with which the scales cover the a
 filter, (W,) int64, with "mix" only, holds the ids that have a row of their own (robe/admission.py); the others of a
 table read the row of one id. Ranges and padding_idx are about the ids as they are given.
 
+Counting is of ids of any shape, with int64 keys and bool labels broadcastable to them, in counters (4, W) int32 that
+are contiguous. Rows are what ``admission.row_hash`` makes of ids and keys.
+
 On a CPU the bodies in csrc/robe_cpu.cpp take over where ``backend`` could load them; those here are their
 specification.
 """
 
 import torch
 
-from robe.admission import RARE, admits
+from robe.admission import RARE, admits, counters_of, row_hash
 from robe.hashing import HASHES, slots
 
 MODES = ("sum", "mean", "max")
@@ -48,6 +52,10 @@ for _schema in (
     f"bag_weights_backward(Tensor grad, Tensor weight, {_BAGS}, {_TABLES}, {_FILTER}) -> Tensor",
     "dot_interaction(Tensor dense, Tensor embeddings) -> Tensor",
     "dot_interaction_backward(Tensor grad, Tensor dense, Tensor embeddings) -> (Tensor, Tensor)",
+    "count_ids_(Tensor(a!) counters, Tensor ids, Tensor keys, Tensor(b!)? clicks=None, Tensor? labels=None) -> ()",
+    "id_counts(Tensor counters, Tensor rows) -> Tensor",
+    "frequent_rows_(Tensor counters, Tensor ids, Tensor keys, int times, Tensor(a!) recent) -> Tensor",
+    "observe_ids_(Tensor(a!) counters, Tensor ids, Tensor keys, Tensor filter, int threshold) -> Tensor",
     "mlp(Tensor x, Tensor[] weights, Tensor[] biases, int width, bool relu_last) -> Tensor",
     "update_(Tensor(a!) weight, Tensor(b!)[] state, str rule, float[] options, "
     f"{', '.join(f'Tensor[] {name}' for name in _LISTS)}, int[] layouts) -> ()",
@@ -457,6 +465,86 @@ def _mlp(x, weights, biases, width, relu_last):
     return x[:, :width].contiguous()
 
 
+def _check_counters(name, counters):
+    good = counters.dim() == 2 and counters.shape[0] == 4 and counters.shape[1] > 0
+    if not good or counters.dtype != torch.int32 or not counters.is_contiguous():
+        raise ValueError(f"{name}: expected contiguous int32 (4, W), got {counters.dtype} {tuple(counters.shape)}")
+
+
+def _check_broadcast(name, tensor, dtype, ids):
+    fits = tensor.dim() <= ids.dim() and all(
+        size in (1, whole) for size, whole in zip(reversed(tensor.shape), reversed(ids.shape))
+    )
+    if not fits or tensor.dtype != dtype:
+        raise ValueError(
+            f"{name}: expected {dtype}, broadcastable to ids {tuple(ids.shape)}, "
+            f"got {tensor.dtype} {tuple(tensor.shape)}"
+        )
+
+
+def _check_counting(counters, ids, keys):
+    _check_counters("counters", counters)
+    _check_ids("ids", ids, ids.dim())
+    _check_broadcast("keys", keys, torch.int64, ids)
+
+
+def _check_rows(rows):
+    if rows.dim() != 1 or rows.dtype != torch.int64:
+        raise ValueError(f"rows: expected an int64 vector (n,), got {rows.dtype} {tuple(rows.shape)}")
+
+
+def _add(counters, row):
+    """Each row as often as it is there, all at once: as one by one, or less where different rows share counters."""
+    different, times = row.unique(return_counts=True)
+    places = counters_of(different, counters.shape[1])
+    after = counters.gather(1, places).amin(0) + times
+    after = after.clamp(max=torch.iinfo(torch.int32).max).int()
+    counters.scatter_reduce_(1, places, after.expand_as(places), "amax")
+
+
+def _count_ids(counters, ids, keys, clicks=None, labels=None):
+    _check_counting(counters, ids, keys)
+    if (clicks is None) != (labels is None):
+        raise ValueError("clicks and labels: expected both or neither")
+    row = row_hash(ids, keys)
+    if clicks is not None:
+        _check_counters("clicks", clicks)
+        if clicks.shape != counters.shape:
+            raise ValueError(
+                f"clicks: expected the shape of counters, {tuple(counters.shape)}, got {tuple(clicks.shape)}"
+            )
+        _check_broadcast("labels", labels, torch.bool, ids)
+        _add(clicks, row[labels.expand_as(row)])
+    _add(counters, row.flatten())
+
+
+def _id_counts(counters, rows):
+    _check_counters("counters", counters)
+    _check_rows(rows)
+    return counters.gather(1, counters_of(rows, counters.shape[1])).amin(0).long()
+
+
+def _frequent_rows(counters, ids, keys, times, recent):
+    """recent is for the kernel, which asks it whether it gave a row already."""
+    _check_counting(counters, ids, keys)
+    if recent.dim() != 1 or recent.shape[0] < 2 or recent.dtype != torch.int64 or not recent.is_contiguous():
+        raise ValueError(
+            f"recent: expected a contiguous int64 vector of 2 or more, got {recent.dtype} {tuple(recent.shape)}"
+        )
+    rows = row_hash(ids, keys).unique()
+    return rows[_id_counts(counters, rows) >= times]
+
+
+def _observe_ids(counters, ids, keys, filter, threshold):
+    _check_counting(counters, ids, keys)
+    if filter.dim() != 1 or filter.dtype != torch.int64 or filter.shape[0] == 0:
+        raise ValueError(f"filter: expected an int64 vector (W,), got {filter.dtype} {tuple(filter.shape)}")
+    rows = row_hash(ids, keys)[~admits(filter, ids, keys)]
+    _add(counters, rows)
+    rows = rows.unique()
+    return rows[_id_counts(counters, rows) >= threshold]
+
+
 def _out(body, inputs):
     def write(*arguments):
         out = arguments[inputs]
@@ -484,6 +572,10 @@ REFERENCE = {
     "dot_interaction": _dot_interaction,
     "dot_interaction_backward": _dot_interaction_backward,
     "mlp": _mlp,
+    "count_ids_": _count_ids,
+    "id_counts": _id_counts,
+    "frequent_rows_": _frequent_rows,
+    "observe_ids_": _observe_ids,
 }
 for _name, _body in REFERENCE.items():
     torch.library.impl(f"robe::{_name}", "CompositeExplicitAutograd", _body)
@@ -541,6 +633,18 @@ def _(x, weights, biases, width, relu_last):
     return x.new_empty(x.shape[0], width)
 
 
+@torch.library.register_fake("robe::id_counts")
+def _(counters, rows):
+    return torch.empty_like(rows)
+
+
+@torch.library.register_fake("robe::frequent_rows_")
+@torch.library.register_fake("robe::observe_ids_")
+def _(counters, ids, *_):
+    return ids.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64)
+
+
+@torch.library.register_fake("robe::count_ids_")
 @torch.library.register_fake("robe::lookup_out")
 @torch.library.register_fake("robe::bag_out")
 @torch.library.register_fake("robe::update_")

@@ -938,6 +938,7 @@ def test_nothing_leaks():
     assert growth(lambda: native("bag_forward", *BAG), 2000, 40_000) < 500_000
     # Arguments that are large: leaked once in a hundred calls, they would be seen.
     wide = lambda: torch.ones(250_000)  # noqa: E731  (1 MB, another one for each call)
+    counters = lambda: torch.zeros(4, 62_500, dtype=torch.int32)  # noqa: E731
     hash = "x" * 1_000_000
     ones = torch.ones(1, 2, 5)
     for call in (
@@ -947,6 +948,10 @@ def test_nothing_leaks():
         lambda: native("bag_weights_backward", ones, wide(), *BAG[1:3], torch.ones(3), *BAG[4:-1]),
         lambda: updated("native", wide(), "adam", RULES["adam"], [(ones, LOOKUP[1:-1])]),
         lambda: native("mlp", torch.ones(4, 32), [torch.ones(250, 32, 32)], [torch.ones(8000)], 8000, True),
+        lambda: native("count_ids_", counters(), IDS, KEYS, counters(), IDS > 1),
+        lambda: native("id_counts", counters(), KEYS),
+        lambda: native("frequent_rows_", counters(), IDS, KEYS, 0, torch.zeros(100_000, dtype=torch.int64)),
+        lambda: native("observe_ids_", counters(), IDS, KEYS, KEYS, 1),
         lambda: refused(torch.ops.robe.lookup_forward, *replaced(LOOKUP, (6, hash))),
         lambda: refused(torch.ops.robe.bag_forward, *replaced(BAG, (9, hash))),
     ):

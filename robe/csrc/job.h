@@ -151,10 +151,12 @@ ROBE_INLINE uint64_t multiply_high(uint64_t x, uint64_t n) {
 // robe/admission.py: the id whose row the ids read that were not let in, and whether one was, of its row's hash.
 constexpr int64_t kRare = INT64_MIN;
 
-ROBE_INLINE bool admitted(const Job& job, uint64_t row) {
+ROBE_INLINE bool admitted(const uint64_t* filter, uint64_t words, uint64_t row) {
   const uint64_t one = 1, bits = one << (row & 63) | one << (row >> 6 & 63) | one << (row >> 12 & 63);
-  return (job.filter[multiply_high(row, job.filter_words)] & bits) == bits;
+  return (filter[multiply_high(row, words)] & bits) == bits;
 }
+
+ROBE_INLINE bool admitted(const Job& job, uint64_t row) { return admitted(job.filter, job.filter_words, row); }
 
 ROBE_INLINE int64_t floor_mod(int64_t x, int64_t n) {
   const int64_t rest = x % n;
