@@ -7,7 +7,8 @@ The rows in their order: 5/7 train, 1/7 validates, 1/7 tests. Memory is counted 
 keeps: arrays, tables, and the filter of an admission; compression is against tables with a row for each id of the
 training rows. Each method has the same search on validation rows before (SEARCH: a change at a time, kept where it
 helps), at each compression, on seeds that are not tested; all Z have that of Z = 16. Epochs end where validation AUC
-falls; the best evaluation is tested. All methods are trained on averaged weights. Differences are paired by seed.
+falls; the best evaluation is tested. All methods are trained on averaged weights. Those in int8 are trained in float32,
+with as many weights as have room in int8, and rounded before the test. Differences are paired by seed.
 
 Every run that ended is a line of runs.jsonl: a program that is started again goes on. Writes accuracy.json, accuracy.md
 and accuracy.png. ``--methods`` and ``--study`` choose what is run.
@@ -55,6 +56,7 @@ from robe.optim import Adam as RobeAdam
 DIM = 16  # the kaggle preset
 EPOCHS = 6
 SEARCH_SEED = 1000  # and on; those of tests are 0 and on
+INT8_GROUP = 64  # weights of an array in int8 that have a scale in common
 SHARE = 0.125  # of the memory, of the filter of an admission
 
 
@@ -131,6 +133,7 @@ def robe(rows: Rows, trial: Trial, seed: int, **options: Any) -> nn.Module:
     variant = {name: options.pop(name) for name in list(options) if name in OF_VARIANTS}
     memory = rows.full_bytes / trial.compression
     share, labelled, times = options.pop("admit", 0.0), options.pop("labelled", True), options.pop("times", 10)
+    weight_bytes = 1 + 4 / INT8_GROUP if options.pop("int8", False) else 4
     linear = options.get("hash") == "linear"  # whose tables lie one behind the other, and so have an end
     tables = [EmbeddingBagConfig(f"cat_{i}", 1 << 32 if linear else None, DIM) for i in range(len(rows.table_rows))]
     admission = None
@@ -150,7 +153,7 @@ def robe(rows: Rows, trial: Trial, seed: int, **options: Any) -> nn.Module:
         memory -= 4 * DIM * variant["tier"]
     layer = RobeEmbeddingBagCollection(
         tables,
-        robe_size=int(memory) // 4,
+        robe_size=int((memory - (4 if weight_bytes < 4 else 0)) / weight_bytes),  # the last scale is of a part
         seed=seed,
         init_std=INIT_STD * trial.init,
         admission=admission,
@@ -193,8 +196,15 @@ METHODS: dict[str, Callable[[Rows, Trial, int], nn.Module]] = {
     **{f"ROBE, Z={z}": partial(robe, block_size=z) for z in (1, 4, 8, 16)},
     ADMISSION: partial(robe, admit=SHARE),
     f"{ADMISSION}, Z=1": partial(robe, admit=SHARE, block_size=1),
+    f"{ADMISSION}, int8": partial(robe, admit=2 * SHARE, int8=True),
+    "ROBE, authors', int8": partial(robe, hash="linear", int8=True),
 }
-SEARCHED_AS = {f"ROBE, Z={z}": "ROBE, Z=16" for z in (1, 4, 8)} | {f"{ADMISSION}, Z=1": ADMISSION}
+SEARCHED_AS = {
+    **{f"ROBE, Z={z}": "ROBE, Z=16" for z in (1, 4, 8)},
+    f"{ADMISSION}, Z=1": ADMISSION,
+    f"{ADMISSION}, int8": ADMISSION,
+    "ROBE, authors', int8": "ROBE, authors'",
+}
 _ADMITTED = Trial(ADMISSION)
 
 
@@ -242,7 +252,11 @@ def run(rows: Rows, trial: Trial, seed: int, batch_size: int) -> dict[str, Any]:
         before, _ = fit(rows, Trial(FULL, averaging=trial.averaging), seed, batch_size)
     model, progress = fit(rows, trial, seed, batch_size, before)
     embeddings = model.embeddings
-    memory = 4 * sum(p.numel() for p in embeddings.parameters())
+    if "int8" in trial.method:
+        embeddings.array = embeddings.array.quantized(INT8_GROUP)
+        memory = sum(x.numel() * x.element_size() for x in embeddings.array.read() if x is not None)
+    else:
+        memory = 4 * sum(p.numel() for p in embeddings.parameters())
     if getattr(embeddings, "admission", None) is not None:
         memory += embeddings.admission.bytes
     scores = evaluate(model, rows.part(rows.parts[2], 4096))
