@@ -1,7 +1,8 @@
 """How much AUC does compression cost? Full tables, the hashing trick, quotient-remainder and ROBE at equal memory.
 
     python -m benchmarks.accuracy --data rows.tsv --output runs/accuracy
-    python -m benchmarks.accuracy --generate 5000000 --compressions 1000 --batch-size 2048 --output runs/generated
+    python -m benchmarks.accuracy --generate 5000000 --compressions 1000 --batch-size 2048 --epochs 1 --longer 1.3 \\
+        --rate 0.002 --searches 0 --output runs/generated
 
 The rows in their order: 5/7 train, 1/7 validates, 1/7 tests. Memory is counted in bytes and in all that a trained model
 keeps: arrays, tables, and the filter of an admission; compression is against tables with a row for each id of the
@@ -97,9 +98,12 @@ class Rows:
         for start in range(rows.start, rows.stop, size):
             yield self.batch[start : min(start + size, rows.stop)]
 
-    def train_batches(self, size: int, seed: int, epoch: int) -> Iterator[Batch]:
-        order = np.random.default_rng([seed, epoch]).permutation(len(self.parts[0]))
-        for start in range(0, len(order), size):
+    def train_batches(self, size: int, seed: int, epoch: int, rows: int) -> Iterator[Batch]:
+        """Batches of so many rows: all training rows in random order, again and again."""
+        again = -(-rows // len(self.parts[0]))
+        orders = [np.random.default_rng([seed, epoch + k]).permutation(len(self.parts[0])) for k in range(again)]
+        order = np.concatenate(orders)[:rows]
+        for start in range(0, rows, size):
             yield self.batch[order[start : start + size]]
 
 
@@ -113,12 +117,13 @@ class Trial:
     init: float = 1.0  # times the method's own initial scale
     decay: float = 0.0  # of the weights of MLPs and arrays, as torch.optim.Adam has it
     averaging: int = 500
-    epochs: int = EPOCHS
+    epochs: float = EPOCHS  # below 2 as one piece with two evaluations
     options: tuple[tuple[str, Any], ...] = ()  # of the embeddings, beyond the method's
 
     @property
     def key(self) -> str:
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        values["epochs"] = int(self.epochs) if self.epochs == int(self.epochs) else self.epochs
         return json.dumps(values, sort_keys=True)
 
 
@@ -286,12 +291,14 @@ def fit(rows: Rows, trial: Trial, seed: int, batch_size: int, before: DLRM | Non
         project(model.embeddings, rows.counts, tables)
         model.bottom.load_state_dict(before.bottom.state_dict())
         model.top.load_state_dict(before.top.state_dict())
+    unit = trial.epochs if trial.epochs < 2 else 1.0  # epochs of the data in one of the trainer's
+    in_unit = round(unit * len(rows.parts[0]))
     training = replace(
         preset.training,
         batch_size=batch_size,
         learning_rate=trial.rate,
         optimizer=options.get("optimizer", "adam"),
-        epochs=trial.epochs,
+        epochs=round(trial.epochs / unit),
         evaluations_per_epoch=2,
         averaging_steps=trial.averaging,
         seed=seed,
@@ -314,8 +321,8 @@ def fit(rows: Rows, trial: Trial, seed: int, batch_size: int, before: DLRM | Non
     trainer = Trainer(
         model,
         training,
-        lambda epoch, start: rows.train_batches(batch_size, seed, epoch),
-        len(rows.parts[0]),
+        lambda epoch, start: rows.train_batches(batch_size, seed, epoch, in_unit),
+        in_unit,
         evaluate=lambda: evaluate(model, rows.part(rows.parts[1], 4096)),
         keep=lambda: best.update({name: p.detach().clone() for name, p in model.named_parameters()}),
         optimizers=optimizers,
@@ -327,6 +334,8 @@ def fit(rows: Rows, trial: Trial, seed: int, batch_size: int, before: DLRM | Non
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(best[name])
+    for point in trainer.progress.history:
+        point["epoch"] *= unit
     return model, trainer.progress
 
 
@@ -430,7 +439,8 @@ def compare(runs: Runs, args: argparse.Namespace) -> list[dict]:
 
     def start(method: str, compression: float) -> Trial:
         method = SEARCHED_AS.get(method, method)
-        return Trial(method, 1.0 if method == FULL else compression, epochs=args.epochs)
+        epochs = args.epochs * (args.longer if "ROBE" in method else 1)
+        return Trial(method, 1.0 if method == FULL else compression, args.rate, epochs=epochs)
 
     places = [(m, c) for m in args.methods for c in args.compressions[: 1 if m == FULL else None]]
     searched = list(dict.fromkeys(start(*place) for place in places))
@@ -536,7 +546,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME")
     parser.add_argument("--study", choices=STUDIES, help="instead of methods, variants of ROBE")
     parser.add_argument("--batch-size", type=int, default=256)
-    parser.add_argument("--epochs", type=int, default=EPOCHS, help=f"at the most (default {EPOCHS})")
+    parser.add_argument("--epochs", type=float, default=EPOCHS, help=f"at the most (default {EPOCHS})")
+    parser.add_argument("--longer", type=float, default=1.0, metavar="X", help="times as many for ROBE")
+    parser.add_argument("--rate", type=float, default=1e-3, help="of learning, where a search begins (default 0.001)")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="of one thread each")
     args = parser.parse_args()
     if args.seeds < 2:
@@ -554,7 +566,7 @@ def main() -> None:
             compressed = [
                 t if t.method == FULL else replace(t, compression=c) for c in args.compressions for t in study
             ]
-            trials = [replace(t, epochs=args.epochs) for t in dict.fromkeys([Trial(FULL), *compressed])]
+            trials = list(dict.fromkeys([Trial(FULL), *compressed]))
             name, table = args.study, tested(runs, trials, args.seeds)
         else:
             name, table = "accuracy", compare(runs, args)

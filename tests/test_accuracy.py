@@ -63,8 +63,11 @@ def test_every_method_keeps_to_its_memory(rows):
             continue
         for compression in (10.0, 100.0):
             layer = METHODS[method](rows, Trial(method, compression), 0)
-            floats = sum(p.numel() for p in layer.parameters())
-            bytes = 4 * floats + (layer.admission.bytes if getattr(layer, "admission", None) else 0)
+            bytes = 4 * sum(p.numel() for p in layer.parameters())
+            if "int8" in method:
+                bytes = sum(x.numel() * x.element_size() for x in layer.array.quantized(64).read())
+            if getattr(layer, "admission", None):
+                bytes += layer.admission.bytes
             assert 0.4 < bytes / (rows.full_bytes / compression) <= 1, method
 
 
@@ -73,6 +76,20 @@ def test_interval_is_that_of_a_paired_t_test():
     mean, half = accuracy.interval((first - second).tolist())
     low, high = ttest_rel(first, second).confidence_interval(0.95)
     assert (mean - half, mean + half) == pytest.approx((low, high))
+
+
+def test_epochs_can_be_parts(rows):
+    size = len(rows.parts[0])
+    batches = list(rows.train_batches(100, 0, 0, round(1.5 * size)))
+    assert sum(map(len, batches)) == round(1.5 * size)
+    dense = np.concatenate([batch.dense for batch in batches])
+    train = rows.batch.dense[:size]
+    in_order = [np.unique(part, axis=0) for part in (dense[:size], train)]
+    assert np.array_equal(*in_order), "every row once before any comes again"
+    assert not np.array_equal(dense[:size], train)
+    _, progress = accuracy.fit(rows, Trial("hash trick", 10.0, epochs=1.5), 0, 100)
+    assert [point["epoch"] for point in progress.history] == pytest.approx([0.75, 1.5], abs=0.05)
+    assert Trial("x", epochs=6.0).key == Trial("x", epochs=6).key
 
 
 def test_training_ends_where_validation_falls():
