@@ -1,8 +1,8 @@
 """How much AUC does compression cost? Full tables, the hashing trick, quotient-remainder and ROBE at equal memory.
 
     python -m benchmarks.accuracy --data rows.tsv --output runs/accuracy
-    python -m benchmarks.accuracy --generate 5000000 --compressions 1000 --batch-size 2048 --epochs 1 --longer 1.3 \\
-        --rate 0.002 --searches 0 --output runs/generated
+    python -m benchmarks.accuracy --generate 5000000 --compressions 1000 --batch-size 2048 --epochs 1 \\
+        --searches 1 --changes rate --output runs/generated
 
 The rows in their order: 5/7 train, 1/7 validates, 1/7 tests. Memory is counted in bytes and in all that a trained model
 keeps: arrays, tables, and the filter of an admission; compression is against tables with a row for each id of the
@@ -22,7 +22,7 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -405,7 +405,7 @@ def _run(job: tuple[Trial, int]) -> tuple[Trial, int, dict[str, Any]]:
     return *job, run(_work[0], *job, _work[1])
 
 
-def search(runs: Runs, trials: list[Trial], seeds: int) -> list[Trial]:
+def search(runs: Runs, trials: list[Trial], changes: Sequence[dict[str, float]], seeds: int) -> list[Trial]:
     """The best trial found from each on; all are searched side by side."""
     validation: dict[Trial, float] = {}
     of_seeds = range(SEARCH_SEED, SEARCH_SEED + seeds)
@@ -417,7 +417,7 @@ def search(runs: Runs, trials: list[Trial], seeds: int) -> list[Trial]:
 
     best = list(trials)
     measure(best)
-    for change in SEARCH:
+    for change in changes:
         (name, value), *_ = change.items()
         changed = [
             replace(trial, **{name: value if name == "decay" else value * getattr(start, name)})
@@ -439,12 +439,12 @@ def compare(runs: Runs, args: argparse.Namespace) -> list[dict]:
 
     def start(method: str, compression: float) -> Trial:
         method = SEARCHED_AS.get(method, method)
-        epochs = args.epochs * (args.longer if "ROBE" in method else 1)
-        return Trial(method, 1.0 if method == FULL else compression, args.rate, epochs=epochs)
+        return Trial(method, 1.0 if method == FULL else compression, epochs=args.epochs)
 
     places = [(m, c) for m in args.methods for c in args.compressions[: 1 if m == FULL else None]]
     searched = list(dict.fromkeys(start(*place) for place in places))
-    found = dict(zip(searched, search(runs, searched, args.searches) if args.searches else searched))
+    changes = [change for change in SEARCH if set(change) <= set(args.changes)]
+    found = dict(zip(searched, search(runs, searched, changes, args.searches) if args.searches else searched))
     best = [replace(found[start(method, compression)], method=method) for method, compression in places]
     return tested(runs, best, args.seeds)
 
@@ -542,13 +542,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--searches", type=int, default=2, metavar="N", help="seeds of a search; 0: none")
+    changes = sorted({name for change in SEARCH for name in change})
+    parser.add_argument("--changes", nargs="+", choices=changes, default=changes, help="what is searched (default all)")
     parser.add_argument("--compressions", type=float, nargs="+", default=[10.0, 100.0, 1000.0])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME")
     parser.add_argument("--study", choices=STUDIES, help="instead of methods, variants of ROBE")
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--epochs", type=float, default=EPOCHS, help=f"at the most (default {EPOCHS})")
-    parser.add_argument("--longer", type=float, default=1.0, metavar="X", help="times as many for ROBE")
-    parser.add_argument("--rate", type=float, default=1e-3, help="of learning, where a search begins (default 0.001)")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="of one thread each")
     args = parser.parse_args()
     if args.seeds < 2:

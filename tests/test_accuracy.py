@@ -102,9 +102,8 @@ def test_training_ends_where_validation_falls():
     assert accuracy.is_past_its_best(history(0.6, 0.7, 0.65, 0.69))
 
 
-def test_search_keeps_what_helps(monkeypatch):
+def test_search_keeps_what_helps():
     """With a validation AUC that is a formula of the trial: the best rate is twice the first, decay does no good."""
-    monkeypatch.setattr(accuracy, "SEARCH", ({"rate": 2.0}, {"rate": 0.5}, {"init": 0.1}, {"decay": 1e-6}))
 
     class Formula:
         def results(self, jobs):
@@ -113,13 +112,24 @@ def test_search_keeps_what_helps(monkeypatch):
                 for trial, seed in jobs
             }
 
-    (found,) = accuracy.search(Formula(), [Trial("x", 10.0)], 2)
+    (found,) = accuracy.search(Formula(), [Trial("x", 10.0)], accuracy.SEARCH, 2)
     assert found == Trial("x", 10.0, rate=2e-3)
 
 
 def test_a_run_from_the_command_line_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     argv = ["accuracy", "--generate", str(ROWS), "--output", str(tmp_path), "--seeds", "2", "--searches", "1"]
-    argv += ["--compressions", "100", "--methods", FULL, "hash trick", ADMISSION, "--processes", "1"]
+    argv += [
+        "--changes",
+        "rate",
+        "--compressions",
+        "100",
+        "--methods",
+        FULL,
+        "hash trick",
+        ADMISSION,
+        "--processes",
+        "1",
+    ]
     monkeypatch.setattr("sys.argv", argv)
     monkeypatch.setattr(accuracy, "SEARCH", ({"rate": 2.0},))
     accuracy.main()
