@@ -41,7 +41,7 @@ from benchmarks.peers import HashTrick, QuotientRemainder
 from benchmarks.variants import Counts, Variant, project
 from data.batches import split_rows
 from data.formats import open_source
-from data.rows import Batch
+from data.rows import Batch, to_batch
 from data.synthetic import Signal
 from dlrm.checkpoint import whole_file, write_json
 from dlrm.config import PRESETS
@@ -85,8 +85,6 @@ class Rows:
 
     @classmethod
     def generate(cls, rows: int) -> "Rows":
-        from data.rows import to_batch
-
         signal = Signal(0)
         pieces = [to_batch(some) for some in tqdm(signal.records(rows), desc="generating", leave=False)]
         batch = Batch.concatenate(pieces)
@@ -480,8 +478,7 @@ def label(row: dict) -> str:
     if trial["method"] != FULL:
         name += f" {trial['compression']:g}x"
     changed = {k: v for k, v in trial.items() if k not in ("method", "compression") and v != getattr(Trial(""), k)}
-    options = {**changed, **dict(changed.pop("options", ()))}
-    options.pop("options", None)
+    options = changed | dict(changed.pop("options", ()))
     return name + "".join(f", {k} {v:g}" if isinstance(v, float) else f", {k} {v}" for k, v in options.items())
 
 

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from robe import RobeEmbeddingBagCollection
+from robe.admission import RARE
 from robe.hashing import slots, table_key
 
 
@@ -75,10 +76,10 @@ class Variant(nn.Module):
     def forward(self, sparse: Tensor) -> Tensor:
         rows = self.layer(sparse)
         if self.twice:
-            keys, bounds, *layout = self.layer._tables()
+            _, bounds, *layout = self.layer._tables()
             filter = None if self.admission is None else self.admission.filter
             weight = self.layer.array.weight
-            again = torch.ops.robe.lookup(weight, sparse, keys + (self.keys - keys), bounds, *layout, None, filter)
+            again = torch.ops.robe.lookup(weight, sparse, self.keys, bounds, *layout, None, filter)
             rows = rows + again
         if self.zero and self.admission is not None:
             rows = rows * self.admission.admits(sparse, self.layer.table_keys).unsqueeze(2)
@@ -104,8 +105,6 @@ class Variant(nn.Module):
 
 def _slots(layer: RobeEmbeddingBagCollection, feature: int, ids: Tensor) -> Tensor:
     """(n, D): the slots that rows are read at, those of an id that is not let in among them."""
-    from robe.admission import RARE
-
     key = layer.table_keys[feature]
     if layer.admission is not None:
         ids = ids.where(layer.admission.admits(ids, key), RARE)

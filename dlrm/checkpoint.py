@@ -4,9 +4,8 @@ A model is a folder with config.json and model.safetensors, from which alone it 
 
 A training run keeps more, to go on as if it had never stopped: ``TrainingCheckpoints``. Each is a folder
 step-000001234 with model.safetensors; optimizer.safetensors, the state of the optimizers, of torch's generator and of
-averaged weights;
-state.json, everything else, with the SHA-256 of the others and of itself; and best.safetensors, the weights with the
-best evaluation by then, which is a link to the file in the run's folder where the file system allows.
+averaged weights; state.json, everything else, with the SHA-256 of the others and of itself; and best.safetensors, the
+weights with the best evaluation by then, which is a link to the file in the run's folder where the file system allows.
 """
 
 import hashlib
@@ -34,8 +33,8 @@ BEST, OPTIMIZER, STATE = "best.safetensors", "optimizer.safetensors", "state.jso
 VERSION = 1
 _COUNT_IN_INTEGERS = (robe.optim.SGD, robe.optim.Adagrad, robe.optim.Adam, torch.optim.SparseAdam)
 _GENERATOR = "generator"  # torch's, among the tensors of the optimizers
-_COUNTERS = "embeddings.admission.counter.counters"  # of an admission that counts while it trains
 _AVERAGE = "average"  # likewise, of each parameter
+_COUNTERS = "embeddings.admission.counter.counters"  # of an admission that counts while it trains
 
 
 class CheckpointError(ValueError):
