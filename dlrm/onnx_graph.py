@@ -15,8 +15,8 @@ from dlrm.embeddings import SYNTHETIC, Tables, VocabularyTables
 from dlrm.inference import array_bytes
 from dlrm.model import DLRM, MLP, CrossInteraction
 from robe import Admission, RobeEmbeddingBagCollection
-from robe.admission import BITS_OF_ID, BITS_OF_WORD, RARE, row_hash
-from robe.hashing import GOLDEN, MULTIPLIERS, SHIFTS, table_key
+from robe.admission import BITS_OF_ID, BITS_OF_WORD, RARE
+from robe.hashing import GOLDEN, MULTIPLIERS, SHIFTS, row_hash, table_key
 
 _OPSET, _IR_VERSION = 20, 10
 _ONNX_BYTES = (1 << 31) - (1 << 20)  # protobuf writes 2 GB; the graph itself needs far less than 1 MB

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from robe.hashing import GOLDEN, mix64, multiply_high, signed
+from robe.hashing import mix64, multiply_high, row_hash, signed
 
 RARE = -(1 << 63)  # the id whose row all ids read that were not let in
 SPREAD = 0.5  # of the effects of ids on the log-odds of a click
@@ -40,16 +40,6 @@ _RECENT = 1 << 18  # rows that the kernel remembers to have found frequent
 _WAITING = 1 << 20  # rows that ``choose`` compares at a time, at least
 
 
-def row_hash(ids: Tensor, keys: Tensor) -> Tensor:
-    """int64 that stands for an id of a table, the same as in the "mix" hash; a bijection of the ids of a table.
-
-    Args:
-        ids: (...) int32 or int64.
-        keys: hash keys of the tables (``hashing.table_key``), broadcastable to ids.
-    """
-    return mix64(keys + ids.long() * signed(GOLDEN))
-
-
 def _places(row: Tensor, words: int) -> tuple[Tensor, Tensor]:
     """The word of each id in the filter, and its bits there."""
     one, bits = torch.ones_like(row), torch.zeros_like(row)
@@ -59,7 +49,7 @@ def _places(row: Tensor, words: int) -> tuple[Tensor, Tensor]:
 
 
 def admits(filter: Tensor, ids: Tensor, keys: Tensor) -> Tensor:
-    """Whether each id was let in, bool (...); filter: (W,) int64, the others as in ``row_hash``."""
+    """Whether each id was let in, bool (...); filter: (W,) int64, the others as in ``hashing.row_hash``."""
     word, bits = _places(row_hash(ids, keys), len(filter))
     return filter[word] & bits == bits
 
@@ -127,7 +117,7 @@ class IdCounter(nn.Module):
 
     @torch.no_grad()
     def add(self, ids: Tensor, keys: Tensor) -> None:
-        """Count ids; arguments as in ``row_hash``.
+        """Count ids; arguments as in ``hashing.row_hash``.
 
         Raises:
             ValueError: ids are no integers, or keys not broadcastable to them; nothing was counted.
@@ -135,7 +125,7 @@ class IdCounter(nn.Module):
         torch.ops.robe.count_ids_(self.counters, ids, keys)
 
     def count(self, ids: Tensor, keys: Tensor) -> Tensor:
-        """How often each id was seen, int64 (...); never too low. Arguments as in ``row_hash``."""
+        """How often each id was seen, int64 (...); never too low. Arguments as in ``hashing.row_hash``."""
         row = row_hash(ids, keys)
         return self._count(row.flatten()).view(row.shape)
 
@@ -194,11 +184,11 @@ class Admission(nn.Module):
         return 8 * len(self.filter)
 
     def admits(self, ids: Tensor, keys: Tensor) -> Tensor:
-        """Whether each id is let in, bool (...); arguments as in ``row_hash``."""
+        """Whether each id is let in, bool (...); arguments as in ``hashing.row_hash``."""
         return admits(self.filter, ids, keys)
 
     def admit(self, ids: Tensor, keys: Tensor) -> None:
-        """Let ids in for good; arguments as in ``row_hash``."""
+        """Let ids in for good; arguments as in ``hashing.row_hash``."""
         self._admit(row_hash(ids, keys).flatten())
 
     def _admit(self, row: Tensor) -> None:

@@ -98,8 +98,18 @@ def table_key(seed: int, table_id: int) -> int:
     return signed(_mix64_int(_mix64_int(seed + GOLDEN) + table_id * GOLDEN))
 
 
+def row_hash(ids: Tensor, keys: Tensor) -> Tensor:
+    """``row`` of the "mix" hash, int64: it stands for an id of a table, a bijection of the ids of a table.
+
+    Args:
+        ids: (...) int32 or int64.
+        keys: hash keys of the tables (``table_key``), broadcastable to ids.
+    """
+    return mix64(keys + ids.long() * signed(GOLDEN))
+
+
 def _hash_mix(rows: Tensor, keys: Tensor, blocks: Tensor, choices: int) -> tuple[Tensor, Tensor]:
-    hashed = mix64(mix64(keys + rows * signed(GOLDEN)) + blocks * signed(GOLDEN))
+    hashed = mix64(row_hash(rows, keys) + blocks * signed(GOLDEN))
     return multiply_high(hashed, choices), hashed
 
 

@@ -22,7 +22,7 @@ filter, (W,) int64, with "mix" only, holds the ids that have a row of their own 
 table read the row of one id. Ranges and padding_idx are about the ids as they are given.
 
 Counting is of ids of any shape, with int64 keys and bool labels broadcastable to them, in counters (4, W) int32 that
-are contiguous. Rows are what ``admission.row_hash`` makes of ids and keys.
+are contiguous. Rows are what ``hashing.row_hash`` makes of ids and keys.
 
 On a CPU the bodies in csrc/robe_cpu.cpp take over where ``backend`` could load them; those here are their
 specification.
@@ -30,8 +30,8 @@ specification.
 
 import torch
 
-from robe.admission import RARE, admits, counters_of, row_hash
-from robe.hashing import HASHES, slots
+from robe.admission import RARE, admits, counters_of
+from robe.hashing import HASHES, row_hash, slots
 
 MODES = ("sum", "mean", "max")
 
@@ -105,10 +105,14 @@ def _check_tables(weight, table_keys, num_embeddings, embedding_dim, block_size,
         raise ValueError("table_keys: expected at least one feature")
     if filter is None:
         return
-    if filter.dim() != 1 or filter.dtype != torch.int64 or filter.shape[0] == 0:
-        raise ValueError(f"filter: expected an int64 vector (W,), got {filter.dtype} {tuple(filter.shape)}")
+    _check_filter(filter)
     if hash != "mix":
         raise ValueError(f"filter: expected hash 'mix' with it, got {hash!r}")
+
+
+def _check_filter(filter):
+    if filter.dim() != 1 or filter.dtype != torch.int64 or filter.shape[0] == 0:
+        raise ValueError(f"filter: expected an int64 vector (W,), got {filter.dtype} {tuple(filter.shape)}")
 
 
 def _check_ids(name, ids, dim):
@@ -537,8 +541,7 @@ def _frequent_rows(counters, ids, keys, times, recent):
 
 def _observe_ids(counters, ids, keys, filter, threshold):
     _check_counting(counters, ids, keys)
-    if filter.dim() != 1 or filter.dtype != torch.int64 or filter.shape[0] == 0:
-        raise ValueError(f"filter: expected an int64 vector (W,), got {filter.dtype} {tuple(filter.shape)}")
+    _check_filter(filter)
     rows = row_hash(ids, keys)[~admits(filter, ids, keys)]
     _add(counters, rows)
     rows = rows.unique()

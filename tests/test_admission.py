@@ -10,7 +10,7 @@ from kernels import IS_NATIVE, needs_kernels
 from torch import nn
 
 import robe
-from robe.admission import RARE, row_hash
+from robe.admission import RARE
 from robe.hashing import signed, table_key
 from robe.ops import REFERENCE
 
