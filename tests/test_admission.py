@@ -11,7 +11,7 @@ from torch import nn
 
 import robe
 from robe.admission import RARE
-from robe.hashing import signed, table_key
+from robe.hashing import row_hash, signed, table_key
 from robe.ops import REFERENCE
 
 GOLDEN, MASK = 0x9E3779B97F4A7C15, (1 << 64) - 1
