@@ -151,9 +151,11 @@ def robe(rows: Rows, trial: Trial, seed: int, **options: Any) -> nn.Module:
         keys = torch.tensor([table_key(seed, i) for i in range(len(tables))])
         admission = Admission.choose(read, keys, int(memory * share), times=times)
         memory -= admission.bytes
-    if "tier" in variant:
-        variant["tier"] = int(memory * variant["tier"]) // (4 * DIM)
-        memory -= 4 * DIM * variant["tier"]
+    if "tier" in options:
+        variant["tier"] = rows.counts.most_frequent(int(memory * options.pop("tier")) // (4 * DIM))
+    if "small_tables" in options:
+        variant["tier"] = rows.counts.of_small_tables(options.pop("small_tables"))
+    memory -= 4 * DIM * sum(map(len, variant.get("tier", ())))
     layer = RobeEmbeddingBagCollection(
         tables,
         robe_size=int((memory - (4 if weight_bytes < 4 else 0)) / weight_bytes),  # the last scale is of a part
@@ -188,7 +190,7 @@ def scaled(layer: nn.Module, trial: Trial) -> nn.Module:
 
 
 # Options of a trial that are not the collection's: of Variant, and of the training.
-OF_VARIANTS = ("gain", "soft", "zero", "twice", "tier", "sharing")
+OF_VARIANTS = ("gain", "soft", "zero", "twice", "table_scale", "sharing")
 OF_TRAINING = ("array_rate", "touched", "optimizer", "project")
 FULL, ADMISSION = "full tables", "ROBE + admission"
 METHODS: dict[str, Callable[[Rows, Trial, int], nn.Module]] = {
@@ -233,7 +235,7 @@ STUDIES: dict[str, list[Trial]] = {
         for trial in (Trial(FULL), Trial("ROBE, Z=16"), Trial(ADMISSION))
     ],
     "layout": [_with(block_size=z) for z in (1, 4, 8, 16, 32)] + [_with(sign=True), _with(twice=True)],
-    "scale": [replace(_ADMITTED, init=x) for x in (0.1, 1.0, 3.0, 10.0)] + [_with(gain=True)],
+    "scale": [replace(_ADMITTED, init=x) for x in (0.1, 1.0, 3.0, 10.0)] + [_with(gain=True), _with(table_scale=0.25)],
     "optimizer": [
         *(_with(array_rate=x) for x in (0.3, 1.0, 3.0)),
         _with(touched=True),
@@ -241,7 +243,10 @@ STUDIES: dict[str, list[Trial]] = {
         _with(sharing=0.5),
         _with(sharing=1.0),
     ],
-    "tiers": [_with(), _with(tier=0.25), _with(tier=0.5), _with(project=True)],
+    "tiers": [
+        *(_with(), _with(tier=0.25), _with(tier=0.5), _with(small_tables=5), _with(small_tables=30)),
+        _with(project=True),
+    ],
 }
 # Each changes one thing, and is kept if validation AUC is better; the next ones go on from there.
 SEARCH: tuple[dict[str, float], ...] = ({"rate": 2.0}, {"rate": 0.5}, {"init": 0.1}, {"decay": 1e-6})

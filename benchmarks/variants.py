@@ -1,5 +1,7 @@
 """Variants of ROBE that the library does not have, because they were tried and are not worth it: docs/accuracy.md."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -23,11 +25,25 @@ class Counts:
 
     def of(self, sparse: Tensor) -> Tensor:
         """(B, F) ids to (B, F) int64."""
-        columns = []
-        for column, ids, times in zip(sparse.T, self.ids, self.times):
-            place = torch.searchsorted(ids, column.contiguous()).clamp(max=len(ids) - 1)
-            columns.append(torch.where(ids[place] == column, times[place], 0))
-        return torch.stack(columns, dim=1)
+        found = [_find(ids, column) for ids, column in zip(self.ids, sparse.T)]
+        return torch.stack([times[place] * inside for times, (place, inside) in zip(self.times, found)], dim=1)
+
+    def most_frequent(self, most: int) -> list[Tensor]:
+        """Of each feature, its ids among so many of all features; or fewer, where several are as frequent."""
+        least = torch.cat(self.times).topk(most + 1).values[-1]
+        return [ids[times > least] for ids, times in zip(self.ids, self.times)]
+
+    def of_small_tables(self, rows: int) -> list[Tensor]:
+        """All ids of features that have at most so many, none of the others."""
+        return [ids if len(ids) <= rows else ids[:0] for ids in self.ids]
+
+
+def _find(ids: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
+    """(n,): where in ids, ascending, each is, and whether; 0 and False where there are none."""
+    if not len(ids):
+        return torch.zeros_like(column), torch.zeros_like(column, dtype=torch.bool)
+    place = torch.searchsorted(ids, column.contiguous()).clamp(max=len(ids) - 1)
+    return place, ids[place] == column
 
 
 class Variant(nn.Module):
@@ -40,7 +56,8 @@ class Variant(nn.Module):
         soft: k: embeddings are multiplied by n / (n + k), n times the id was seen; 0: no.
         zero: ids without a row of their own read zeros, not the row that they share.
         twice: a second lookup is added.
-        tier: so many of the most frequent ids have a row in a table, and no part in the array.
+        tier: of each feature, the ids that have a row in a table, and no part in the array.
+        table_scale: embeddings of a table of n ids are multiplied by n to minus this power, on geometric average by 1.
         sharing: the gradient of a weight is divided by the number of components that read it, to this power.
     """
 
@@ -53,7 +70,8 @@ class Variant(nn.Module):
         soft: float = 0.0,
         zero: bool = False,
         twice: bool = False,
-        tier: int = 0,
+        tier: Sequence[Tensor] | None = None,
+        table_scale: float = 0.0,
         sharing: float = 0.0,
     ):
         super().__init__()
@@ -61,14 +79,13 @@ class Variant(nn.Module):
         self.gain = nn.Parameter(torch.ones(len(layer.table_keys), 1)) if gain else None
         self.admission = layer.admission
         self.keys = torch.tensor([table_key(layer.array.seed, 1000 + i) for i in range(len(layer.table_keys))])
-        self.least = 0
-        if tier:
-            times = torch.cat(counts.times)
-            self.least = int(times.topk(tier + 1).values[-1]) + 1  # so many or, where several are as frequent, fewer
-            self.tier_ids = [ids[n >= self.least] for ids, n in zip(counts.ids, counts.times)]
-            rows = [len(ids) for ids in self.tier_ids]
+        self.tier_ids = tier
+        if tier is not None:
+            rows = [len(ids) for ids in tier]
             self.first = torch.tensor([0, *rows[:-1]]).cumsum(0)
             self.tier = nn.Parameter(torch.randn(sum(rows), layer.embedding_dim) * layer.array.init_std)
+        logs = torch.tensor([len(ids) for ids in counts.ids]).log()
+        self.scale = (-table_scale * (logs - logs.mean())).exp().unsqueeze(1) if table_scale else None
         if sharing:
             load = _load(layer, counts).clamp(min=1) ** sharing
             layer.array.weight.register_hook(lambda grad: grad / load)
@@ -86,20 +103,13 @@ class Variant(nn.Module):
         if self.soft:
             times = self.counts.of(sparse).float().unsqueeze(2)
             rows = rows * (times / (times + self.soft))
-        if self.least:
-            place = [
-                torch.searchsorted(ids, column.contiguous()).clamp(max=max(len(ids) - 1, 0))
-                for ids, column in zip(self.tier_ids, sparse.T)
-            ]
-            inside = torch.stack(
-                [
-                    (ids[p] == column) if len(ids) else torch.zeros_like(column, dtype=torch.bool)
-                    for ids, p, column in zip(self.tier_ids, place, sparse.T)
-                ],
-                dim=1,
-            )
-            own = functional.embedding((torch.stack(place, dim=1) + self.first) * inside, self.tier)
-            rows = torch.where(inside.unsqueeze(2), own, rows)
+        if self.tier_ids is not None:
+            places, inside = zip(*(_find(ids, column) for ids, column in zip(self.tier_ids, sparse.T)))
+            hot = torch.stack(inside, dim=1)
+            own = functional.embedding((torch.stack(places, dim=1) + self.first) * hot, self.tier)
+            rows = torch.where(hot.unsqueeze(2), own, rows)
+        if self.scale is not None:
+            rows = rows * self.scale
         return rows if self.gain is None else rows * self.gain
 
 

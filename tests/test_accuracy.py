@@ -186,13 +186,34 @@ def test_variants_add_what_they_say():
 
 def test_a_tier_has_rows_of_its_own():
     layer, ids, counts = layer_and_ids()
-    variant = Variant(layer, counts, tier=6)
+    variant = Variant(layer, counts, tier=counts.most_frequent(6))
     times = sorted(torch.cat(counts.times).tolist(), reverse=True)
     assert len(variant.tier) == sum(n > times[6] for n in times) <= 6
     hot = counts.of(ids) > times[6]
     rows = variant(ids)
     assert torch.equal(rows[~hot], layer(ids)[~hot])
     assert {tuple(row) for row in rows[hot].tolist()} == {tuple(row) for row in variant.tier.tolist()}
+
+
+def test_small_tables_can_have_all_their_rows():
+    layer, ids, _ = layer_and_ids()
+    ids[:, 1] %= 3
+    counts = Counts(ids)
+    variant = Variant(layer, counts, tier=counts.of_small_tables(3))
+    assert len(variant.tier) == 3
+    rows = variant(ids)
+    assert torch.equal(rows[:, 0], layer(ids)[:, 0])
+    assert torch.equal(rows[:, 1], variant.tier[ids[:, 1]])
+    others = torch.tensor([[0, 3], [1, -1]])
+    assert torch.equal(variant(others), layer(others))
+
+
+def test_a_scale_of_tables():
+    layer, ids, counts = layer_and_ids()
+    sizes = [len(known) for known in counts.ids]
+    mean = (sizes[0] * sizes[1]) ** 0.5
+    factor = torch.tensor([[(n / mean) ** -0.25] for n in sizes])
+    torch.testing.assert_close(Variant(layer, counts, table_scale=0.25)(ids), layer(ids) * factor)
 
 
 def test_rows_that_are_not_let_in_can_be_zero():
