@@ -9,8 +9,8 @@ import torch
 from scipy.stats import ttest_rel
 
 from benchmarks import accuracy
-from benchmarks.accuracy import ADMISSION, FULL, METHODS, Rows, Trial
 from benchmarks.peers import HashTrick, QuotientRemainder
+from benchmarks.trials import ADMISSION, FULL, METHODS, Rows, Trial, fit, is_past_its_best, kept_bytes
 from benchmarks.variants import Counts, Variant, project
 from robe import Admission, EmbeddingBagConfig, RobeEmbeddingBagCollection
 
@@ -64,10 +64,13 @@ def test_every_method_keeps_to_its_memory(rows):
         for compression in (10.0, 100.0):
             layer = METHODS[method](rows, Trial(method, compression), 0)
             bytes = 4 * sum(p.numel() for p in layer.parameters())
-            if "int8" in method:
+            if "int8" in method:  # it becomes so after training
                 bytes = sum(x.numel() * x.element_size() for x in layer.array.quantized(64).read())
             if getattr(layer, "admission", None):
                 bytes += layer.admission.bytes
+            if "int8" in method:
+                layer.array = layer.array.quantized(64)
+            assert kept_bytes(layer) == bytes
             assert 0.4 < bytes / (rows.full_bytes / compression) <= 1, method
 
 
@@ -87,7 +90,7 @@ def test_epochs_can_be_parts(rows):
     in_order = [np.unique(part, axis=0) for part in (dense[:size], train)]
     assert np.array_equal(*in_order), "every row once before any comes again"
     assert not np.array_equal(dense[:size], train)
-    _, progress = accuracy.fit(rows, Trial("hash trick", 10.0, epochs=1.5), 0, 100)
+    _, progress = fit(rows, Trial("hash trick", 10.0, epochs=1.5), 0, 100)
     assert [point["epoch"] for point in progress.history] == pytest.approx([0.75, 1.5], abs=0.05)
     assert Trial("x", epochs=6.0).key == Trial("x", epochs=6).key
 
@@ -96,10 +99,10 @@ def test_training_ends_where_validation_falls():
     def history(*aucs):
         return [{"auc": auc} for auc in aucs]
 
-    assert not accuracy.is_past_its_best(history(0.7, 0.6))
-    assert not accuracy.is_past_its_best(history(0.7, 0.6, 0.71))
-    assert not accuracy.is_past_its_best(history(0.6, 0.7, 0.65))
-    assert accuracy.is_past_its_best(history(0.6, 0.7, 0.65, 0.69))
+    assert not is_past_its_best(history(0.7, 0.6))
+    assert not is_past_its_best(history(0.7, 0.6, 0.71))
+    assert not is_past_its_best(history(0.6, 0.7, 0.65))
+    assert is_past_its_best(history(0.6, 0.7, 0.65, 0.69))
 
 
 def test_search_keeps_what_helps():
@@ -175,6 +178,7 @@ def test_variants_add_what_they_say():
     plain, times = layer(ids), counts.of(ids).unsqueeze(2)
     torch.testing.assert_close(Variant(layer, counts, soft=5)(ids), plain * times / (times + 5))
     gained = Variant(layer, counts, gain=True)
+    assert kept_bytes(gained) == 4 * 60 + 4 * 2
     with torch.no_grad():
         gained.gain.copy_(torch.tensor([[2.0], [3.0]]))
     torch.testing.assert_close(gained(ids), plain * torch.tensor([[2.0], [3.0]]))
