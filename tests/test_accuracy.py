@@ -154,6 +154,10 @@ def test_a_run_from_the_command_line_goes_on_where_it_was(tmp_path, monkeypatch,
     accuracy.main()
     assert json.loads((tmp_path / "accuracy.json").read_text())["table"] == table
     assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == len(lines) + 1
+    monkeypatch.setattr("sys.argv", [*argv, "--longer", "1.5", "--epochs", "1"])
+    accuracy.main()
+    longer = json.loads((tmp_path / "accuracy.json").read_text())["table"]
+    assert [row["trial"]["epochs"] for row in longer] == [1, 1, 1.5]
 
 
 # -- Variants ---------------------------------------------------------------------------------------------------------

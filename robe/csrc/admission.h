@@ -39,7 +39,7 @@ void each_row(const Ids& x, Use use) {
     }
     for (int64_t i = 0; i < length; ++i, id += step, key += keys_step, label += labels_step) {
       const int64_t value = x.wide ? static_cast<const int64_t*>(x.ids)[id] : static_cast<const int32_t*>(x.ids)[id];
-      use(mix64(static_cast<uint64_t>(x.keys[key]) + static_cast<uint64_t>(value) * kGolden), x.labels && x.labels[label]);
+      use(row_hash(x.keys[key], value), x.labels && x.labels[label]);
     }
   }
 }

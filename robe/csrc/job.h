@@ -139,6 +139,10 @@ ROBE_INLINE uint64_t mix64(uint64_t x) {
   return x ^ (x >> 31);
 }
 
+// What stands for an id of a table: ``row`` in robe/hashing.py.
+ROBE_INLINE uint64_t row_hash(uint64_t key, int64_t id) { return mix64(key + static_cast<uint64_t>(id) * kGolden); }
+ROBE_INLINE uint64_t row_hash(int64_t key, int64_t id) { return row_hash(static_cast<uint64_t>(key), id); }
+
 // The high half of x * n, for n below 2**32, from products of 32 bits, which vectorise.
 ROBE_INLINE uint64_t multiply_high_32(uint64_t x, uint64_t n) {
   return ((x >> 32) * n + ((x & 0xFFFFFFFF) * n >> 32)) >> 32;

@@ -88,7 +88,7 @@ ROBE_INLINE void each_block(const Job& job, int64_t feature, int64_t id, Emit em
   const int64_t dim = job.dim, block = job.block;
   const uint64_t key = static_cast<uint64_t>(job.keys[feature]);
   if constexpr (is_mix) {
-    uint64_t row = mix64(key + static_cast<uint64_t>(id) * kGolden);
+    uint64_t row = row_hash(key, id);
     for (int64_t i = 0; i < dim; i += block, row += kGolden) {
       const uint64_t hashed = mix64(row);
       emit(i, static_cast<int64_t>(multiply_high(hashed, job.choices)), block < dim - i ? block : dim - i,
@@ -132,7 +132,7 @@ ROBE_INLINE bool counts(const Job& job, int64_t feature, int64_t& id, bool& outs
     outside = true;
     return false;
   }
-  if (job.filter && !admitted(job, mix64(static_cast<uint64_t>(job.keys[feature]) + static_cast<uint64_t>(id) * kGolden)))
+  if (job.filter && !admitted(job, row_hash(job.keys[feature], id)))
     id = kRare;
   return true;
 }
@@ -254,7 +254,7 @@ ROBE_INLINE bool read_ahead(const Job& job, int64_t rows, int64_t item, Ids ids,
       uint64_t beyond = job.padded;
       for (int64_t r = 0; r < n; ++r) {
         const int64_t k = in_turn ? r : t.feature[r];
-        t.hash[r] = mix64(static_cast<uint64_t>(keys[k]) + static_cast<uint64_t>(t.id[r]) * kGolden);
+        t.hash[r] = row_hash(keys[k], t.id[r]);
       }
       for (int64_t r = 0; r < n; ++r) {
         const uint64_t last = static_cast<uint64_t>(counts[in_turn ? r : t.feature[r]]) - 1;  // unbounded: 2**64 - 1

@@ -267,7 +267,7 @@ struct Call {
     job.filter_words = static_cast<uint64_t>(filter->numel());
     rare.resize(job.features + kSpare);
     for (int64_t f = 0; f < job.features; ++f)
-      rare[f] = mix64(static_cast<uint64_t>(job.keys[f]) + static_cast<uint64_t>(kRare) * kGolden);
+      rare[f] = row_hash(job.keys[f], kRare);
     job.rare = rare.data();
   }
 
