@@ -57,6 +57,8 @@ STUDIES: dict[str, list[Trial]] = {
         _with(admit=1 / 4),
         _with(times=1),
         _with(times=20),
+        _with(rounds=1),
+        _with(rounds=3),
         _with(labelled=False),
         _with(labelled=False, zero=True),
         Trial("ROBE, Z=16", options=(("soft", 10.0),)),

@@ -107,12 +107,14 @@ def robe(rows: Rows, trial: Trial, seed: int, **options: Any) -> nn.Module:
 
     Args:
         options: of RobeEmbeddingBagCollection; and ``admit``, the share of the memory that the filter of an Admission
-            takes at the most, ``labelled``, whether ids are chosen by labels or counts, ``times`` as in its choose.
+            takes at the most, ``labelled``, whether ids are chosen by labels or counts, ``times`` and ``rounds`` of
+            its choose.
     """
     options |= {name: value for name, value in trial.options if name not in OF_TRAINING}
     variant = {name: options.pop(name) for name in list(options) if name in OF_VARIANTS}
     memory = rows.full_bytes / trial.compression
-    share, labelled, times = options.pop("admit", 0.0), options.pop("labelled", True), options.pop("times", 10)
+    share, labelled = options.pop("admit", 0.0), options.pop("labelled", True)
+    choice = {name: options.pop(name) for name in ("times", "rounds") if name in options}
     weight_bytes = 1 + 4 / INT8_GROUP if options.pop("int8", False) else 4
     linear = options.get("hash") == "linear"  # whose tables lie one behind the other, and so have an end
     tables = [EmbeddingBagConfig(f"cat_{i}", 1 << 32 if linear else None, DIM) for i in range(len(rows.table_rows))]
@@ -126,7 +128,7 @@ def robe(rows: Rows, trial: Trial, seed: int, **options: Any) -> nn.Module:
                 yield torch.from_numpy(batch.sparse), labels
 
         keys = torch.tensor([table_key(seed, i) for i in range(len(tables))])
-        admission = Admission.choose(read, keys, int(memory * share), times=times)
+        admission = Admission.choose(read, keys, int(memory * share), **choice)
         memory -= admission.bytes
     if "tier" in options:
         variant["tier"] = rows.counts.most_frequent(int(memory * options.pop("tier")) // (4 * DIM))

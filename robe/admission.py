@@ -21,7 +21,7 @@ to the same, or to less where different ids of the call share counters.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -38,6 +38,8 @@ _FULL = 0.5  # the share of bits set at which counting lets no more ids in: then
 _DEPTH = 4  # counters of an id
 _RECENT = 1 << 18  # rows that the kernel remembers to have found frequent
 _WAITING = 1 << 20  # rows that ``choose`` compares at a time, at least
+_CANDIDATES = 8  # times as many ids as have room are compared in rounds
+_SAMPLES = 1024  # between two updates of the model that is trained meanwhile
 
 
 def _places(row: Tensor, words: int) -> tuple[Tensor, Tensor]:
@@ -67,9 +69,12 @@ def expected_gain(times: Tensor, clicks: Tensor, rate: float) -> Tensor:
         times, clicks: float, how often an id was seen, and how often with label 1.
         rate: of label 1 in all.
     """
-    information = times * (rate * (1 - rate))
-    mean = (clicks - times * rate) / (information + SPREAD**-2)
-    return information * mean**2 / 2
+    return _gain(clicks - times * rate, times * (rate * (1 - rate)))
+
+
+def _gain(residual: Tensor, information: Tensor) -> Tensor:
+    """``expected_gain`` of ids with so many clicks more than expected."""
+    return information * (residual / (information + SPREAD**-2)) ** 2 / 2
 
 
 def counters_of(row: Tensor, width: int) -> Tensor:
@@ -87,6 +92,83 @@ def _best(rows: Tensor, gain_of: Callable[[Tensor], Tensor], most: int) -> tuple
     least = float(gain.topk(most).values[-1]) if most else math.inf
     above, equal = rows[gain > least], rows[gain == least]
     return torch.cat([above, equal[: most - len(above)]]), least
+
+
+def _samples(batches: Iterable[tuple[Tensor, Tensor | None]], keys: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Row hashes (n, ids) and labels (n,), float64, n = _SAMPLES but for the last, however the data is cut."""
+    rows: list[Tensor] = []
+    labels: list[Tensor] = []
+    waiting = 0
+    for ids, label in batches:
+        if label is None or not ids.numel():
+            continue
+        row, label = row_hash(ids, keys).cpu(), (label > 0.5).cpu().double()
+        if label.dim() < row.dim() or label.shape[-1] > 1:  # each id has a label of its own
+            row, label = row.unsqueeze(-1), label.expand_as(row).unsqueeze(-1)
+        row, label = row.flatten(0, -2), label.expand(*row.shape[:-1], 1).flatten()
+        rows, labels, waiting = [*rows, row], [*labels, label], waiting + len(row)
+        if waiting >= _SAMPLES:
+            row, label = torch.cat(rows), torch.cat(labels)
+            whole = waiting // _SAMPLES * _SAMPLES
+            yield from zip(row[:whole].split(_SAMPLES), label[:whole].split(_SAMPLES))
+            rows, labels, waiting = [row[whole:]], [label[whole:]], waiting - whole
+    if waiting:
+        yield torch.cat(rows), torch.cat(labels)
+
+
+class _Regression:
+    """A logistic regression on the presence of chosen ids, and what each of the others would add to it.
+
+    Weights have the prior N(0, SPREAD**2) and are updated after each piece of samples, by a damped Newton step on their
+    diagonal: with p the click rates that are predicted, k the number of chosen ids in a sample plus 1, and sums over
+    the samples of the piece that have the id,
+
+        step = (sum(label - p) - gradient of the prior) / (information before + sum(p (1 - p) k))
+
+    Steps of all ids together cannot go too far, k being a bound of what they add up to (De Pierro 1995); information,
+    the prior's and that of all samples before, makes later ones smaller.
+
+    Args:
+        candidates: (C,) row hashes, ascending.
+        times: (C,) how often each is in the data.
+        rate: of label 1.
+    """
+
+    def __init__(self, candidates: Tensor, times: Tensor, rate: float):
+        self.candidates, self.times = candidates, times
+        self.chosen = torch.zeros(len(candidates), dtype=torch.bool)
+        self.weight = torch.zeros(len(candidates), dtype=torch.float64)
+        self.information = torch.full_like(self.weight, SPREAD**-2)
+        self.bias, self.bias_information = math.log(rate / (1 - rate)), 0.0
+
+    def train(self, samples: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+        """One pass; the expected gain of each candidate from what the model had not predicted meanwhile."""
+        residual, information = torch.zeros_like(self.weight), torch.zeros_like(self.weight)
+        for rows, labels in samples:
+            place = torch.searchsorted(self.candidates, rows).clamp_(max=len(self.candidates) - 1)
+            known = self.candidates[place] == rows
+            sample, _ = known.nonzero(as_tuple=True)
+            ids, local = place[known].unique(return_inverse=True)
+            chosen, weight = self.chosen[ids].double(), self.weight[ids]
+            log_odds = self.bias + torch.bincount(sample, (weight * chosen)[local], len(labels))
+            p = log_odds.sigmoid()
+            error, variance = labels - p, p * (1 - p)
+            bound = variance * (1 + torch.bincount(sample, chosen[local], len(labels)))
+            errors, variances, bounds = (torch.bincount(local, x[sample]) for x in (error, variance, bound))
+            residual[ids] += errors
+            information[ids] += variances
+            # A pass over the data adds up to one gradient of the prior.
+            errors -= weight * SPREAD**-2 * torch.bincount(local) / self.times[ids]
+            self.weight[ids] += chosen * errors / (self.information[ids] + bounds)
+            self.information[ids] += chosen * variances
+            self.bias += float(error.sum() / (self.bias_information + bound.sum()))
+            self.bias_information += float(variance.sum())
+        return _gain(residual, information)
+
+    def choose(self, gain: Tensor, most: int) -> None:
+        """Choose the best of the others, of equal ones the first, until ``most`` are chosen."""
+        order = gain.masked_fill(self.chosen, -math.inf).sort(descending=True, stable=True).indices
+        self.chosen[order[: most - int(self.chosen.sum())]] = True
 
 
 def _count_bits(words: np.ndarray) -> int:
@@ -220,6 +302,7 @@ class Admission(nn.Module):
         *,
         times: int = 10,
         bits: int = 8,
+        rounds: int = 6,
         counter_bytes: int = 1 << 28,
     ) -> "Admission":
         """An Admission of those ids of some data from which most is to be gained.
@@ -227,23 +310,32 @@ class Admission(nn.Module):
         Of the ids that are there often enough, those with the largest ``expected_gain``, or without labels those that
         are there most often, as many as the filter has room for; of equal ones those with the lowest ``row_hash``, so
         that it does not matter how the data is cut into batches. Labels say little about rare ids, and letting in a
-        rare id because of its labels tells the model what they are: it would learn to trust that. The data is read
-        twice, to count and to choose; memory does not grow with it.
+        rare id because of its labels tells the model what they are: it would learn to trust that.
+
+        Ids of different tables often tell the same. So they are chosen in rounds, an equal part in each: those from
+        which most is to be gained beyond what a logistic regression on the ids chosen before predicts, which is
+        trained meanwhile (forward selection by the gradient, as in grafting: Perkins, Lacker and Theiler 2003).
+
+        The data is read twice, to count and to find candidates, and where there are more of these than have room,
+        again for each round but the first. Memory does not grow with it: it is that of the counters and some 50 bytes
+        for each of 8 times as many ids as have room.
 
         Args:
             read: gives the data anew at each call, as pairs: ids, and the label of each, 0 or 1, or None. ids are as in
-                ``row_hash`` with keys; labels are broadcastable to them.
+                ``row_hash`` with keys; labels are broadcastable to them. Ids (..., F) with labels (..., 1) are samples
+                of F ids; with labels otherwise each id is a sample.
             keys: of the layer that is to have it: ``layer.table_keys``, or before there is one, ``hashing.table_key``
                 of the array's seed and each table_id.
             bytes: of the filter at the most; it is made no larger than the ids need.
             times: an id has to be there, at least.
             bits: of the filter, for each id.
+            rounds: 1: each id by itself. Without labels there are none.
             counter_bytes: of each of two counters, there for the time being; see IdCounter.
 
         Raises:
-            ValueError: bytes below 8, times or bits below 1, or ids or labels that are not as above.
+            ValueError: bytes below 8, times, bits or rounds below 1, or ids or labels that are not as above.
         """
-        for name, value, least in (("bytes", bytes, 8), ("times", times, 1), ("bits", bits, 1)):
+        for name, value, least in (("bytes", bytes, 8), ("times", times, 1), ("bits", bits, 1), ("rounds", rounds, 1)):
             if value < least:
                 raise ValueError(f"{name}: expected at least {least}, got {value}")
         seen, clicks = IdCounter(counter_bytes, keys.device), None
@@ -263,6 +355,8 @@ class Admission(nn.Module):
             return count if clicks is None else expected_gain(count, clicks._count(row).double(), rate)
 
         most = 8 * bytes // bits
+        in_rounds = rounds > 1 and 0 < rate < 1
+        compared = _CANDIDATES * most if in_rounds else most
         # Rows to compare: the best so far and others, some of these twice; and the gain that others need.
         waiting, others, floor = [keys.new_empty(0)], 0, 0.0
         recent = keys.new_zeros(_RECENT)
@@ -275,9 +369,18 @@ class Admission(nn.Module):
                 waiting.append(row)
                 others += len(row)
             if others > max(len(waiting[0]), _WAITING):
-                best, floor = _best(torch.cat(waiting), gain_of, most)
+                best, floor = _best(torch.cat(waiting), gain_of, compared)
                 waiting, others = [best], 0
-        best, _ = _best(torch.cat(waiting), gain_of, most)
+        best, _ = _best(torch.cat(waiting), gain_of, compared)
+        if len(best) > most:
+            best = best.sort().values
+            gain = gain_of(best).cpu()
+            model = _Regression(best.cpu(), seen._count(best).double().cpu(), rate)
+            for k in range(1, rounds + 1):
+                model.choose(gain, k * most // rounds)
+                if k < rounds:
+                    gain = model.train(_samples(read(), keys))
+            best = best[model.chosen.to(best.device)]
         admission = cls(8 * max(-(-len(best) * bits // 64), 1), device=keys.device)
         admission._admit(best)
         return admission

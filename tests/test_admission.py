@@ -140,7 +140,7 @@ def test_the_best_ids_are_let_in(labelled):
         return information / 2 * (effect * 0.25 / (0.25 + 1 / information)) ** 2
 
     def choose(bytes):
-        return robe.Admission.choose(lambda: iter(data), KEYS, bytes, times=3, counter_bytes=1 << 22)
+        return robe.Admission.choose(lambda: iter(data), KEYS, bytes, times=3, rounds=1, counter_bytes=1 << 22)
 
     admission = choose(64)
     assert admission.bytes == 64
@@ -407,34 +407,69 @@ def test_counters_refuse_other_ids():
     assert not counter.counters.any()
 
 
-def chosen(data, most, times, labelled):
+def chosen(ids, labels, most, times, rounds, piece):
     """The rows that choose is to let in, by Python's floats; of equal gains the lowest."""
-    seen, clicks = Counter(), Counter()
-    for ids, labels in data:
-        rows = [signed(row) for row in rows_of(ids, KEYS)]
-        seen.update(rows)
-        clicks.update(row for row, label in zip(rows, labels.expand_as(ids).flatten().tolist()) if label)
-    rate = clicks.total() / seen.total()
+    samples = [[signed(row) for row in rows_of(sample, KEYS)] for sample in ids.unsqueeze(1)]
+    seen = Counter(row for sample in samples for row in sample)
+    often = [row for row, n in seen.items() if n >= times]
+    if labels is None:
+        return sorted(often, key=lambda row: (-seen[row], row))[:most]
+    labels = labels.flatten().tolist()
+    clicks = Counter(row for sample, label in zip(samples, labels) if label for row in sample)
+    rate = sum(labels) / len(labels)
 
-    def gain(row):
-        if not labelled:
-            return seen[row]
-        information = seen[row] * (rate * (1 - rate))
-        mean = (clicks[row] - seen[row] * rate) / (information + 4)
+    def gain(residual, information):
+        mean = residual / (information + 4)
         return information * (mean * mean) / 2
 
-    return sorted((row for row, n in seen.items() if n >= times), key=lambda row: (-gain(row), row))[:most]
+    def first(row):
+        return gain(clicks[row] - seen[row] * rate, seen[row] * (rate * (1 - rate)))
+
+    candidates = sorted(often, key=lambda row: (-first(row), row))[: most if rounds == 1 else 8 * most]
+    if len(candidates) <= most:
+        return candidates
+    inside, weight, before = candidates[: most // rounds], Counter(), Counter()
+    bias, bias_before = math.log(rate / (1 - rate)), 0.0
+    for k in range(2, rounds + 1):
+        residual, information = Counter(), Counter()
+        for start in range(0, len(samples), piece):
+            slope, curve, bound, here = Counter(), Counter(), Counter(), Counter()
+            for sample, label in list(zip(samples, labels))[start : start + piece]:
+                p = 1 / (1 + math.exp(-bias - sum(weight[row] for row in sample)))
+                known = 1 + sum(row in inside for row in sample)
+                for row in [None, *sample]:
+                    slope[row] += label - p
+                    curve[row] += p * (1 - p)
+                    bound[row] += p * (1 - p) * known
+                    here[row] += 1
+            for row in candidates:
+                residual[row] += slope[row]
+                information[row] += curve[row]
+            for row in inside:
+                prior = weight[row] * 4 * here[row] / seen[row]
+                weight[row] += (slope[row] - prior) / (4 + before[row] + bound[row])
+                before[row] += curve[row]
+            bias += slope[None] / (bias_before + bound[None])
+            bias_before += curve[None]
+        others = sorted(set(candidates) - set(inside), key=lambda row: (-gain(residual[row], information[row]), row))
+        inside = inside + others[: k * most // rounds - len(inside)]
+    return inside
 
 
-@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize("rounds", [0, 1, 2, 5])
 @pytest.mark.parametrize("most", [8, 64, 100_000])
-def test_what_is_chosen_does_not_depend_on_how_the_data_is_cut(labelled, most, monkeypatch):
+def test_what_is_chosen_does_not_depend_on_how_the_data_is_cut(rounds, most, monkeypatch):
     ids = torch.cat([ids_of(700, 3, top=700), torch.arange(100, 160).repeat(5, 1).T.reshape(-1, 3)])
-    labels = (torch.rand(len(ids), 1, generator=torch.Generator().manual_seed(1)) < 0.3).float()
-    want = chosen([(ids, labels)], most, 3, labelled)
-    assert len(want) == most or 100 < len(want) < most
+    ids[::3, 1] = ids[::3, 0] % 20  # which then tells nothing more
+    labels = (
+        torch.rand(len(ids), 1, generator=torch.Generator().manual_seed(1)) < 0.1 + 0.6 * (ids[:, :1] % 7 < 3)
+    ).float()
+    labelled, rounds = rounds > 0, max(rounds, 1)
+    want = chosen(ids, labels if labelled else None, most, 3, rounds, 64)
+    assert len(set(want)) == most or 100 < len(set(want)) < most
     filter = robe.Admission(8 * max(-(-len(want) * 8 // 64), 1))
     filter._admit(torch.tensor(want))
+    monkeypatch.setattr("robe.admission._SAMPLES", 64)
     for sizes, waiting, recent in (
         ([len(ids)], 1 << 20, 1 << 18),
         ([len(ids)], 1, 2),
@@ -446,9 +481,41 @@ def test_what_is_chosen_does_not_depend_on_how_the_data_is_cut(labelled, most, m
         monkeypatch.setattr("robe.admission._RECENT", recent)
         batches = list(zip(ids.split(sizes), labels.split(sizes) if labelled else [None] * len(sizes)))
         admission = robe.Admission.choose(
-            lambda batches=batches: batches, KEYS, most, times=3, bits=8, counter_bytes=1 << 22
+            lambda batches=batches: batches, KEYS, most, times=3, bits=8, rounds=rounds, counter_bytes=1 << 22
         )
         assert torch.equal(admission.filter, filter.filter)
+
+
+def test_rounds_leave_out_what_others_tell():
+    """The second table has the first one's ids, but for a fifth of the rows."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 60, (20_000, 2), generator=generator)
+    same = torch.rand(len(ids), generator=generator) < 0.8
+    ids[:, 1] = ids[:, 0].where(same, ids[:, 1])
+    labels = (torch.rand(len(ids), 1, generator=generator) < torch.rand(60, generator=generator)[ids[:, :1]]).float()
+
+    def known(rounds):
+        admission = robe.Admission.choose(lambda: [(ids, labels)], KEYS[:2], 60, rounds=rounds, counter_bytes=1 << 20)
+        return admission.admits(torch.arange(60).unsqueeze(1), KEYS[:2]).sum(0).tolist()
+
+    one_by_one, in_rounds = known(1), known(6)
+    assert one_by_one[0] < 37 < 44 < in_rounds[0]
+    assert one_by_one[1] > 23 > 15 > in_rounds[1]
+
+
+def test_an_id_with_a_label_of_its_own_is_a_sample():
+    ids, labels = ids_of(4000, 3, top=400), torch.rand(4000, 3, generator=torch.Generator().manual_seed(1)).round()
+
+    def filter(ids, labels, keys):
+        return robe.Admission.choose(lambda: [(ids, labels)], keys, 24, counter_bytes=1 << 20).filter
+
+    each = filter(ids.reshape(-1, 1), labels.reshape(-1, 1), KEYS.repeat(4000).unsqueeze(1))
+    assert torch.equal(filter(ids, labels, KEYS), each)
+    assert torch.equal(filter(ids.flatten(), labels.flatten(), KEYS.repeat(4000)), each)
+    assert torch.equal(filter(ids.view(2, 2000, 3), labels.view(2, 2000, 3), KEYS), each)
+    one = filter(ids, labels[:, :1], KEYS)
+    assert not torch.equal(one, each)
+    assert torch.equal(filter(ids.view(2, 2000, 3), labels[:, :1].view(2, 2000, 1), KEYS), one)
 
 
 def test_nothing_to_choose_from():
@@ -520,6 +587,7 @@ def test_freeze():
         (lambda: robe.Admission(64, threshold=0), "threshold: expected at least 1, got 0"),
         (lambda: robe.Admission.choose(list, KEYS, 7), "bytes: expected at least 8, got 7"),
         (lambda: robe.Admission.choose(list, KEYS, 8, times=0), "times: expected at least 1, got 0"),
+        (lambda: robe.Admission.choose(list, KEYS, 8, rounds=0), "rounds: expected at least 1, got 0"),
         (lambda: robe.IdCounter(100), "bytes: expected at least 1024 of an IdCounter, got 100"),
         (
             lambda: robe.RobeEmbedding(9, 4, robe_size=8, hash="linear", admission=robe.Admission(8)),
