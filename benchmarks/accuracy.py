@@ -181,8 +181,9 @@ def compare(runs: Runs, args: argparse.Namespace) -> list[dict]:
 
     def start(method: str, compression: float) -> Trial:
         method = SEARCHED_AS.get(method, method)
-        epochs = args.epochs * (args.longer if method.startswith("ROBE") else 1)
-        return Trial(method, 1.0 if method == FULL else compression, epochs=epochs)
+        if method == FULL:
+            return Trial(FULL, epochs=args.epochs)
+        return Trial(method, compression, epochs=args.epochs * args.longer)
 
     places = [(m, c) for m in args.methods for c in args.compressions[: 1 if m == FULL else None]]
     searched = list(dict.fromkeys(start(*place) for place in places))
@@ -291,7 +292,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--study", choices=STUDIES, help="instead of methods, variants of ROBE")
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--epochs", type=float, default=EPOCHS, help=f"at the most (default {EPOCHS})")
-    parser.add_argument("--longer", type=float, default=1.0, metavar="X", help="times as many epochs for ROBE")
+    parser.add_argument("--longer", type=float, default=1.0, metavar="X", help="times as many epochs but for full tables")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="of one thread each")
     args = parser.parse_args()
     if args.seeds < 2:

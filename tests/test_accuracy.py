@@ -157,7 +157,7 @@ def test_a_run_from_the_command_line_goes_on_where_it_was(tmp_path, monkeypatch,
     monkeypatch.setattr("sys.argv", [*argv, "--longer", "1.5", "--epochs", "1"])
     accuracy.main()
     longer = json.loads((tmp_path / "accuracy.json").read_text())["table"]
-    assert [row["trial"]["epochs"] for row in longer] == [1, 1, 1.5]
+    assert [row["trial"]["epochs"] for row in longer] == [1, 1.5, 1.5]
 
 
 # -- Variants ---------------------------------------------------------------------------------------------------------
