@@ -292,7 +292,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--study", choices=STUDIES, help="instead of methods, variants of ROBE")
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--epochs", type=float, default=EPOCHS, help=f"at the most (default {EPOCHS})")
-    parser.add_argument("--longer", type=float, default=1.0, metavar="X", help="times as many epochs but for full tables")
+    parser.add_argument("--longer", type=float, default=1.0, metavar="X", help="times as many, but for full tables")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="of one thread each")
     args = parser.parse_args()
     if args.seeds < 2:
