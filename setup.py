@@ -32,7 +32,7 @@ class BuildKernels(build_ext):
 
 setup(
     name="robe-dlrm",
-    version="0.6.0",
+    version="0.7.0",
     description="Embedding tables of any size on one small shared array (ROBE), and a DLRM built on it",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

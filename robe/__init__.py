@@ -4,11 +4,13 @@ from robe import optim
 from robe.admission import Admission, IdCounter
 from robe.array import Int8RobeArray, RobeArray
 from robe.collection import EmbeddingBagConfig, RobeEmbeddingBagCollection
+from robe.compress import CompressionReport, compress
 from robe.embedding import RobeEmbedding, RobeEmbeddingBag
 from robe.native import backend
 
 __all__ = [
     "Admission",
+    "CompressionReport",
     "EmbeddingBagConfig",
     "IdCounter",
     "Int8RobeArray",
@@ -17,5 +19,6 @@ __all__ = [
     "RobeEmbeddingBag",
     "RobeEmbeddingBagCollection",
     "backend",
+    "compress",
     "optim",
 ]

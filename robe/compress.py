@@ -1,0 +1,285 @@
+"""compress: ROBE layers in the place of the embedding tables of any model."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from math import ceil
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from robe.admission import RARE, Admission
+from robe.array import RobeArray
+from robe.embedding import RobeEmbedding, RobeEmbeddingBag
+from robe.hashing import slots
+
+_COMPONENTS_AT_ONCE = 1 << 22
+
+TorchTable = nn.Embedding | nn.EmbeddingBag
+
+
+@dataclass(frozen=True)
+class Table:
+    """One embedding table of a model.
+
+    Attributes:
+        names: of the modules that read it, as ``named_modules`` has them; several where it is tied.
+        num_embeddings, embedding_dim: its shape.
+        reason: why it was left as it was; None: it was swapped.
+    """
+
+    names: tuple[str, ...]
+    num_embeddings: int
+    embedding_dim: int
+    reason: str | None = None
+
+    @property
+    def floats(self) -> int:
+        """Its weights."""
+        return self.num_embeddings * self.embedding_dim
+
+
+@dataclass(frozen=True)
+class CompressionReport:
+    """What ``compress`` did; ``str`` of it is a table for people.
+
+    Attributes:
+        tables: all embedding tables of the model.
+        array_floats: weights of the arrays that replace the swapped ones.
+        admission_bytes: of the filter, 0 without one.
+        notes: what a user should know, a sentence each.
+    """
+
+    tables: tuple[Table, ...]
+    array_floats: int
+    admission_bytes: int = 0
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def swapped(self) -> tuple[Table, ...]:
+        """The tables that are virtual now."""
+        return tuple(table for table in self.tables if table.reason is None)
+
+    @property
+    def left(self) -> tuple[Table, ...]:
+        """The tables that are what they were, each with its reason."""
+        return tuple(table for table in self.tables if table.reason is not None)
+
+    @property
+    def floats_before(self) -> int:
+        """Weights of all tables before."""
+        return sum(table.floats for table in self.tables)
+
+    @property
+    def floats_after(self) -> int:
+        """Weights of the arrays and of the tables that were left."""
+        return self.array_floats + sum(table.floats for table in self.left)
+
+    def __str__(self) -> str:
+        width = max([len(", ".join(table.names)) for table in self.tables] + [5])
+        lines = [f"{'table':<{width}}  {'rows':>13}  {'dim':>5}"]
+        for table in self.tables:
+            shape = f"{table.num_embeddings:>13,}  {table.embedding_dim:>5}"
+            lines.append(f"{', '.join(table.names):<{width}}  {shape}  {table.reason or 'swapped'}")
+        lines.append(
+            f"{len(self.swapped)} of {len(self.tables)} tables swapped; floats of embeddings: "
+            f"{self.floats_before:,} before, {self.floats_after:,} after, {self.array_floats:,} of them shared"
+            + f", and an admission of {self.admission_bytes:,} bytes"
+            * bool(self.admission_bytes)
+        )
+        return "\n".join([*lines, *self.notes])
+
+
+def compress(
+    model: nn.Module,
+    ratio: float = 1000,
+    *,
+    block_size: int | None = None,
+    min_rows: int = 1000,
+    init: str = "random",
+    init_std: float | None = None,
+    sign: bool = False,
+    seed: int = 0,
+    admission: Admission | None = None,
+    device=None,
+) -> nn.Module:
+    """Swap the embedding tables of a model for ROBE layers on one shared array.
+
+    Every nn.Embedding and nn.EmbeddingBag with enough rows, wherever it is in the model (torchrec's
+    EmbeddingBagCollection holds such modules too), is replaced in place, under its name, by a RobeEmbedding or
+    RobeEmbeddingBag with the same rows, dimension, mode, padding and training mode. Tables that share a weight go on
+    sharing one. Weights of one device, dtype and ``requires_grad`` share one array: as a rule there is one. Make the
+    optimizer after this, and a DistributedDataParallel too. Parts of a model that read the ``weight`` of a table
+    themselves find none: there is no table any more.
+
+    Args:
+        model: changed in place.
+        ratio: times the arrays, with the filter of an admission, are smaller than the tables that they replace.
+        block_size, sign, admission: as in RobeEmbedding; the tables have the table_ids 0, 1, 2 ... in the order of
+            ``CompressionReport.swapped``.
+        min_rows: tables with fewer rows are left as they are.
+        init: of the arrays: "random"; or "project", the least squares approximation of the trained tables: each slot
+            is the mean of the components that are read there.
+        init_std, seed: of the arrays; see RobeArray.
+        device: of the arrays; None: where the tables are. With tables on the "meta" device a model can be built whose
+            tables would not fit.
+
+    Returns:
+        The model, or where it was a table itself the layer in its place; ``compression_report`` is an attribute of it.
+
+    Raises:
+        ValueError: an argument out of range, there is no table to swap, or too few weights would be left. The model is
+            then as it was.
+    """
+    if not ratio > 1:
+        raise ValueError(f"ratio: expected more than 1, got {ratio}")
+    if init not in ("random", "project"):
+        raise ValueError(f"init: expected 'random' or 'project', got {init!r}")
+    found = list(_tables(model))
+    wanted = [(modules, _reason_to_leave(model, modules, min_rows)) for modules in found]
+    swapped = [modules for modules, reason in wanted if reason is None]
+    if not swapped:
+        reasons = "; ".join(f"{_names(model, modules)[0] or 'it'}: {reason}" for modules, reason in wanted)
+        raise ValueError(f"model: no table to swap: {reasons or 'there is no nn.Embedding or nn.EmbeddingBag in it'}")
+    if init == "project" and any(modules[0].weight.is_meta for modules in swapped):
+        raise ValueError("init='project': tables on the meta device have no weights to project")
+
+    total = sum(modules[0].weight.numel() for modules in swapped)
+    kinds: dict[tuple, list[int]] = {}
+    for k, modules in enumerate(swapped):
+        weight = modules[0].weight
+        kinds.setdefault((device or weight.device, weight.dtype, weight.requires_grad), []).append(k)
+    layers: dict[nn.Module, RobeEmbedding | RobeEmbeddingBag] = {}
+    arrays = []
+    for (where, dtype, trained), members in kinds.items():
+        floats = sum(swapped[k][0].weight.numel() for k in members)
+        size = int(floats / ratio)
+        if admission is not None:
+            size -= ceil(admission.bytes * floats / total / dtype.itemsize)
+        widest = max(block_size or swapped[k][0].embedding_dim for k in members)
+        if size < widest:
+            raise ValueError(
+                f"ratio: {floats} weights compressed {ratio:g} times leave {max(size, 0)}, fewer than one block of "
+                f"{widest}; compress less"
+            )
+        array = RobeArray(size, seed=seed, init_std=init_std, dtype=dtype, device=where)
+        array.weight.requires_grad_(trained)
+        arrays.append(array)
+        for k in members:
+            options: dict[str, Any] = {
+                "array": array,
+                "table_id": k,
+                "block_size": block_size,
+                "sign": sign,
+                "admission": admission,
+            }
+            layers |= {module: _layer(module, options) for module in swapped[k]}
+        if init == "project":
+            _project(array, [(layers[swapped[k][0]], swapped[k][0].weight) for k in members])
+
+    report = CompressionReport(
+        tables=tuple(
+            Table(_names(model, modules), modules[0].num_embeddings, modules[0].embedding_dim, reason)
+            for modules, reason in wanted
+        ),
+        array_floats=sum(array.size for array in arrays),
+        admission_bytes=0 if admission is None else admission.bytes,
+        notes=_notes(swapped, len(arrays)),
+    )
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child in layers:
+                parent._modules[name] = layers[child]
+    model = layers.get(model, model)
+    model.compression_report = report  # type: ignore[assignment]
+    return model
+
+
+def _tables(model: nn.Module) -> Iterator[list[TorchTable]]:
+    """The modules of each table: one, or several with one weight."""
+    of_weight: dict[int, list[TorchTable]] = {}
+    for module in model.modules():
+        if isinstance(module, TorchTable):
+            of_weight.setdefault(id(module.weight), []).append(module)
+    yield from of_weight.values()
+
+
+def _names(model: nn.Module, modules: list[TorchTable]) -> tuple[str, ...]:
+    return tuple(name for name, module in model.named_modules(remove_duplicate=False) if module in modules)
+
+
+def _reason_to_leave(model: nn.Module, modules: list[TorchTable], min_rows: int) -> str | None:
+    weight = modules[0].weight
+    if len(weight) < min_rows:
+        return f"has fewer than {min_rows:,} rows"
+    if not weight.is_floating_point():
+        return f"is of {weight.dtype}"
+    for other in model.modules():
+        if other not in modules and any(p is weight for p in other._parameters.values()):
+            return f"its weight is also that of a {type(other).__name__}"
+    for module in modules:
+        if type(module).forward not in (nn.Embedding.forward, nn.EmbeddingBag.forward):
+            return f"is a {type(module).__name__}, which has a forward of its own"
+        if parametrize.is_parametrized(module):
+            return "is parametrized"
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+            return "has hooks"
+        if module.max_norm is not None:
+            return "max_norm: rows on an array share weights, so one can't be rescaled alone"
+        if module.scale_grad_by_freq:
+            return "scale_grad_by_freq: not supported by ROBE layers"
+    return None
+
+
+def _layer(module: TorchTable, options: dict[str, Any]) -> RobeEmbedding | RobeEmbeddingBag:
+    make: Callable[..., RobeEmbedding | RobeEmbeddingBag] = RobeEmbedding
+    if isinstance(module, nn.EmbeddingBag):
+        make, options = (
+            RobeEmbeddingBag,
+            options | {name: getattr(module, name) for name in ("mode", "include_last_offset")},
+        )
+    layer = make(module.num_embeddings, module.embedding_dim, padding_idx=module.padding_idx, **options)
+    return layer.train(module.training)
+
+
+def _notes(swapped: list[list[TorchTable]], arrays: int) -> tuple[str, ...]:
+    notes = []
+    if any(module.sparse for modules in swapped for module in modules):
+        notes.append(
+            "some tables had sparse=True: the gradient of an array is dense, which torch.optim.SparseAdam refuses; "
+            "use robe.optim, or an optimizer for dense gradients"
+        )
+    if arrays > 1:
+        notes.append(f"tables of different device, dtype or requires_grad do not share: there are {arrays} arrays")
+    return tuple(notes)
+
+
+def _slots(layer: RobeEmbedding | RobeEmbeddingBag, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+    """(n, D) each, as ``hashing.slots``: what rows read, those of an id that is not let in too."""
+    key = layer.table_keys[0]
+    if layer.admission is not None:
+        ids = ids.where(layer.admission.admits(ids, key), RARE)
+    size, dim = layer.array.size, layer.embedding_dim
+    return slots(ids, key, size=size, embedding_dim=dim, block_size=layer.block_size, hash=layer.hash, sign=layer.sign)
+
+
+@torch.no_grad()
+def _project(array: RobeArray, tables: list[tuple[RobeEmbedding | RobeEmbeddingBag, Tensor]]) -> None:
+    """Set an array to the least squares approximation of tables.
+
+    Each component of a row is one slot times its sign, so the sum of squares is least where each slot is the mean of
+    the components (times sign) that it serves.
+    """
+    total, load = torch.zeros(2, array.size, dtype=torch.float64, device=array.weight.device)
+    for layer, weight in tables:
+        for start in range(0, len(weight), max(1, _COMPONENTS_AT_ONCE // layer.embedding_dim)):
+            rows = weight[start : start + max(1, _COMPONENTS_AT_ONCE // layer.embedding_dim)].to(total.device)
+            ids = torch.arange(start, start + len(rows), device=total.device)
+            if layer.padding_idx is not None:
+                rows, ids = rows[ids != layer.padding_idx], ids[ids != layer.padding_idx]
+            place, signs = _slots(layer, ids)
+            values = rows.double() if signs is None else rows * signs.double()
+            total.index_add_(0, place.flatten(), values.flatten())
+            load.index_add_(0, place.flatten(), torch.ones_like(values).flatten())
+    array.weight.copy_(torch.where(load > 0, total / load.clamp(min=1), array.weight))
