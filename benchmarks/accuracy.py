@@ -251,6 +251,7 @@ def plot(path: Path, table: list[dict], best_possible: float | None) -> None:
     methods: dict[str, list[dict]] = {}
     for row in table:
         methods.setdefault(row["trial"]["method"], []).append(row)
+    colors: dict[str, str] = {}
     for method, points in methods.items():
         if method == FULL:
             axes.axhline(points[0]["mean"], color="black", linewidth=1, label=FULL)
@@ -258,11 +259,14 @@ def plot(path: Path, table: list[dict], best_possible: float | None) -> None:
         points = sorted(points, key=lambda row: row["bytes"])
         spread = [row["sd"] for row in points]
         width = 2.5 if method == ADMISSION else 1.2
+        in_float = method.removesuffix(", int8")
         axes.errorbar(
             [row["bytes"] for row in points],
             [row["mean"] for row in points],
             yerr=spread,
             label=method,
+            color=colors.setdefault(in_float, f"C{len(colors)}"),
+            linestyle="-" if method == in_float else "--",
             linewidth=width,
             marker="o",
             markersize=2 * width,
