@@ -3,6 +3,7 @@
 from robe import optim
 from robe.admission import Admission, IdCounter
 from robe.array import Int8RobeArray, RobeArray
+from robe.authors import load_authors_weights
 from robe.collection import EmbeddingBagConfig, RobeEmbeddingBagCollection
 from robe.compress import CompressionReport, compress
 from robe.embedding import RobeEmbedding, RobeEmbeddingBag
@@ -20,5 +21,6 @@ __all__ = [
     "RobeEmbeddingBagCollection",
     "backend",
     "compress",
+    "load_authors_weights",
     "optim",
 ]
