@@ -7,6 +7,7 @@ from robe.authors import load_authors_weights
 from robe.collection import EmbeddingBagConfig, RobeEmbeddingBagCollection
 from robe.compress import CompressionReport, compress
 from robe.embedding import RobeEmbedding, RobeEmbeddingBag
+from robe.keyed import RobeKeyedEmbeddingBagCollection
 from robe.native import backend
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "RobeEmbedding",
     "RobeEmbeddingBag",
     "RobeEmbeddingBagCollection",
+    "RobeKeyedEmbeddingBagCollection",
     "backend",
     "compress",
     "load_authors_weights",

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import Any
 
 from torch import Tensor
 
@@ -31,15 +32,24 @@ class EmbeddingBagConfig:
     pooling: str = "sum"
 
 
+def own_config(config: Any) -> EmbeddingBagConfig:
+    """robe's config of torchrec's, whose pooling is an Enum of the same names."""
+    pooling = getattr(config.pooling, "value", config.pooling).lower()
+    features = list(config.feature_names) or [config.name]
+    return EmbeddingBagConfig(config.name, config.num_embeddings, config.embedding_dim, features, pooling)
+
+
 class RobeEmbeddingBagCollection(RobeTables):
     """The embedding tables of a recommender, all virtual, on one array.
 
     F features, B examples, D = embedding_dim. Features come in the order of ``feature_names``: table by table.
 
     Args:
-        tables: their configs; all of one embedding_dim and one pooling. Table k has table_id k in the hash.
+        tables: their configs; all of one embedding_dim and one pooling.
         array, robe_size, compression: exactly one, as in RobeEmbedding; compression is that of all tables together, and
             where the collection's own array has room for every weight the mapping is the identity.
+        table_ids: of the tables in the hash, see RobeEmbedding; None: 0, 1, 2 ... Collections that share an array need
+            others than each other.
         block_size, sign, hash, admission: as in RobeEmbedding.
         seed, init_std, dtype, device: of an array of the collection's own; see RobeArray.
 
@@ -54,6 +64,7 @@ class RobeEmbeddingBagCollection(RobeTables):
         array: RobeArray | None = None,
         robe_size: int | None = None,
         compression: float | None = None,
+        table_ids: Sequence[int] | None = None,
         block_size: int | None = None,
         sign: bool = False,
         hash: str = "mix",
@@ -66,13 +77,15 @@ class RobeEmbeddingBagCollection(RobeTables):
         tables = list(tables)
         _check_configs(tables)
         rows = [table.num_embeddings for table in tables]
+        if table_ids is not None and len(table_ids) != len(tables):
+            raise ValueError(f"table_ids: expected {len(tables)}, one a table, got {len(table_ids)}")
         if hash == "linear" and None in rows:
             raise ValueError("hash='linear': lays tables one behind the other, so every table needs num_embeddings")
         super().__init__(
             rows,
             tables[0].embedding_dim,
             table_of_feature=[k for k, table in enumerate(tables) for _ in (table.feature_names or [table.name])],
-            table_ids=range(len(tables)),
+            table_ids=range(len(tables)) if table_ids is None else table_ids,
             first_rows=[0, *accumulate(n or 0 for n in rows)][:-1],
             array=array,
             robe_size=robe_size,
@@ -89,6 +102,16 @@ class RobeEmbeddingBagCollection(RobeTables):
         self.tables = tables
         self.feature_names = [name for table in tables for name in (table.feature_names or [table.name])]
         self.pooling = tables[0].pooling
+
+    @classmethod
+    def from_configs(cls, tables: Sequence[Any], **options: Any) -> "RobeEmbeddingBagCollection":
+        """A collection of torchrec's EmbeddingBagConfigs; of tables of several dimensions or poolings, or for
+        KeyedJaggedTensors, see RobeKeyedEmbeddingBagCollection.
+
+        Args:
+            tables, options: as of the class.
+        """
+        return cls([own_config(table) for table in tables], **options)
 
     def forward(
         self,
@@ -153,7 +176,7 @@ def _check_configs(tables: list[EmbeddingBagConfig]) -> None:
             if got != expected:
                 raise ValueError(
                     f"tables: all tables of a collection need the same {option}; {tables[0].name!r} has {expected!r}, "
-                    f"{table.name!r} has {got!r}: make one collection for each and share the array"
+                    f"{table.name!r} has {got!r}: RobeKeyedEmbeddingBagCollection takes several"
                 )
     if tables[0].pooling not in MODES:
         raise ValueError(f"pooling: expected one of {', '.join(MODES)}, got {tables[0].pooling!r}")

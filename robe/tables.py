@@ -57,7 +57,7 @@ class RobeTables(nn.Module):
         _check(num_embeddings, embedding_dim, block_size, hash)
         rows = [n or 0 for n in num_embeddings]  # 0 stands for unbounded in the operators
         table_weights = None if 0 in rows else sum(rows) * embedding_dim
-        array = _resolve_array(
+        array = resolve_array(
             array,
             robe_size,
             compression,
@@ -201,7 +201,7 @@ def _check_room(
         )
 
 
-def _resolve_array(
+def resolve_array(
     array: RobeArray | None,
     robe_size: int | None,
     compression: float | None,

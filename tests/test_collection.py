@@ -337,7 +337,7 @@ def test_tables_may_come_from_a_generator():
         (
             [EmbeddingBagConfig("a", 5, 4), EmbeddingBagConfig("b", 5, 8)],
             {},
-            "need the same embedding_dim; 'a' has 4, 'b' has 8: make one collection for each and share the array",
+            "need the same embedding_dim; 'a' has 4, 'b' has 8: RobeKeyedEmbeddingBagCollection takes several",
         ),
         (
             [EmbeddingBagConfig("a", 5, 4), EmbeddingBagConfig("b", 5, 4, pooling="max")],

@@ -1,0 +1,174 @@
+"""RobeKeyedEmbeddingBagCollection: torchrec's EmbeddingBagCollection on one array, without a need for torchrec."""
+
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from robe.admission import Admission
+from robe.array import RobeArray
+from robe.collection import EmbeddingBagConfig, RobeEmbeddingBagCollection, own_config
+from robe.tables import resolve_array
+
+
+class RobeKeyedEmbeddingBagCollection(nn.Module):
+    """What torchrec's EmbeddingBagCollection is, on one array: a KeyedJaggedTensor goes in, a KeyedTensor comes out.
+
+    Tables may have different dimensions and poolings: those of one dimension and pooling are read in one operator call.
+    It has the methods of torchrec's that its models ask for, so that it goes into torchrec.models.dlrm.DLRM.
+
+    Args:
+        tables: torchrec's EmbeddingBagConfigs, or robe's; a feature may be in several tables. Table k has table_id k.
+        is_weighted: whether the weights of a KeyedJaggedTensor multiply the rows; with pooling "sum" only.
+        array, robe_size, compression: exactly one, as in RobeEmbedding; compression is that of all tables together.
+        block_size, sign, admission: as in RobeEmbedding; the hash is "mix".
+        seed, init_std, dtype, device: of an array of its own; see RobeArray.
+
+    Raises:
+        ValueError: an argument out of range; two tables of one name.
+    """
+
+    def __init__(
+        self,
+        tables: Sequence[Any],
+        *,
+        is_weighted: bool = False,
+        array: RobeArray | None = None,
+        robe_size: int | None = None,
+        compression: float | None = None,
+        block_size: int | None = None,
+        sign: bool = False,
+        admission: Admission | None = None,
+        seed: int | None = None,
+        init_std: float | None = None,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        configs = [own_config(table) for table in tables]
+        if not configs:
+            raise ValueError("tables: expected at least one EmbeddingBagConfig")
+        repeated = [name for name, n in Counter(config.name for config in configs).items() if n > 1]
+        if repeated:
+            raise ValueError(f"tables: table names must be unique, {repeated[0]!r} is there twice")
+        floats = [None if c.num_embeddings is None else c.num_embeddings * c.embedding_dim for c in configs]
+        array = resolve_array(
+            array,
+            robe_size,
+            compression,
+            table_weights=None if None in floats else sum(n or 0 for n in floats),
+            filter_bytes=0 if admission is None else admission.bytes,
+            seed=seed,
+            init_std=init_std,
+            dtype=dtype,
+            device=device,
+        )
+        self._configs, self._is_weighted = list(tables), is_weighted
+        uses = Counter(feature for config in configs for feature in config.feature_names)
+        groups: dict[tuple[int, str], list[int]] = {}
+        for k, config in enumerate(configs):
+            groups.setdefault((config.embedding_dim, config.pooling), []).append(k)
+        self.collections = nn.ModuleList()
+        # Of each output column its name, feature and width, table by table; and where it is: (group, place there).
+        self._columns = [
+            (f"{feature}@{config.name}" if uses[feature] > 1 else feature, feature, config.embedding_dim)
+            for config in configs
+            for feature in config.feature_names
+        ]
+        first = [0, *torch.tensor([len(config.feature_names) for config in configs]).cumsum(0).tolist()]
+        self._of_group: list[list[int]] = []
+        for members in groups.values():
+            renamed = [
+                EmbeddingBagConfig(
+                    configs[k].name,
+                    configs[k].num_embeddings,
+                    configs[k].embedding_dim,
+                    [f"{feature}@{configs[k].name}" for feature in configs[k].feature_names],
+                    configs[k].pooling,
+                )
+                for k in members
+            ]
+            self.collections.append(
+                RobeEmbeddingBagCollection(
+                    renamed, array=array, table_ids=members, block_size=block_size, sign=sign, admission=admission
+                )
+            )
+            self._of_group.append([column for k in members for column in range(first[k], first[k + 1])])
+
+    @property
+    def array(self) -> RobeArray:
+        """The shared weights."""
+        return self.collections[0].array  # type: ignore[return-value]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the array is."""
+        return self.array.weight.device
+
+    def is_weighted(self) -> bool:
+        """Whether the weights of a KeyedJaggedTensor multiply the rows."""
+        return self._is_weighted
+
+    def embedding_bag_configs(self) -> list:
+        """The configs that it was made of."""
+        return self._configs
+
+    def forward(self, features: Any) -> Any:
+        """The pooled embeddings of a batch.
+
+        Args:
+            features: torchrec's KeyedJaggedTensor, in any order of keys; keys that no table reads are left out.
+
+        Returns:
+            torchrec's KeyedTensor, (B, sum of the dimensions), keys and order as torchrec's EmbeddingBagCollection has
+            them: table by table, "feature@table" where several tables read a feature; float32, or the array's float64.
+
+        Raises:
+            ValueError: a feature without key; batch sizes that differ by key.
+            TypeError: something that is no KeyedJaggedTensor.
+            IndexError: an id outside its table.
+        """
+        make = _keyed_tensor(features)
+        if features.variable_stride_per_key():
+            raise ValueError("features: expected one batch size for all keys; variable stride is not supported")
+        place = {key: k for k, key in enumerate(features.keys())}
+        missing = [feature for _, feature, _ in self._columns if feature not in place]
+        if missing:
+            raise ValueError(f"features: expected a key {missing[0]!r}, got {', '.join(place) or 'none'}")
+        rows: list[Tensor] = [features.values()] * len(self._columns)
+        for collection, columns in zip(self.collections, self._of_group):
+            bags = _of_keys(features, [place[self._columns[c][1]] for c in columns], self._is_weighted)
+            for column, row in zip(columns, collection(*bags).unbind(1)):
+                rows[column] = row
+        values = torch.cat(rows, dim=1)
+        return make(
+            keys=[name for name, _, _ in self._columns],
+            length_per_key=[width for _, _, width in self._columns],
+            values=values if values.dtype == torch.float64 else values.float(),
+        )
+
+
+def _keyed_tensor(features: Any) -> Any:
+    """torchrec's KeyedTensor: it is where the class of features is."""
+    for one in type(features).__mro__:
+        if one.__name__ == "KeyedJaggedTensor":
+            return sys.modules[one.__module__].KeyedTensor
+    raise TypeError(f"features: expected torchrec's KeyedJaggedTensor, got a {type(features).__name__}")
+
+
+def _of_keys(features: Any, places: list[int], weighted: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """values, offsets and weights of some keys, in another order perhaps."""
+    values, offsets, weights = features.values(), features.offsets(), features.weights() if weighted else None
+    if places == list(range(len(features.keys()))):
+        return values, offsets, weights
+    start = features.offset_per_key()
+    lengths = features.lengths().view(len(features.keys()), -1)[places].flatten()
+    offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+
+    def pick(of_ids: Tensor) -> Tensor:
+        return torch.cat([of_ids[start[k] : start[k + 1]] for k in places])
+
+    return pick(values), offsets, None if weights is None else pick(weights)
