@@ -7,7 +7,7 @@ SANITIZED := build/sanitized/_cpu.so
 SANITIZED_READER := build/sanitized/_tsv.so
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 
-.PHONY: setup train bench test test-sanitized lint format
+.PHONY: setup train bench test test-integrations test-sanitized lint format
 
 setup: .venv/installed $(KERNELS) $(READER)
 
@@ -39,6 +39,16 @@ bench: setup
 # Each worker computes on one thread: as many workers as cores already.
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+# Other people's models, compressed and trained: torchrec's, deepctr-torch's. Their packages ask for builds of torch that
+# bring CUDA, so they come without dependencies, into a folder of their own.
+test-integrations: setup build/integrations/installed
+	PYTHONPATH=build/integrations OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -o filterwarnings= tests/integrations
+
+build/integrations/installed: requirements-integrations.txt
+	rm -rf build/integrations
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target build/integrations -r $<
+	touch $@
 
 # The kernels and the reader of logs with every read and write checked, on the tests that call them. AddressSanitizer
 # keeps freed memory for a while, so the memory in use says nothing about leaks. Optimized, g++ leaves some of the

@@ -88,7 +88,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         type=float,
         metavar="SHARE",
         help="only ids that are worth it have a row of their own, the others of a feature share one; a filter keeps "
-        "them, in at most this share of the memory that is left (1/8 is good). They are chosen in two passes over the "
+        "them, in at most this share of the memory that is left (1/8 is good). They are chosen in passes over the "
         "training rows, or with --admit-after while it trains",
     )
     run.add_argument("--admit-after", type=int, metavar="N", help="ids have a row of their own once seen N times")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from robe.admission import RARE, Admission
-from robe.array import RobeArray
+from robe.array import INIT_STD, RobeArray
 from robe.embedding import RobeEmbedding, RobeEmbeddingBag
 from robe.hashing import slots
 
@@ -121,7 +121,9 @@ def compress(
         min_rows: tables with fewer rows are left as they are.
         init: of the arrays: "random"; or "project", the least squares approximation of the trained tables: each slot
             is the mean of the components that are read there.
-        init_std, seed: of the arrays; see RobeArray.
+        init_std: of the arrays, see RobeArray; None: the median of the tables' standard deviations, so that the model
+            starts as it did, but no more than RobeArray's default.
+        seed: of the arrays; see RobeArray.
         device: of the arrays; None: where the tables are. With tables on the "meta" device a model can be built whose
             tables would not fit.
 
@@ -163,7 +165,8 @@ def compress(
                 f"ratio: {floats} weights compressed {ratio:g} times leave {max(size, 0)}, fewer than one block of "
                 f"{widest}; compress less"
             )
-        array = RobeArray(size, seed=seed, init_std=init_std, dtype=dtype, device=where)
+        std = _scale([swapped[k][0].weight for k in members]) if init_std is None else init_std
+        array = RobeArray(size, seed=seed, init_std=std, dtype=dtype, device=where)
         array.weight.requires_grad_(trained)
         arrays.append(array)
         for k in members:
@@ -241,6 +244,13 @@ def _layer(module: TorchTable, options: dict[str, Any]) -> RobeEmbedding | RobeE
         )
     layer = make(module.num_embeddings, module.embedding_dim, padding_idx=module.padding_idx, **options)
     return layer.train(module.training)
+
+
+@torch.no_grad()
+def _scale(weights: list[Tensor]) -> float:
+    """Of initial values; torch's N(0, 1) would be noise that never trains away (docs/accuracy.md)."""
+    there = [weight.flatten()[:_COMPONENTS_AT_ONCE].float() for weight in weights if not weight.is_meta]
+    return min(float(torch.stack([weight.std(correction=0) for weight in there]).median()), INIT_STD) if there else INIT_STD
 
 
 def _notes(swapped: list[list[TorchTable]], arrays: int) -> tuple[str, ...]:

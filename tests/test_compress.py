@@ -119,6 +119,19 @@ def test_training_mode_dtype_device_and_requires_grad():
     assert model["b"](IDS % 1000).isfinite().all()
 
 
+@pytest.mark.parametrize(
+    ("scales", "given", "want"), [([1, 2], None, 0.01), ([3e-4, 1e-4, 1], None, 3e-4), ([1], 0.5, 0.5)]
+)
+def test_initial_values_have_the_scale_of_the_tables_but_not_torchs(scales, given, want):
+    model = nn.ModuleList(nn.Embedding(10_000, 8) for _ in scales)
+    for table, scale in zip(model, scales):
+        nn.init.normal_(table.weight, std=scale)
+    robe.compress(model, 4, init_std=given)
+    array = model[0].array
+    assert array.init_std == pytest.approx(want, rel=0.02)
+    assert array.weight.std().item() == pytest.approx(want, rel=0.05)
+
+
 def test_tables_that_would_not_fit():
     with torch.device("meta"):
         tables = nn.ModuleList(nn.EmbeddingBag(10**9, 128) for _ in range(3))

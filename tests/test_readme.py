@@ -12,14 +12,16 @@ def python_of(name):
     return re.findall(r"```python\n(.*?)```", Path(__file__).parents[1].joinpath(name).read_text(), re.DOTALL)
 
 
-SNIPPETS = python_of("README.md")
+SNIPPETS = python_of("README.md") + python_of("docs/compress.md")
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=range(len(SNIPPETS)))
 def test_snippet_prints_what_it_says(snippet, capsys):
     exec(snippet, {})
     promised = re.search(r"print\(.*\)  # (\d+)", snippet)
-    assert (promised[1] if promised else "torch.Size([2") in capsys.readouterr().out
+    table = "2 of 3 tables swapped; floats of embeddings: 1,920,112 before, 38,512 after, 38,400 of them shared"
+    said = promised[1] if promised else table if "weekday" in snippet else "torch.Size(["
+    assert said in capsys.readouterr().out
 
 
 def test_there_are_snippets():
