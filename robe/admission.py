@@ -39,6 +39,7 @@ _DEPTH = 4  # counters of an id
 _RECENT = 1 << 18  # rows that the kernel remembers to have found frequent
 _WAITING = 1 << 20  # rows that ``choose`` compares at a time, at least
 _CANDIDATES = 8  # times as many ids as have room are compared in rounds
+_FEW = 1 << 17  # candidates; of more, only those in the samples at hand are gone through
 _SAMPLES = 1024  # between two updates of the model that is trained meanwhile
 
 
@@ -135,7 +136,13 @@ class _Regression:
     """
 
     def __init__(self, candidates: Tensor, times: Tensor, rate: float):
-        self.candidates, self.times = candidates, times
+        self.times = times
+        # Hashes are uniform, so that those with the same first bits are few, and a candidate is found in a few steps.
+        bits = (2 * len(candidates)).bit_length()
+        self.shift, self.half = 64 - bits, 1 << (bits - 1)
+        same = torch.bincount((candidates >> self.shift) + self.half, minlength=1 << bits)
+        self.first, self.steps = same.cumsum(0) - same, int(same.max())
+        self.candidates = torch.cat([candidates, candidates.new_tensor([(1 << 63) - 1])])
         self.chosen = torch.zeros(len(candidates), dtype=torch.bool)
         self.weight = torch.zeros(len(candidates), dtype=torch.float64)
         self.information = torch.full_like(self.weight, SPREAD**-2)
@@ -144,26 +151,35 @@ class _Regression:
     def train(self, samples: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
         """One pass; the expected gain of each candidate from what the model had not predicted meanwhile."""
         residual, information = torch.zeros_like(self.weight), torch.zeros_like(self.weight)
+        few = len(self.weight) <= _FEW
         for rows, labels in samples:
-            place = torch.searchsorted(self.candidates, rows).clamp_(max=len(self.candidates) - 1)
-            known = self.candidates[place] == rows
-            sample, _ = known.nonzero(as_tuple=True)
-            ids, local = place[known].unique(return_inverse=True)
+            sample, place = self._find(rows)
+            ids, local = (slice(None), place) if few else place.unique(return_inverse=True)
             chosen, weight = self.chosen[ids].double(), self.weight[ids]
             log_odds = self.bias + torch.bincount(sample, (weight * chosen)[local], len(labels))
             p = log_odds.sigmoid()
             error, variance = labels - p, p * (1 - p)
             bound = variance * (1 + torch.bincount(sample, chosen[local], len(labels)))
-            errors, variances, bounds = (torch.bincount(local, x[sample]) for x in (error, variance, bound))
+            errors, variances, bounds = (
+                torch.bincount(local, x[sample], len(weight)) for x in (error, variance, bound)
+            )
             residual[ids] += errors
             information[ids] += variances
             # A pass over the data adds up to one gradient of the prior.
-            errors -= weight * SPREAD**-2 * torch.bincount(local) / self.times[ids]
+            errors -= weight * SPREAD**-2 * torch.bincount(local, minlength=len(weight)) / self.times[ids]
             self.weight[ids] += chosen * errors / (self.information[ids] + bounds)
             self.information[ids] += chosen * variances
             self.bias += float(error.sum() / (self.bias_information + bound.sum()))
             self.bias_information += float(variance.sum())
         return _gain(residual, information)
+
+    def _find(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the row hashes (n, ids) that are candidates: the sample of each, and which one it is."""
+        place = self.first[(rows >> self.shift) + self.half]
+        for _ in range(self.steps):
+            place += self.candidates[place] < rows
+        known = (self.candidates[place] == rows) & (place < len(self.weight))
+        return known.nonzero(as_tuple=True)[0], place[known]
 
     def choose(self, gain: Tensor, most: int) -> None:
         """Choose the best of the others, of equal ones the first, until ``most`` are chosen."""
@@ -317,7 +333,7 @@ class Admission(nn.Module):
         trained meanwhile (forward selection by the gradient, as in grafting: Perkins, Lacker and Theiler 2003).
 
         The data is read twice, to count and to find candidates, and where there are more of these than have room,
-        again for each round but the first. Memory does not grow with it: it is that of the counters and some 50 bytes
+        again for each round but the first. Memory does not grow with it: it is that of the counters and some 80 bytes
         for each of 8 times as many ids as have room.
 
         Args:

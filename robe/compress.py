@@ -250,7 +250,11 @@ def _layer(module: TorchTable, options: dict[str, Any]) -> RobeEmbedding | RobeE
 def _scale(weights: list[Tensor]) -> float:
     """Of initial values; torch's N(0, 1) would be noise that never trains away (docs/accuracy.md)."""
     there = [weight.flatten()[:_COMPONENTS_AT_ONCE].float() for weight in weights if not weight.is_meta]
-    return min(float(torch.stack([weight.std(correction=0) for weight in there]).median()), INIT_STD) if there else INIT_STD
+    return (
+        min(float(torch.stack([weight.std(correction=0) for weight in there]).median()), INIT_STD)
+        if there
+        else INIT_STD
+    )
 
 
 def _notes(swapped: list[list[TorchTable]], arrays: int) -> tuple[str, ...]:

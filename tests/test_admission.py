@@ -470,13 +470,14 @@ def test_what_is_chosen_does_not_depend_on_how_the_data_is_cut(rounds, most, mon
     filter = robe.Admission(8 * max(-(-len(want) * 8 // 64), 1))
     filter._admit(torch.tensor(want))
     monkeypatch.setattr("robe.admission._SAMPLES", 64)
-    for sizes, waiting, recent in (
-        ([len(ids)], 1 << 20, 1 << 18),
-        ([len(ids)], 1, 2),
-        ([1] * len(ids), 10, 2),
-        ([0, 100, 0, 17, 250, len(ids) - 367, 0], 20, 16),
-        ([len(ids) // 2, len(ids) - len(ids) // 2], 1, 1 << 10),
+    for sizes, waiting, recent, few in (
+        ([len(ids)], 1 << 20, 1 << 18, 1 << 20),
+        ([len(ids)], 1, 2, 0),
+        ([1] * len(ids), 10, 2, 0),
+        ([0, 100, 0, 17, 250, len(ids) - 367, 0], 20, 16, 0),
+        ([len(ids) // 2, len(ids) - len(ids) // 2], 1, 1 << 10, 1 << 20),
     ):
+        monkeypatch.setattr("robe.admission._FEW", few)
         monkeypatch.setattr("robe.admission._WAITING", waiting)
         monkeypatch.setattr("robe.admission._RECENT", recent)
         batches = list(zip(ids.split(sizes), labels.split(sizes) if labelled else [None] * len(sizes)))
