@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from math import ceil
+from statistics import median
 from typing import Any
 
 import torch
@@ -85,9 +86,9 @@ class CompressionReport:
         lines.append(
             f"{len(self.swapped)} of {len(self.tables)} tables swapped; floats of embeddings: "
             f"{self.floats_before:,} before, {self.floats_after:,} after, {self.array_floats:,} of them shared"
-            + f", and an admission of {self.admission_bytes:,} bytes"
-            * bool(self.admission_bytes)
         )
+        if self.admission_bytes:
+            lines[-1] += f", and an admission of {self.admission_bytes:,} bytes"
         return "\n".join([*lines, *self.notes])
 
 
@@ -204,7 +205,8 @@ def _tables(model: nn.Module) -> Iterator[list[TorchTable]]:
     of_weight: dict[int, list[TorchTable]] = {}
     for module in model.modules():
         if isinstance(module, TorchTable):
-            of_weight.setdefault(id(module.weight), []).append(module)
+            # A parametrized one makes its weight anew each time.
+            of_weight.setdefault(id(module._parameters.get("weight", module)), []).append(module)
     yield from of_weight.values()
 
 
@@ -238,10 +240,8 @@ def _reason_to_leave(model: nn.Module, modules: list[TorchTable], min_rows: int)
 def _layer(module: TorchTable, options: dict[str, Any]) -> RobeEmbedding | RobeEmbeddingBag:
     make: Callable[..., RobeEmbedding | RobeEmbeddingBag] = RobeEmbedding
     if isinstance(module, nn.EmbeddingBag):
-        make, options = (
-            RobeEmbeddingBag,
-            options | {name: getattr(module, name) for name in ("mode", "include_last_offset")},
-        )
+        make = RobeEmbeddingBag
+        options = options | {"mode": module.mode, "include_last_offset": module.include_last_offset}
     layer = make(module.num_embeddings, module.embedding_dim, padding_idx=module.padding_idx, **options)
     return layer.train(module.training)
 
@@ -250,11 +250,7 @@ def _layer(module: TorchTable, options: dict[str, Any]) -> RobeEmbedding | RobeE
 def _scale(weights: list[Tensor]) -> float:
     """Of initial values; torch's N(0, 1) would be noise that never trains away (docs/accuracy.md)."""
     there = [weight.flatten()[:_COMPONENTS_AT_ONCE].float() for weight in weights if not weight.is_meta]
-    return (
-        min(float(torch.stack([weight.std(correction=0) for weight in there]).median()), INIT_STD)
-        if there
-        else INIT_STD
-    )
+    return min(median(float(weight.std(correction=0)) for weight in there), INIT_STD) if there else INIT_STD
 
 
 def _notes(swapped: list[list[TorchTable]], arrays: int) -> tuple[str, ...]:
