@@ -104,9 +104,9 @@ def _samples(batches: Iterable[tuple[Tensor, Tensor | None]], keys: Tensor) -> I
         if label is None or not ids.numel():
             continue
         row, label = row_hash(ids, keys).cpu(), (label > 0.5).cpu().double()
-        if label.dim() < row.dim() or label.shape[-1] > 1:  # each id has a label of its own
+        if label.dim() < max(row.dim(), 1) or label.shape[-1] > 1:  # each id has a label of its own
             row, label = row.unsqueeze(-1), label.expand_as(row).unsqueeze(-1)
-        row, label = row.flatten(0, -2), label.expand(*row.shape[:-1], 1).flatten()
+        row, label = row.reshape(-1, row.shape[-1]), label.expand(*row.shape[:-1], 1).flatten()
         rows, labels, waiting = [*rows, row], [*labels, label], waiting + len(row)
         if waiting >= _SAMPLES:
             row, label = torch.cat(rows), torch.cat(labels)

@@ -517,6 +517,11 @@ def test_an_id_with_a_label_of_its_own_is_a_sample():
     one = filter(ids, labels[:, :1], KEYS)
     assert not torch.equal(one, each)
     assert torch.equal(filter(ids.view(2, 2000, 3), labels[:, :1].view(2, 2000, 1), KEYS), one)
+    # Batches of one dimension, or none.
+    of_rows = robe.Admission.choose(lambda: zip(ids, labels[:, :1]), KEYS, 24, counter_bytes=1 << 20)
+    assert torch.equal(of_rows.filter, one)
+    of_ids = robe.Admission.choose(lambda: zip(ids[:, 0], labels[:, 0]), KEYS[0], 24, counter_bytes=1 << 20)
+    assert torch.equal(of_ids.filter, filter(ids[:, :1], labels[:, :1], KEYS[:1]))
 
 
 def test_nothing_to_choose_from():
