@@ -7,8 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from robe import RobeEmbeddingBagCollection
-from robe.admission import RARE
-from robe.hashing import slots, table_key
+from robe.hashing import table_key
 
 
 class Counts:
@@ -113,22 +112,11 @@ class Variant(nn.Module):
         return rows if self.gain is None else rows * self.gain
 
 
-def _slots(layer: RobeEmbeddingBagCollection, feature: int, ids: Tensor) -> Tensor:
-    """(n, D): the slots that rows are read at, those of an id that is not let in among them."""
-    key = layer.table_keys[feature]
-    if layer.admission is not None:
-        ids = ids.where(layer.admission.admits(ids, key), RARE)
-    place, _ = slots(
-        ids, key, size=layer.array.size, embedding_dim=layer.embedding_dim, block_size=layer.block_size, hash="mix"
-    )
-    return place
-
-
 def _load(layer: RobeEmbeddingBagCollection, counts: Counts) -> Tensor:
     """Of each weight, how many components of rows of training ids read it."""
     load = torch.zeros(layer.array.size)
     for feature, ids in enumerate(counts.ids):
-        place = _slots(layer, feature, ids).flatten()
+        place = layer._slots(feature, ids)[0].flatten()
         load.index_add_(0, place, torch.ones(len(place)))
     return load
 
@@ -144,7 +132,7 @@ def project(layer: RobeEmbeddingBagCollection, counts: Counts, tables: list[Tens
     """
     total, load = torch.zeros(2, layer.array.size)
     for feature, (ids, times, rows) in enumerate(zip(counts.ids, counts.times, tables)):
-        place, times = _slots(layer, feature, ids).flatten(), times.float().repeat_interleave(layer.embedding_dim)
+        place, times = layer._slots(feature, ids)[0].flatten(), times.float().repeat_interleave(layer.embedding_dim)
         total.index_add_(0, place, rows.flatten() * times)
         load.index_add_(0, place, times)
     layer.array.weight.copy_(torch.where(load > 0, total / load.clamp(min=1), layer.array.weight))

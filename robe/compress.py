@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from robe.admission import RARE, Admission
+from robe.admission import Admission
 from robe.array import INIT_STD, RobeArray
 from robe.embedding import RobeEmbedding, RobeEmbeddingBag
-from robe.hashing import slots
 
 _COMPONENTS_AT_ONCE = 1 << 22
 
@@ -265,15 +264,6 @@ def _notes(swapped: list[list[TorchTable]], arrays: int) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _slots(layer: RobeEmbedding | RobeEmbeddingBag, ids: Tensor) -> tuple[Tensor, Tensor | None]:
-    """(n, D) each, as ``hashing.slots``: what rows read, those of an id that is not let in too."""
-    key = layer.table_keys[0]
-    if layer.admission is not None:
-        ids = ids.where(layer.admission.admits(ids, key), RARE)
-    size, dim = layer.array.size, layer.embedding_dim
-    return slots(ids, key, size=size, embedding_dim=dim, block_size=layer.block_size, hash=layer.hash, sign=layer.sign)
-
-
 @torch.no_grad()
 def _project(array: RobeArray, tables: list[tuple[RobeEmbedding | RobeEmbeddingBag, Tensor]]) -> None:
     """Set an array to the least squares approximation of tables.
@@ -288,7 +278,7 @@ def _project(array: RobeArray, tables: list[tuple[RobeEmbedding | RobeEmbeddingB
             ids = torch.arange(start, start + len(rows), device=total.device)
             if layer.padding_idx is not None:
                 rows, ids = rows[ids != layer.padding_idx], ids[ids != layer.padding_idx]
-            place, signs = _slots(layer, ids)
+            place, signs = layer._slots(0, ids)
             values = rows.double() if signs is None else rows * signs.double()
             total.index_add_(0, place.flatten(), values.flatten())
             load.index_add_(0, place.flatten(), torch.ones_like(values).flatten())

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 import robe.ops  # noqa: F401  (registers torch.ops.robe)
-from robe.admission import Admission
+from robe.admission import RARE, Admission
 from robe.array import Int8RobeArray, RobeArray
-from robe.hashing import HASHES, table_key
+from robe.hashing import HASHES, slots, table_key
 
 _WITH_AUTOGRAD = {"lookup": torch.ops.robe.lookup.default, "bag": torch.ops.robe.bag.default}
 _FORWARD = {"lookup": torch.ops.robe.lookup_forward.default, "bag": torch.ops.robe.bag_forward.default}
@@ -158,6 +158,14 @@ class RobeTables(nn.Module):
         table = slice(feature, feature + 1)
         filter = None if self.admission is None else self.admission.filter
         return torch.ops.robe.lookup(weight, ids, keys[table], rows[table], *layout, scale, filter).squeeze(1)
+
+    def _slots(self, feature: int, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What rows (n,) of a feature's table read, and their signs, (n, D) each; those of ids not let in too."""
+        key = self.table_keys[feature]
+        if self.admission is not None:
+            ids = ids.where(self.admission.admits(ids, key), RARE)
+        size, dim, block = self.array.size, self.embedding_dim, self.block_size
+        return slots(ids, key, size=size, embedding_dim=dim, block_size=block, hash=self.hash, sign=self.sign)
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
