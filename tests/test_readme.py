@@ -12,7 +12,8 @@ def python_of(name):
     return re.findall(r"```python\n(.*?)```", Path(__file__).parents[1].joinpath(name).read_text(), re.DOTALL)
 
 
-SNIPPETS = python_of("README.md") + python_of("docs/compress.md")
+PAGES = ("README.md", "docs/compress.md", "docs/hash.md", "docs/layers.md")
+SNIPPETS = [snippet for page in PAGES for snippet in python_of(page)]
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=range(len(SNIPPETS)))
