@@ -1,7 +1,7 @@
 """compress: ROBE layers in the place of the embedding tables of any model."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import ceil
 from statistics import median
 from typing import Any
@@ -54,7 +54,7 @@ class CompressionReport:
     tables: tuple[Table, ...]
     array_floats: int
     admission_bytes: int = 0
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
 
     @property
     def swapped(self) -> tuple[Table, ...]:

@@ -3,6 +3,7 @@
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from robe.admission import Admission
 from robe.array import RobeArray
-from robe.collection import EmbeddingBagConfig, RobeEmbeddingBagCollection, own_config
+from robe.collection import RobeEmbeddingBagCollection, own_config
 from robe.tables import resolve_array
 
 
@@ -68,35 +69,29 @@ class RobeKeyedEmbeddingBagCollection(nn.Module):
         )
         self._configs, self._is_weighted = list(tables), is_weighted
         uses = Counter(feature for config in configs for feature in config.feature_names)
-        groups: dict[tuple[int, str], list[int]] = {}
+        self._columns: list[tuple[str, str, int]] = []  # of the output: name, feature, width; table by table
+        groups: dict[tuple[int, str], tuple[list[int], list[int]]] = {}  # their tables and columns
         for k, config in enumerate(configs):
-            groups.setdefault((config.embedding_dim, config.pooling), []).append(k)
-        self.collections = nn.ModuleList()
-        # Of each output column its name, feature and width, table by table; and where it is: (group, place there).
-        self._columns = [
-            (f"{feature}@{config.name}" if uses[feature] > 1 else feature, feature, config.embedding_dim)
-            for config in configs
-            for feature in config.feature_names
-        ]
-        first = [0, *torch.tensor([len(config.feature_names) for config in configs]).cumsum(0).tolist()]
-        self._of_group: list[list[int]] = []
-        for members in groups.values():
-            renamed = [
-                EmbeddingBagConfig(
-                    configs[k].name,
-                    configs[k].num_embeddings,
-                    configs[k].embedding_dim,
-                    [f"{feature}@{configs[k].name}" for feature in configs[k].feature_names],
-                    configs[k].pooling,
-                )
-                for k in members
-            ]
-            self.collections.append(
-                RobeEmbeddingBagCollection(
-                    renamed, array=array, table_ids=members, block_size=block_size, sign=sign, admission=admission
-                )
+            members, columns = groups.setdefault((config.embedding_dim, config.pooling), ([], []))
+            members.append(k)
+            for feature in config.feature_names:
+                columns.append(len(self._columns))
+                name = f"{feature}@{config.name}" if uses[feature] > 1 else feature
+                self._columns.append((name, feature, config.embedding_dim))
+        # In a collection of robe's a feature is in one table.
+        configs = [replace(c, feature_names=[f"{feature}@{c.name}" for feature in c.feature_names]) for c in configs]
+        self.collections = nn.ModuleList(
+            RobeEmbeddingBagCollection(
+                [configs[k] for k in members],
+                array=array,
+                table_ids=members,
+                block_size=block_size,
+                sign=sign,
+                admission=admission,
             )
-            self._of_group.append([column for k in members for column in range(first[k], first[k + 1])])
+            for members, _ in groups.values()
+        )
+        self._columns_of_collection = [columns for _, columns in groups.values()]
 
     @property
     def array(self) -> RobeArray:
@@ -138,12 +133,11 @@ class RobeKeyedEmbeddingBagCollection(nn.Module):
         missing = [feature for _, feature, _ in self._columns if feature not in place]
         if missing:
             raise ValueError(f"features: expected a key {missing[0]!r}, got {', '.join(place) or 'none'}")
-        rows: list[Tensor] = [features.values()] * len(self._columns)
-        for collection, columns in zip(self.collections, self._of_group):
+        rows: dict[int, Tensor] = {}
+        for collection, columns in zip(self.collections, self._columns_of_collection):
             bags = _of_keys(features, [place[self._columns[c][1]] for c in columns], self._is_weighted)
-            for column, row in zip(columns, collection(*bags).unbind(1)):
-                rows[column] = row
-        values = torch.cat(rows, dim=1)
+            rows |= zip(columns, collection(*bags).unbind(1))
+        values = torch.cat([rows[column] for column in range(len(self._columns))], dim=1)
         return make(
             keys=[name for name, _, _ in self._columns],
             length_per_key=[width for _, _, width in self._columns],
