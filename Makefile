@@ -7,7 +7,7 @@ SANITIZED := build/sanitized/_cpu.so
 SANITIZED_READER := build/sanitized/_tsv.so
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 
-.PHONY: setup train bench test test-integrations test-sanitized lint format
+.PHONY: setup train bench test test-integrations test-triton test-sanitized lint format
 
 setup: .venv/installed $(KERNELS) $(READER)
 
@@ -48,6 +48,19 @@ test-integrations: setup build/integrations/installed
 build/integrations/installed: requirements-integrations.txt
 	rm -rf build/integrations
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target build/integrations -r $<
+	touch $@
+
+# The kernels for GPUs, without one: in Triton's interpreter against the reference, and in the place of the CPU kernels in
+# the tests of layers and optimizers; and compiled. Torch for CPUs asks for no triton, so it comes into a folder of its own.
+test-triton: setup build/triton/installed
+	PYTHONPATH=build/triton:tests TRITON_INTERPRET=1 ROBE_KERNELS=reference OMP_NUM_THREADS=1 \
+	    $(BIN)/python -m pytest -n auto -p interpreted tests/test_triton_kernels.py tests/test_ops.py \
+	    tests/test_embedding.py tests/test_collection.py tests/test_keyed.py tests/test_optim.py tests/test_admission.py
+	PYTHONPATH=build/triton OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/test_triton_compiled.py
+
+build/triton/installed: Makefile
+	rm -rf build/triton
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target build/triton triton==3.9.0
 	touch $@
 
 # The kernels and the reader of logs with every read and write checked, on the tests that call them. AddressSanitizer

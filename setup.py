@@ -55,6 +55,7 @@ setup(
         "loadgen": ["mlcommons-loadgen>=5.0"],
         "dev": ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6", "ruff>=0.8", "mypy>=1.10"],
         "bench": ["fbgemm-gpu-cpu==1.8.0"],
+        "triton": ["triton>=3.6"],  # kernels for GPUs; torch's builds for CUDA bring it themselves
     },
     ext_modules=[
         Extension(

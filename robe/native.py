@@ -1,28 +1,36 @@
-"""The compiled kernels: found, loaded, and named.
+"""The kernels: found, loaded, and named.
 
-Importing this registers the CPU kernels over the reference bodies in robe/ops.py, where they were built.
+Importing this registers kernels over the reference bodies in robe/ops.py: the compiled ones for CPU tensors, where they
+were built, and those in Triton for CUDA tensors, where triton is installed.
 """
 
 import ctypes
+import importlib.metadata
+import importlib.util
 import os
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
-_SWITCH = "ROBE_KERNELS"  # "native"; "reference" to leave the compiled kernels out; or another build's file
+import torch
+
+_SWITCH = "ROBE_KERNELS"  # "native"; "reference" to leave all kernels out; or another build's file
+_ON_CUDA = [f"{what}{how}" for what in ("lookup", "bag") for how in ("", "_forward", "_out", "_backward")]
+_ON_CUDA += ["bag_weights_backward", "update_"]
 _library: ctypes.CDLL | None = None
 _reason = ""
+_cuda = ""
 
 
 def backend() -> dict[str, str]:
     """Which kernels run, by device type, and where the compiled ones do not, why.
 
     Returns:
-        {"cpu": ...}: "native (avx512)", with the instruction set in use, or "reference (the reason)", which is plain
-        torch: right, but many times slower. Every other device runs the reference.
+        {"cpu": ..., "cuda": ...}: "native (avx512)", with the instruction set in use, and "triton (3.6.0)", with its
+        version; or "reference (the reason)", which is plain torch: right, but many times slower. Every other device
+        runs the reference.
     """
-    if _library is None:
-        return {"cpu": f"reference ({_reason})"}
-    return {"cpu": f"native ({_library.robe_isa().decode()})"}
+    cpu = f"reference ({_reason})" if _library is None else f"native ({_library.robe_isa().decode()})"
+    return {"cpu": cpu, "cuda": _cuda}
 
 
 def set_instruction_set(name: str) -> None:
@@ -60,4 +68,28 @@ def _load() -> None:
     _library = library
 
 
+def _register_triton() -> None:
+    global _cuda
+    if os.environ.get(_SWITCH) == "reference":
+        _cuda = f"reference ({_SWITCH}=reference)"
+    elif importlib.util.find_spec("triton") is None:
+        _cuda = "reference (triton is not installed)"
+    else:
+        _cuda = f"triton ({importlib.metadata.version('triton')})"
+        for name in _ON_CUDA:
+            torch.library.impl(f"robe::{name}", "CUDA", _on_first_call(name))
+
+
+def _on_first_call(name: str):
+    """A body from robe/triton_kernels.py, which is not imported before: that takes long, and most have no GPU."""
+
+    def body(*arguments):
+        from robe.triton_kernels import KERNELS
+
+        return KERNELS[name](*arguments)
+
+    return body
+
+
 _load()
+_register_triton()

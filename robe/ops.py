@@ -339,21 +339,8 @@ def _bag_weights_backward(grad, weight, values, offsets, per_sample_weights, mod
 LAYOUT_ENTRIES = 7  # mode (0: lookup, else 1 + its place in MODES), D, Z, hash (its place in HASHES), sign, padded, id
 
 
-def _update(
-    weight,
-    state,
-    rule,
-    options,
-    grads,
-    ids,
-    offsets,
-    per_sample_weights,
-    table_keys,
-    num_embeddings,
-    filters,
-    layouts,
-):
-    slot, value = [], []
+def _calls(grads, ids, offsets, per_sample_weights, table_keys, num_embeddings, filters, layouts):
+    """Of the lists that ``update_`` takes, each call's gradient, mode or None, ids, offsets, factors and tables."""
     for k, grad in enumerate(grads):
         mode, embedding_dim, block_size, hash, sign, padded, padding_idx = layouts[LAYOUT_ENTRIES * k :][
             :LAYOUT_ENTRIES
@@ -361,10 +348,19 @@ def _update(
         layout = (embedding_dim, block_size, HASHES[hash], bool(sign), padding_idx if padded else None)
         tables = (table_keys[k], num_embeddings[k], *layout, filters[k] if len(filters[k]) else None)
         if mode == 0:
-            places, values = _lookup_gradients(grad, weight, ids[k], *tables)
+            yield grad, None, ids[k], None, None, tables
         else:
             factors = per_sample_weights[k] if mode == 1 and len(per_sample_weights[k]) else None
-            places, values = _bag_gradients(grad, weight, ids[k], offsets[k], factors, MODES[mode - 1], *tables)
+            yield grad, MODES[mode - 1], ids[k], offsets[k], factors, tables
+
+
+def _update(weight, state, rule, options, *lists):
+    slot, value = [], []
+    for grad, mode, ids, offsets, factors, tables in _calls(*lists):
+        if mode is None:
+            places, values = _lookup_gradients(grad, weight, ids, *tables)
+        else:
+            places, values = _bag_gradients(grad, weight, ids, offsets, factors, mode, *tables)
         slot.append(places.flatten())
         value.append(values.flatten())
     if not slot:

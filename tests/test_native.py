@@ -12,144 +12,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernels import BACKEND, IS_NATIVE, SETS, instruction_set, machine, needs_kernels
+from problems import FLOATS, HASHES, MODES, RULES, TOLERANCE, Problem, assert_close, batches, modes, problems, updated
 
 import robe
 from robe.native import set_instruction_set
 from robe.ops import REFERENCE
 
-HASHES, MODES = ("mix", "linear", "identity"), ("sum", "mean", "max")
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-# One rounding step of each type, with room for sums in another order.
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-9}
 ROOT = Path(__file__).parents[1]
+
+
+native_update = torch.ops.robe.update_
 
 
 def native(name, *arguments):
     return getattr(torch.ops.robe, name)(*arguments)
 
 
-def assert_close(got, want, tolerance=None):
-    tolerance = TOLERANCE[want.dtype] if tolerance is None else tolerance
-    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance, equal_nan=True)
-
-
-class Problem:
-    """Tables on one array, and random inputs for every operator."""
-
-    def __init__(
-        self,
-        rows,
-        *,
-        size=1000,
-        dim=8,
-        block=8,
-        hash="mix",
-        sign=False,
-        padding_idx=None,
-        dtype=torch.float32,
-        group=4,
-        wide=True,
-        uneven=False,
-        ties=False,
-        words=0,
-        seed=0,
-    ):
-        self.rng, self.generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
-        self.rows, self.dim, self.padding_idx, self.dtype = rows, dim, padding_idx, dtype
-        self.wide, self.uneven = wide, uneven
-        first = [sum(rows[:k]) for k in range(len(rows))]
-        if hash == "identity":
-            size = max(size, sum(rows) * dim)
-        keys = {
-            "mix": [int(key) for key in self.rng.integers(-(2**63), 2**63 - 1, len(rows))],
-            "linear": first,
-            "identity": [n * dim for n in first],
-        }[hash]
-        self.tables = torch.tensor(keys), torch.tensor(rows), dim, block, hash, sign, padding_idx
-        self.size, self.scale, self.filter = size, None, None
-        if words:  # a filter with 3 of 4 bits set: 4 of 10 ids are in
-            bits = (self.rng.integers(-(2**63), 2**63 - 1, words) for _ in range(2))
-            self.filter = self.laid_out(torch.from_numpy(np.bitwise_or(*bits)))
-        self.embedding_dtype = torch.float32 if dtype == torch.int8 else dtype
-        if dtype == torch.int8:
-            self.weight = torch.randint(-127, 128, (size,), dtype=torch.int8, generator=self.generator)
-            self.scale = torch.rand(-(-size // group), generator=self.generator)
-        else:
-            values = self.floats(size)
-            self.weight = self.laid_out((values.round() if ties else values).to(dtype))
-
-    def floats(self, *shape):
-        return torch.randn(*shape, generator=self.generator, dtype=torch.float64)
-
-    def laid_out(self, tensor):
-        """The same values, if uneven at strides that are not contiguous and from an address in between."""
-        if not self.uneven:
-            return tensor
-        wider = torch.zeros(*tensor.shape, 2, dtype=tensor.dtype)
-        wider[..., 1] = tensor
-        return wider[..., 1]
-
-    def ids(self, feature, n):
-        rows = self.rows[feature]
-        if rows:
-            ids = self.rng.integers(0, rows, n)
-        elif self.wide:
-            ids = self.rng.integers(-(2**63), 2**63 - 1, n) >> self.rng.integers(0, 62, n)
-        else:
-            ids = self.rng.integers(-(2**31), 2**31 - 1, n)
-        if self.padding_idx is not None:
-            ids = np.where(self.rng.random(n) < 0.3, self.padding_idx, ids)
-        return ids
-
-    def lookup(self, batch):
-        """weight, ids and tables."""
-        ids = torch.from_numpy(np.stack([self.ids(f, batch) for f in range(len(self.rows))]).astype(np.int64)).T
-        ids = self.laid_out(ids) if self.uneven else ids.contiguous()
-        return self.weight, ids if self.wide else ids.int(), *self.tables
-
-    def bag(self, batch, mode, *, longest=5, weighted=False):
-        """weight, values, offsets, factors, mode and tables. Three values at the end are in no bag."""
-        lengths = self.rng.integers(0, longest + 1, (len(self.rows), batch))
-        values = np.concatenate([*(self.ids(f, n) for f, n in enumerate(lengths.sum(1))), [-99, 2**31 - 1, 0]])
-        values = torch.from_numpy(values.astype(np.int64))
-        offsets = torch.tensor([0, *np.cumsum(lengths)])
-        if not self.wide:
-            values, offsets = values.int(), offsets.int()
-        factors = self.laid_out(self.floats(len(values)).to(self.embedding_dtype)) if weighted else None
-        return self.weight, self.laid_out(values), self.laid_out(offsets), factors, mode, *self.tables
-
-    def grad(self, batch):
-        return self.laid_out(self.floats(batch, len(self.rows), self.dim).to(self.embedding_dtype))
-
-
-@st.composite
-def problems(draw, dtypes=FLOATS):
-    hash = draw(st.sampled_from(HASHES))
-    dim = draw(st.one_of(st.integers(1, 20), st.sampled_from([8, 16, 32, 64, 128])))
-    block = draw(st.one_of(st.integers(1, 2 * dim + 3), st.sampled_from([4, 8, 16, 32, dim])))
-    bounded = st.integers(1, 50)
-    rows = draw(st.lists(st.one_of(bounded, st.just(0)) if hash == "mix" else bounded, min_size=1, max_size=7))
-    if hash == "linear" and draw(st.booleans()):
-        rows[-1] = 0  # the last table needs no end
-    return Problem(
-        rows,
-        size=block + draw(st.one_of(st.integers(0, 300), st.sampled_from([5000, 70_000]))),
-        dim=dim,
-        block=block,
-        hash=hash,
-        sign=draw(st.booleans()),
-        padding_idx=draw(st.one_of(st.none(), st.integers(-3, 5))),
-        dtype=draw(st.sampled_from(dtypes)),
-        group=draw(st.sampled_from([1, 2, 8, 64])),
-        wide=draw(st.booleans()),
-        uneven=draw(st.booleans()),
-        words=draw(st.sampled_from([0, 0, 1, 50, 5000])) if hash == "mix" else 0,
-        ties=draw(st.booleans()),  # for max: small integers, so that rows that differ hold equal values
-        seed=draw(st.integers(0, 2**32 - 1)),
-    )
-
-
-batches = st.one_of(st.integers(0, 5), st.sampled_from([64, 300]))
 machines = st.builds(machine, st.sampled_from(SETS or [""]), st.sampled_from([1, 3]))
 
 
@@ -158,7 +36,7 @@ machines = st.builds(machine, st.sampled_from(SETS or [""]), st.sampled_from([1,
 
 
 def test_backend_names_the_kernels():
-    assert list(robe.backend()) == ["cpu"]
+    assert list(robe.backend()) == ["cpu", "cuda"]
     assert IS_NATIVE or BACKEND.startswith("reference (")
     assert (instruction_set() in ("plain", "avx2", "avx512")) == IS_NATIVE
 
@@ -167,7 +45,7 @@ def test_backend_names_the_kernels():
 @pytest.mark.parametrize("name", SETS)
 def test_an_instruction_set_can_be_chosen(name):
     with machine(name):
-        assert robe.backend() == {"cpu": f"native ({name})"}
+        assert robe.backend()["cpu"] == f"native ({name})"
 
 
 @pytest.mark.parametrize("name", ["", "avx", "AVX2", "plain "])
@@ -194,7 +72,7 @@ def results(problem, batch):
             out.append(native("bag_weights_backward", grad, *bag, problem.filter))
     if trains:
         for rule, options in RULES.items():
-            out += updated("native", problem.weight, rule, options, [(grad, lookup[1:], problem.filter)])
+            out += updated(native_update, problem.weight, rule, options, [(grad, lookup[1:], problem.filter)])
     return out
 
 
@@ -265,9 +143,6 @@ def test_lookup_backward_is_the_reference_to_the_bit(problem, batch, on):
     want = REFERENCE["lookup_backward"](*arguments)
     with on:
         assert torch.equal(native("lookup_backward", *arguments), want)
-
-
-modes = st.sampled_from([*((mode, False) for mode in MODES), ("sum", True)])
 
 
 @needs_kernels
@@ -417,38 +292,6 @@ def test_pooling_in_half_precision_rounds_as_torch_rounds(isa, dtype):
 # ---------------------------------------------------------------------------------------------------------------------
 # update_, and the number of threads
 
-RULES = {
-    "sgd": [0.1, 0.01, 0.9, 0.0, 0.0],
-    "adagrad": [0.1, 0.01, 1e-10, 0.0, 0.0],
-    "adam": [0.1, 0.01, 0.9, 0.99, 1e-8],
-}
-
-
-def updated(body, weight, rule, options, calls):
-    """weight and state after update_ on copies of them.
-
-    Args:
-        calls: of (gradient, arguments of lookup or bag), or with their filter behind these.
-    """
-    weight = weight.clone(memory_format=torch.contiguous_format)
-    state = [torch.full_like(weight, 0.25 * k + 0.5) for k in range({"adam": 2}.get(rule, 1))]
-    none = weight.new_empty(0)
-    lists = [[] for _ in range(7)]
-    layouts = []
-    for grad, arguments, *filter in calls:
-        ids, *middle = arguments[:-7]
-        keys, rows, dim, block, hash, sign, padding_idx = arguments[-7:]
-        offsets, factors, mode = middle or (none, None, None)
-        words = filter[0] if filter and filter[0] is not None else keys.new_empty(0)
-        row = (grad, ids, offsets, none if factors is None else factors, keys, rows, words)
-        for entries, entry in zip(lists, row):
-            entries.append(entry)
-        layouts += [0 if mode is None else 1 + MODES.index(mode), dim, block, HASHES.index(hash), int(sign)]
-        layouts += [0, 0] if padding_idx is None else [1, padding_idx]
-    function = torch.ops.robe.update_ if body == "native" else REFERENCE["update_"]
-    function(weight, state, rule, options, *lists, layouts)
-    return [weight, *state]
-
 
 @needs_kernels
 @given(problems(), batches, st.sampled_from(sorted(RULES)), st.data(), machines)
@@ -462,9 +305,9 @@ def test_update_is_the_reference(problem, batch, rule, data, on):
             arguments = problem.bag(batch, mode.replace("weighted", "sum"), weighted=mode == "weighted")
         calls.append((problem.grad(batch), arguments[1:], problem.filter))
     with on:
-        got = updated("native", problem.weight, rule, RULES[rule], calls)
-    want = updated("reference", problem.weight, rule, RULES[rule], calls)
-    before = updated("reference", problem.weight, rule, RULES[rule], [])
+        got = updated(native_update, problem.weight, rule, RULES[rule], calls)
+    want = updated(REFERENCE["update_"], problem.weight, rule, RULES[rule], calls)
+    before = updated(REFERENCE["update_"], problem.weight, rule, RULES[rule], [])
     # Half precision: a state that is rounded the other way once moves the weight by more than a step of its own.
     tolerance = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}[problem.dtype]
     for a, b, unchanged in zip(got, want, before):
@@ -485,7 +328,9 @@ def test_the_number_of_threads_changes_no_bit(size, dtype):
         bag = problem.bag(40, "mean", longest=3)
         with machine(threads=threads):
             result = [native("lookup_backward", grad, *lookup), native("bag_backward", grad, *bag)]
-            result += updated("native", problem.weight, "adam", RULES["adam"], [(grad, lookup[1:]), (grad, bag[1:])])
+            result += updated(
+                torch.ops.robe.update_, problem.weight, "adam", RULES["adam"], [(grad, lookup[1:]), (grad, bag[1:])]
+            )
         results.append(result)
     assert torch.equal(results[0][0], REFERENCE["lookup_backward"](grad, *lookup))
     for result in results[1:]:
@@ -508,7 +353,9 @@ def test_colliding_ids_add_up_in_order_on_any_number_of_threads(size, block):
                 native("bag", *bag),
                 native("lookup_backward", grad, *lookup),
                 native("bag_backward", grad, *bag),
-                *updated("native", problem.weight, "sgd", RULES["sgd"], [(grad, lookup[1:]), (grad, bag[1:])]),
+                *updated(
+                    torch.ops.robe.update_, problem.weight, "sgd", RULES["sgd"], [(grad, lookup[1:]), (grad, bag[1:])]
+                ),
             ]
         results.append(result)
     for want, name, arguments in (
@@ -946,7 +793,7 @@ def test_nothing_leaks():
         lambda: native("lookup_out", wide(), *LOOKUP[1:], ones),
         lambda: native("lookup_backward", ones, wide(), *LOOKUP[1:-1]),
         lambda: native("bag_weights_backward", ones, wide(), *BAG[1:3], torch.ones(3), *BAG[4:-1]),
-        lambda: updated("native", wide(), "adam", RULES["adam"], [(ones, LOOKUP[1:-1])]),
+        lambda: updated(native_update, wide(), "adam", RULES["adam"], [(ones, LOOKUP[1:-1])]),
         lambda: native("mlp", torch.ones(4, 32), [torch.ones(250, 32, 32)], [torch.ones(8000)], 8000, True),
         lambda: native("count_ids_", counters(), IDS, KEYS, counters(), IDS > 1),
         lambda: native("id_counts", counters(), KEYS),
