@@ -1,12 +1,14 @@
 """The embeddings of a batch, all 26 features: ROBE against 26 nn.EmbeddingBag and fbgemm's table-batched embeddings.
 
     python -m benchmarks.embedding --output runs/embedding.json
+    python -m benchmarks.embedding --device cuda --output runs/embedding_cuda.json
 
 Forward only, one id per feature, float32, every candidate in every round. Tables have the rows of the presets, those of
 `terabyte` capped at 3 million (9.8 GB; --max-rows). fbgemm is measured where it is installed (pip install .[bench]):
 "fbgemm TBE" is SplitTableBatchedEmbeddingBags, which trains; "fbgemm TBE inference" IntNBitTableBatchedEmbeddingBags
 with float32 rows, on tables capped so that they fit beside the others. With "+ admission", a filter of an eighth of the
-array's memory lets in half of the lookups.
+array's memory lets in half of the lookups. On CUDA, where a call takes tens of microseconds to
+launch, batches are larger.
 """
 
 import importlib.util
@@ -34,29 +36,30 @@ from benchmarks.timing import (
 )
 from dlrm.config import PRESETS
 
-BATCHES = (1, 64, 2048)
+BATCHES = {"cpu": (1, 64, 2048), "cuda": (64, 2048, 65536)}
 INFERENCE_ROWS = 300_000  # of a table of fbgemm's inference kernel
 
 
 class Peers:
     """The tables ROBE is compared with: one set of weights that nn.EmbeddingBag and fbgemm both read."""
 
-    def __init__(self, rows: tuple[int, ...], dim: int):
-        self.rows, self.dim = rows, dim
+    def __init__(self, rows: tuple[int, ...], dim: int, device: str):
+        self.rows, self.dim, self.device = rows, dim, device
         self.tbe = self.inference = None
         if importlib.util.find_spec("fbgemm_gpu") is None:
-            print("fbgemm-gpu-cpu is not installed: left out (pip install .[bench])", file=sys.stderr)
-            weights = [torch.rand(n, dim) for n in rows]
+            package = "fbgemm-gpu-cpu is not installed: left out (pip install .[bench])"
+            print("fbgemm-gpu is not installed: left out" if device == "cuda" else package, file=sys.stderr)
+            weights = [torch.rand(n, dim, device=device) for n in rows]
         else:
-            self.tbe, self.inference = _fbgemm(rows, dim)
+            self.tbe, self.inference = _fbgemm(rows, dim, device)
             weights = self.tbe.split_embedding_weights()
         self.bags = [nn.EmbeddingBag.from_pretrained(weight, mode="sum") for weight in weights]
 
     def candidates(self, batches: list[np.ndarray]) -> dict:
         size, features = batches[0].shape
-        starts = torch.arange(size)
-        offsets = torch.arange(size * features + 1)
-        columns = [[torch.from_numpy(column.copy()) for column in ids.T] for ids in batches]
+        starts = torch.arange(size, device=self.device)
+        offsets = torch.arange(size * features + 1, device=self.device)
+        columns = [[torch.from_numpy(column.copy()).to(self.device) for column in ids.T] for ids in batches]
         found = {
             "26 nn.EmbeddingBag": cycle(
                 lambda ids: [bag(column, starts) for bag, column in zip(self.bags, ids)], columns
@@ -71,7 +74,7 @@ class Peers:
         return found
 
 
-def _fbgemm(rows: tuple[int, ...], dim: int):
+def _fbgemm(rows: tuple[int, ...], dim: int, device: str):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
@@ -81,8 +84,10 @@ def _fbgemm(rows: tuple[int, ...], dim: int):
             ComputeDevice,
             SplitTableBatchedEmbeddingBagsCodegen,
         )
+    cuda = device == "cuda"
+    where = EmbeddingLocation.DEVICE if cuda else EmbeddingLocation.HOST
     tbe = SplitTableBatchedEmbeddingBagsCodegen(
-        [(n, dim, EmbeddingLocation.HOST, ComputeDevice.CPU) for n in rows],
+        [(n, dim, where, ComputeDevice.CUDA if cuda else ComputeDevice.CPU) for n in rows],
         optimizer=EmbOptimType.EXACT_SGD,
         learning_rate=0.1,
         pooling_mode=PoolingMode.SUM,
@@ -90,8 +95,8 @@ def _fbgemm(rows: tuple[int, ...], dim: int):
     for weight in tbe.split_embedding_weights():
         weight.fill_(0.01)  # pages that were never written would all be one page of zeros
     inference = IntNBitTableBatchedEmbeddingBagsCodegen(
-        [(f"t{i}", min(n, INFERENCE_ROWS), dim, SparseType.FP32, EmbeddingLocation.HOST) for i, n in enumerate(rows)],
-        device="cpu",
+        [(f"t{i}", min(n, INFERENCE_ROWS), dim, SparseType.FP32, where) for i, n in enumerate(rows)],
+        device=device,
         pooling_mode=PoolingMode.SUM,
         output_dtype=SparseType.FP32,
     )
@@ -105,40 +110,40 @@ def reference(layer: robe.RobeEmbeddingBagCollection):
     return lambda ids: robe.ops.REFERENCE["lookup"](weight, ids, *tables)
 
 
-def measure(name: str, max_rows: int, seconds: float, bar: tqdm) -> list[dict]:
+def measure(name: str, max_rows: int, seconds: float, device: str, bar: tqdm) -> list[dict]:
     preset = PRESETS[name].model
     rows, dim = tuple(min(n, max_rows) for n in preset.table_rows), preset.embedding_dim
-    peers = Peers(rows, dim)
+    peers = Peers(rows, dim, device)
     arrays = {"1000x": sum(rows) * dim // 1000, "100 MB": LARGE}
     layers = {
-        f"ROBE {array}, Z={block}": robe_layer(len(rows), dim, size, block)
+        f"ROBE {array}, Z={block}": robe_layer(len(rows), dim, size, block, device)
         for array, size in arrays.items()
         for block in sorted({8, 16, 32, dim} - ({32} if dim < 32 else set()))
     }
     results = []
     for kind in ("uniform", "zipf"):
-        for batch_size in BATCHES:
+        for batch_size in BATCHES[device]:
             bar.set_description(f"{name}, {kind} ids, B={batch_size}")
             rng = np.random.default_rng(0)
             batches = [make_ids(rows, batch_size, kind, rng) for _ in range(COPIES_OF_IDS[batch_size])]
-            ids = [torch.from_numpy(batch) for batch in batches]
+            ids = [torch.from_numpy(batch).to(device) for batch in batches]
             candidates = peers.candidates(batches)
             for label, layer in layers.items():
                 candidates[label] = cycle(layer, ids)
                 if label in (f"ROBE 1000x, Z={dim}", "ROBE 1000x, Z=8"):
                     filtered = admitting_layer(len(rows), dim, layer.array.size, layer.block_size, ids)
                     candidates[label.replace(",", ADMISSION + ",")] = cycle(filtered, ids)
-            source, target = torch.rand(2, batch_size, len(rows), dim)
+            source, target = torch.rand(2, batch_size, len(rows), dim, device=device)
             candidates["copy of the output"] = lambda s=source, t=target: t.copy_(s)
             if kind == "uniform":
                 first = layers[f"ROBE 1000x, Z={dim}"]
                 for power in (6, 12):  # rows of a virtual table
-                    far = [torch.randint(10**power, batch.shape) for batch in ids]
+                    far = [torch.randint_like(batch, 10**power) for batch in ids]
                     candidates[f"ROBE 1000x, Z={dim}, 10^{power} rows"] = cycle(first, far)
                 # Last: what it allocates and frees would slow down the next one.
                 candidates[f"ROBE 1000x, Z={dim}, reference"] = cycle(reference(first), ids)
             with torch.no_grad():
-                times = side_by_side(candidates, seconds)
+                times = side_by_side(candidates, seconds, device=device)
             results.append({"preset": name, "ids": kind, "batch_size": batch_size, "microseconds": times})
             bar.update()
     return results
@@ -161,17 +166,17 @@ def report(results: list[dict]) -> str:
 
 
 def main() -> None:
-    args = parse(__doc__, seconds=5)
+    args = parse(__doc__, seconds=5, devices=("cpu", "cuda"))
     results = []
     with tqdm(total=6 * len(args.presets), unit="table") as bar:
         for name in args.presets:
-            results += measure(name, args.max_rows, args.seconds, bar)
+            results += measure(name, args.max_rows, args.seconds, args.device, bar)
     print(report(results))
     print(
         "\ntimes faster: than the faster of nn.EmbeddingBag and fbgemm TBE; copies: of the time to copy the output;\n"
         "without: of the time without an admission"
     )
-    save(args.output, results)
+    save(args.output, results, args.device)
 
 
 if __name__ == "__main__":

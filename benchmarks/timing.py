@@ -19,7 +19,13 @@ import robe
 from dlrm.checkpoint import write_json
 from dlrm.metrics import environment
 
-COPIES_OF_IDS = {1: 256, 64: 64, 256: 32, 2048: 8}  # batches to go through: the same ids again would lie in the cache
+COPIES_OF_IDS = {
+    1: 256,
+    64: 64,
+    256: 32,
+    2048: 8,
+    65536: 2,
+}  # batches to go through: the same ids again would lie in the cache
 
 LARGE = 25_000_000  # weights: 100 MB
 
@@ -27,7 +33,7 @@ ADMISSION = " + admission"  # in the names of candidates that have one
 
 
 def side_by_side(
-    candidates: dict[str, Callable[[], object]], seconds: float, least_rounds: int = 5
+    candidates: dict[str, Callable[[], object]], seconds: float, least_rounds: int = 5, device: str = "cpu"
 ) -> dict[str, dict[str, float]]:
     """Time callables in turns.
 
@@ -35,17 +41,21 @@ def side_by_side(
         candidates: name -> what to time; called many times.
         seconds: to spend in all, about.
         least_rounds: measurements of each, at least.
+        device: where they compute; with "cuda" a measurement ends when the device has.
 
     Returns:
         name -> median, p20 and p80 of the microseconds of a call, and rounds.
     """
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     calls = {}
     start = time.perf_counter()
     for name, run in candidates.items():
         for _ in range(2):
             run()
+        wait()
         once = time.perf_counter()
         run()
+        wait()
         # A measurement of a millisecond or more, so that the clock and the loop weigh nothing.
         calls[name] = max(1, round(1e-3 / max(time.perf_counter() - once, 1e-6)))
     seconds -= time.perf_counter() - start
@@ -56,9 +66,11 @@ def side_by_side(
             count = calls[name]
             for _ in range((count + 1) // 2):
                 run()
+            wait()
             begin = time.perf_counter()
             for _ in range(count):
                 run()
+            wait()
             samples[name].append((time.perf_counter() - begin) / count * 1e6)
     return {name: quantiles(times) | {"rounds": len(times)} for name, times in samples.items()}
 
@@ -94,10 +106,12 @@ def make_ids(rows: tuple[int, ...], batch_size: int, kind: str, rng: np.random.G
     return (rank.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) % sizes.astype(np.uint64)).astype(np.int64)
 
 
-def robe_layer(features: int, dim: int, size: int, block_size: int) -> robe.RobeEmbeddingBagCollection:
+def robe_layer(
+    features: int, dim: int, size: int, block_size: int, device: str = "cpu"
+) -> robe.RobeEmbeddingBagCollection:
     """A table without end for each feature, on an array of ``size`` weights."""
     tables = [robe.EmbeddingBagConfig(f"cat_{i}", None, dim) for i in range(features)]
-    return robe.RobeEmbeddingBagCollection(tables, robe_size=size, block_size=block_size)
+    return robe.RobeEmbeddingBagCollection(tables, robe_size=size, block_size=block_size, device=device)
 
 
 def admitting_layer(
@@ -108,15 +122,18 @@ def admitting_layer(
     Args:
         ids: batches (B, F): the most frequent are let in, so many that they are half of all.
     """
-    layer = robe_layer(features, dim, size, block_size)
-    admission = robe.Admission(layer.array.size // 16 * 8)
+    device = ids[0].device
+    layer = robe_layer(features, dim, size, block_size, str(device))
+    admission = robe.Admission(layer.array.size // 16 * 8, device=device)
     columns = [column.unique(return_counts=True) for column in torch.cat(ids).T]
     values, counts = (torch.cat(tensors) for tensors in zip(*columns))
-    keys = layer.table_keys.repeat_interleave(torch.tensor([len(column) for column, _ in columns]))
-    order = (counts + torch.rand(len(counts))).argsort(descending=True)
+    keys = layer.table_keys.repeat_interleave(torch.tensor([len(column) for column, _ in columns], device=device))
+    order = (counts + torch.rand_like(counts, dtype=torch.float32)).argsort(descending=True)
     order = order[counts[order].cumsum(0) <= counts.sum() / 2][: admission.bytes]
     admission.admit(values[order], keys[order])
-    admission.admit(torch.randint(1 << 62, (admission.bytes - len(order),)), keys[:1])  # ids that are not looked up
+    admission.admit(
+        torch.randint(1 << 62, (admission.bytes - len(order),), device=device), keys[:1]
+    )  # ids that are not looked up
     layer.admission = admission
     return layer
 
@@ -127,18 +144,25 @@ def times_without_admission(times: dict[str, dict[str, float]], name: str) -> st
     return f"{times[name]['median'] / without['median']:.2f}" if without and ADMISSION in name else ""
 
 
-def parse(description: str | None, seconds: float) -> argparse.Namespace:
-    """The options of a benchmark; ``seconds`` is the default for each table of figures."""
+def parse(description: str | None, seconds: float, devices: tuple[str, ...] = ("cpu",)) -> argparse.Namespace:
+    """The options of a benchmark: ``seconds`` the default for each table of figures, ``devices`` where it can run."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON")
     parser.add_argument("--presets", nargs="+", choices=("kaggle", "terabyte"), default=["kaggle", "terabyte"])
     parser.add_argument("--max-rows", type=int, default=3_000_000, help="cap of the rows of the full tables")
     parser.add_argument("--seconds", type=float, default=seconds, help="for each table of figures")
-    return parser.parse_args()
+    if len(devices) > 1:
+        parser.add_argument("--device", choices=devices, default=devices[0])
+    args = parser.parse_args()
+    if len(devices) > 1 and args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device: expected cpu, torch finds no CUDA device here")
+    return args
 
 
-def save(path: Path, results: list[dict]) -> None:
+def save(path: Path, results: list[dict], device: str = "cpu") -> None:
     """Write results as JSON, with the machine they belong to."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    machine = environment() | {"kernels": robe.backend()["cpu"], "load_average": os.getloadavg()[0]}
+    machine = environment() | {"kernels": robe.backend()[device], "load_average": os.getloadavg()[0]}
+    if device == "cuda":
+        machine["gpu"] = torch.cuda.get_device_name()
     write_json(path, {"machine": machine, "results": results})

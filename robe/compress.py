@@ -119,8 +119,8 @@ def compress(
         block_size, sign, admission: as in RobeEmbedding; the tables have the table_ids 0, 1, 2 ... in the order of
             ``CompressionReport.swapped``.
         min_rows: tables with fewer rows are left as they are.
-        init: of the arrays: "random"; or "project", the least squares approximation of the trained tables: each slot
-            is the mean of the components that are read there.
+        init: of the arrays: "random", for tables that are to be trained, so frozen ones are left; or "project", the
+            least squares approximation of trained tables: each slot is the mean of the components that are read there.
         init_std: of the arrays, see RobeArray; None: the median of the tables' standard deviations, so that the model
             starts as it did, but no more than RobeArray's default.
         seed: of the arrays; see RobeArray.
@@ -139,7 +139,7 @@ def compress(
     if init not in ("random", "project"):
         raise ValueError(f"init: expected 'random' or 'project', got {init!r}")
     found = list(_tables(model))
-    wanted = [(modules, _reason_to_leave(model, modules, min_rows)) for modules in found]
+    wanted = [(modules, _reason_to_leave(model, modules, min_rows, init)) for modules in found]
     swapped = [modules for modules, reason in wanted if reason is None]
     if not swapped:
         reasons = "; ".join(f"{_names(model, modules)[0] or 'it'}: {reason}" for modules, reason in wanted)
@@ -213,12 +213,14 @@ def _names(model: nn.Module, modules: list[TorchTable]) -> tuple[str, ...]:
     return tuple(name for name, module in model.named_modules(remove_duplicate=False) if module in modules)
 
 
-def _reason_to_leave(model: nn.Module, modules: list[TorchTable], min_rows: int) -> str | None:
+def _reason_to_leave(model: nn.Module, modules: list[TorchTable], min_rows: int, init: str) -> str | None:
     weight = modules[0].weight
     if len(weight) < min_rows:
         return f"has fewer than {min_rows:,} rows"
     if not weight.is_floating_point():
         return f"is of {weight.dtype}"
+    if not weight.requires_grad and init == "random":
+        return "is frozen, and nothing would train random values: init='project' keeps what it holds"
     for other in model.modules():
         if other not in modules and any(p is weight for p in other._parameters.values()):
             return f"its weight is also that of a {type(other).__name__}"

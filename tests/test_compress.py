@@ -96,26 +96,30 @@ def test_what_the_modules_compute():
     assert {(layer.block_size, layer.sign, layer.array.seed) for layer in model.values()} == {(4, True, 3)}
 
 
-def test_training_mode_dtype_device_and_requires_grad():
-    def make():
-        model = nn.ModuleDict({name: nn.Embedding(1000, 4, dtype=torch.float64) for name in "abcd"})
-        model["b"] = nn.EmbeddingBag(1000, 4, device="meta")
-        model["c"].weight.requires_grad_(False)
-        model["a"].eval()
-        return model
-
-    model = robe.compress(make(), 10)
+def test_training_mode_dtype_and_requires_grad():
+    model = nn.ModuleDict({name: nn.Embedding(1000, 4, dtype=torch.float64) for name in "abcd"})
+    model["b"] = nn.EmbeddingBag(1000, 4)
+    model["c"].weight.requires_grad_(False)
+    model["a"].eval()
+    robe.compress(model, 10, init="project")
     weights = {name: model[name].array.weight for name in "abcd"}
     assert [model[name].training for name in "abcd"] == [False, True, True, True]
     assert [weights[name].dtype for name in "abcd"] == [torch.float64, torch.float32, torch.float64, torch.float64]
-    assert [weights[name].device.type for name in "abcd"] == ["cpu", "meta", "cpu", "cpu"]
     assert [weights[name].requires_grad for name in "abcd"] == [True, True, False, True]
     assert weights["a"] is weights["d"]
     assert [len(weights[name]) for name in "abc"] == [800, 400, 400]
     assert model.compression_report.array_floats == 1600
     assert "there are 3 arrays" in str(model.compression_report)
+
+
+def test_device():
+    def make():
+        return nn.ModuleDict({"a": nn.Embedding(1000, 4), "b": nn.EmbeddingBag(1000, 4, device="meta")})
+
+    model = robe.compress(make(), 10)
+    assert [model[name].array.weight.device.type for name in "ab"] == ["cpu", "meta"]
     model = robe.compress(make(), 10, device="cpu")
-    assert {model[name].array.weight.device.type for name in "abcd"} == {"cpu"}
+    assert model["a"].array is model["b"].array
     assert model["b"](IDS % 1000).isfinite().all()
 
 
@@ -188,6 +192,9 @@ LEFT = {
         1000, 8, max_norm=1.0
     ),
     "scale_grad_by_freq: not supported by ROBE layers": lambda: nn.EmbeddingBag(1000, 8, scale_grad_by_freq=True),
+    "is frozen, and nothing would train random values: init='project' keeps what it holds": lambda: (
+        nn.Embedding.from_pretrained(torch.rand(1000, 8))
+    ),
 }
 
 

@@ -13,7 +13,8 @@ import dlrm.trainer
 from data.rows import Batch
 from dlrm import DLRM, DLRMConfig, TrainingConfig
 from dlrm.checkpoint import TrainingCheckpoints
-from dlrm.trainer import Progress, Stopped, Trainer, TrainingError, make_optimizers
+from dlrm.distributed import World
+from dlrm.trainer import AveragedWeights, Progress, Stopped, Trainer, TrainingError, make_optimizers, train_step
 
 MODEL = DLRMConfig(embedding_dim=4, bottom_mlp=(8, 4), top_mlp=(8, 1), table_rows=(10, 20), compression=3)
 TRAINING = TrainingConfig(batch_size=16, learning_rate=0.1, optimizer="sgd", epochs=2, evaluations_per_epoch=2)
@@ -435,3 +436,22 @@ def test_a_weight_that_is_not_finite_ends_training_and_is_not_saved(value, at):
         run.train()
     assert at not in save.steps
     assert len(kept) == (at > 3)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "adam"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"interaction": "cross", "cross_rank": 4}, {"hots": (2, 1)}, {"synthetic_hots": True, "hots": (2, 3)}]
+    + [{"admission_bytes": 64}],
+    ids=str,
+)
+def test_a_step_stays_on_the_device_and_waits_for_nothing_there(optimizer, changes):
+    """The meta device has no values to read back, and refuses tensors of other devices, as a GPU does."""
+    model = DLRM(replace(MODEL, **changes)).to("meta")
+    optimizers = make_optimizers(model, replace(TRAINING, optimizer=optimizer))
+    batch = ROWS[:16]
+    if "hots" in changes and "synthetic_hots" not in changes:
+        batch = Batch(batch.dense, np.repeat(batch.sparse, changes["hots"], axis=1), batch.labels)
+    numbers = train_step(model, optimizers, batch, World("meta"))
+    AveragedWeights(model, 10).update(8)
+    assert (numbers.shape, numbers.device.type) == ((2,), "meta")
