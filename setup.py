@@ -32,7 +32,7 @@ class BuildKernels(build_ext):
 
 setup(
     name="robe-dlrm",
-    version="0.7.0",
+    version="0.8.0",
     description="Embedding tables of any size on one small shared array (ROBE), and a DLRM built on it",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
@@ -51,6 +51,7 @@ setup(
             "tensorboard>=2.15",
             "mlperf-logging>=4.1",
         ],
+        "hub": ["huggingface_hub>=0.30", "safetensors>=0.4"],
         "export": ["onnx>=1.17", "onnxruntime>=1.20"],
         "loadgen": ["mlcommons-loadgen>=5.0"],
         "dev": ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6", "ruff>=0.8", "mypy>=1.10"],

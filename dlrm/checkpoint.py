@@ -13,8 +13,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ import robe.optim
 from dlrm.config import DLRMConfig
 from dlrm.model import DLRM
 from robe import IdCounter
+from robe.saving import whole_file
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 BEST, OPTIMIZER, STATE = "best.safetensors", "optimizer.safetensors", "state.json"
@@ -39,28 +39,6 @@ _COUNTERS = "embeddings.admission.counter.counters"  # of an admission that coun
 
 class CheckpointError(ValueError):
     """A folder that is not a checkpoint, or whose weights are not those of its config."""
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Write the file that this yields; it takes the name ``path`` when all went well, else nothing is left of it.
-
-    Raises:
-        OSError: it can't be written; names ``path``.
-    """
-    part = path.with_name(path.name + ".part")
-    try:
-        part.touch()
-        mode = part.stat().st_mode  # as the umask has it; safetensors makes files that only their owner reads
-        yield part
-        part.chmod(mode)
-        os.replace(part, path)
-    except (OSError, SafetensorError) as error:  # the latter also stands for a full disk
-        raise OSError(
-            getattr(error, "errno", None), getattr(error, "strerror", None) or str(error), str(path)
-        ) from None
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

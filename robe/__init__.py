@@ -9,6 +9,7 @@ from robe.compress import CompressionReport, compress
 from robe.embedding import RobeEmbedding, RobeEmbeddingBag
 from robe.keyed import RobeKeyedEmbeddingBagCollection
 from robe.native import backend
+from robe.saving import load, save
 
 __all__ = [
     "Admission",
@@ -23,6 +24,8 @@ __all__ = [
     "RobeKeyedEmbeddingBagCollection",
     "backend",
     "compress",
+    "load",
     "load_authors_weights",
     "optim",
+    "save",
 ]

@@ -1,7 +1,7 @@
 """RobeEmbeddingBagCollection: all embedding tables of a recommender on one array, read in one operator call."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from typing import Any
 
@@ -100,8 +100,14 @@ class RobeEmbeddingBagCollection(RobeTables):
             dtype=dtype,
         )
         self.tables = tables
+        self.table_ids = list(range(len(tables)) if table_ids is None else table_ids)
         self.feature_names = [name for table in tables for name in (table.feature_names or [table.name])]
         self.pooling = tables[0].pooling
+
+    def _config(self) -> dict[str, Any]:
+        config = super()._config() | {"tables": [asdict(table) for table in self.tables], "table_ids": self.table_ids}
+        del config["embedding_dim"]  # of the tables
+        return config
 
     @classmethod
     def from_configs(cls, tables: Sequence[Any], **options: Any) -> "RobeEmbeddingBagCollection":

@@ -1,5 +1,7 @@
 """RobeEmbedding and RobeEmbeddingBag: nn.Embedding and nn.EmbeddingBag on a shared array."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -61,7 +63,13 @@ class _RobeTable(RobeTables):
                 raise ValueError(f"padding_idx: expected to lie within {num_embeddings} rows, got {padding_idx}")
             padding_idx %= num_embeddings
         self.num_embeddings, self.padding_idx = num_embeddings, padding_idx
-        self.table_id, self.first_row = table_id, first_row
+        self.table_id = table_id
+        # A layer may have found room for every weight, and laid them out itself.
+        self.first_row = self._keys[0] // embedding_dim if self.hash == "identity" else first_row
+
+    def _config(self) -> dict[str, Any]:
+        own = {"num_embeddings": self.num_embeddings, "padding_idx": self.padding_idx}
+        return super()._config() | own | {"table_id": self.table_id, "first_row": self.first_row}
 
     def full_weight(self) -> Tensor:
         """The virtual table, (num_embeddings, embedding_dim): what ``weight`` is in torch. For tests and small tables.
@@ -199,6 +207,9 @@ class RobeEmbeddingBag(_RobeTable):
         elif not self.include_last_offset:
             offsets = torch.cat([offsets, offsets.new_full((1,), input.shape[0])])
         return self._bag(input, offsets, per_sample_weights, self.mode, self.padding_idx).squeeze(1)
+
+    def _config(self) -> dict[str, Any]:
+        return super()._config() | {"mode": self.mode, "include_last_offset": self.include_last_offset}
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, mode={self.mode!r}"

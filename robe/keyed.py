@@ -3,7 +3,7 @@
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -68,6 +68,7 @@ class RobeKeyedEmbeddingBagCollection(nn.Module):
             device=device,
         )
         self._configs, self._is_weighted = list(tables), is_weighted
+        self._options = {"is_weighted": is_weighted, "block_size": block_size, "sign": sign}
         uses = Counter(feature for config in configs for feature in config.feature_names)
         self._columns: list[tuple[str, str, int]] = []  # of the output: name, feature, width; table by table
         groups: dict[tuple[int, str], tuple[list[int], list[int]]] = {}  # their tables and columns
@@ -93,10 +94,18 @@ class RobeKeyedEmbeddingBagCollection(nn.Module):
         )
         self._columns_of_collection = [columns for _, columns in groups.values()]
 
+    def _config(self) -> dict[str, Any]:
+        return {"tables": [asdict(own_config(table)) for table in self._configs], **self._options}
+
     @property
     def array(self) -> RobeArray:
         """The shared weights."""
         return self.collections[0].array  # type: ignore[return-value]
+
+    @property
+    def admission(self) -> Admission | None:
+        """The ids that have rows of their own, None: all."""
+        return self.collections[0].admission  # type: ignore[return-value]
 
     @property
     def device(self) -> torch.device:

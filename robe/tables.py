@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -86,6 +87,15 @@ class RobeTables(nn.Module):
         self._rows = [rows[table] for table in table_of_feature]
         for name, values in (("table_keys", self._keys), ("num_embeddings_per_feature", self._rows)):
             self.register_buffer(name, torch.tensor(values, device=array.weight.device), persistent=False)
+
+    def _config(self) -> dict[str, Any]:
+        """The arguments, in JSON's types, that make this layer again on the same array and admission."""
+        return {
+            "embedding_dim": self.embedding_dim,
+            "block_size": self.block_size,
+            "sign": self.sign,
+            "hash": self.hash,
+        }
 
     def _tables(self, padding_idx: int | None = None) -> tuple:
         buffers = self._buffers  # past nn.Module.__getattr__, which costs as much as reading a batch of one

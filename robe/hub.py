@@ -1,0 +1,82 @@
+"""ROBE layers, and models with some in them, on the Hugging Face Hub: needs huggingface_hub (pip install .[hub]).
+
+    class Recommender(torch.nn.Module, robe.hub.RobeHubMixin): ...
+
+    model = robe.compress(Recommender(rows=40_000_000), 1000)
+    model.push_to_hub("me/recommender")                         # or save_pretrained("folder")
+    model = Recommender.from_pretrained("me/recommender")       # compressed, as it was
+
+The layers here are those of robe with these three methods. What is written is a file of ``robe.save``.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelHubMixin, constants, hf_hub_download
+
+import robe
+
+FILE = constants.SAFETENSORS_SINGLE_FILE
+
+
+class RobeHubMixin(ModelHubMixin, library_name="robe-dlrm", tags=["robe", "recommendation"]):
+    """A base class for models: ``from_pretrained``, ``save_pretrained`` and ``push_to_hub``, see ModelHubMixin.
+
+    ``from_pretrained`` makes the model with the arguments it had, those in JSON's types, and swaps its tables for the
+    layers that were saved. Where the tables would not fit, make them on the meta device.
+    """
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        robe.save(self, save_directory / FILE)  # type: ignore[arg-type]
+
+    @classmethod
+    def _from_pretrained(cls, *, map_location: str | None = None, **options: Any) -> Any:
+        file, arguments = _file(**options)
+        return robe.load(file, cls(**arguments), device=map_location)  # type: ignore[arg-type]
+
+
+class _LayerHubMixin(RobeHubMixin):
+    """For layers, whose file tells all."""
+
+    @classmethod
+    def _from_pretrained(cls, *, map_location: str | None = None, **options: Any) -> Any:
+        file, _ = _file(**options)
+        layer: Any = robe.load(file, device=map_location)
+        if type(layer) not in cls.__mro__:
+            raise ValueError(f"{file}: of a {type(layer).__name__}, not a {cls.__name__}")
+        layer.__class__ = cls
+        return layer
+
+
+def _file(
+    *, model_id: str, revision, cache_dir, force_download, local_files_only, token, **arguments: Any
+) -> tuple[Path, dict[str, Any]]:
+    """The file of a folder or a repository, and what is not about where it is."""
+    if Path(model_id).is_dir():
+        return Path(model_id) / FILE, arguments
+    file = hf_hub_download(
+        model_id,
+        FILE,
+        revision=revision,
+        cache_dir=cache_dir,
+        force_download=force_download,
+        token=token,
+        local_files_only=local_files_only,
+    )
+    return Path(file), arguments
+
+
+class RobeEmbedding(_LayerHubMixin, robe.RobeEmbedding):
+    """robe.RobeEmbedding with the methods of the Hub."""
+
+
+class RobeEmbeddingBag(_LayerHubMixin, robe.RobeEmbeddingBag):
+    """robe.RobeEmbeddingBag with the methods of the Hub."""
+
+
+class RobeEmbeddingBagCollection(_LayerHubMixin, robe.RobeEmbeddingBagCollection):
+    """robe.RobeEmbeddingBagCollection with the methods of the Hub."""
+
+
+class RobeKeyedEmbeddingBagCollection(_LayerHubMixin, robe.RobeKeyedEmbeddingBagCollection):
+    """robe.RobeKeyedEmbeddingBagCollection with the methods of the Hub."""
