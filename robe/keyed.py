@@ -1,8 +1,9 @@
-"""RobeKeyedEmbeddingBagCollection: torchrec's EmbeddingBagCollection on one array, without a need for torchrec."""
+"""RobeKeyedEmbeddingBagCollection: features by name, tables of any dimensions; torchrec's EmbeddingBagCollection on one
+array, without a need for torchrec."""
 
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -18,8 +19,9 @@ from robe.tables import resolve_array
 class RobeKeyedEmbeddingBagCollection(nn.Module):
     """What torchrec's EmbeddingBagCollection is, on one array: a KeyedJaggedTensor goes in, a KeyedTensor comes out.
 
-    Tables may have different dimensions and poolings: those of one dimension and pooling are read in one operator call.
-    It has the methods of torchrec's that its models ask for, so that it goes into torchrec.models.dlrm.DLRM.
+    Without torchrec, a dict of ids goes in and a dict of embeddings comes out. Tables may have different dimensions and
+    poolings: those of one dimension and pooling are read in one operator call. It has those methods of torchrec's that
+    its models ask for, so that it goes into torchrec.models.dlrm.DLRM.
 
     Args:
         tables: torchrec's EmbeddingBagConfigs, or robe's; a feature may be in several tables. Table k has table_id k.
@@ -124,34 +126,86 @@ class RobeKeyedEmbeddingBagCollection(nn.Module):
         """The pooled embeddings of a batch.
 
         Args:
-            features: torchrec's KeyedJaggedTensor, in any order of keys; keys that no table reads are left out.
+            features: torchrec's KeyedJaggedTensor, in any order of keys; or a dict of each feature's ids, int32 or
+                int64: (B,), one each; (B, N), bags of N; or (values (n,), offsets (B + 1,)), with is_weighted
+                (values, offsets, weights (n,)). Keys that no table reads are left out.
 
         Returns:
             torchrec's KeyedTensor, (B, sum of the dimensions), keys and order as torchrec's EmbeddingBagCollection has
             them: table by table, "feature@table" where several tables read a feature; float32, or the array's float64.
+            Of a dict a dict, with these keys in this order, of (B, embedding_dim) in the array's dtype.
 
         Raises:
-            ValueError: a feature without key; batch sizes that differ by key.
-            TypeError: something that is no KeyedJaggedTensor.
+            ValueError: a feature without key; batch sizes that differ by key; shapes that do not fit.
+            TypeError: something that is no KeyedJaggedTensor and no dict.
             IndexError: an id outside its table.
         """
+        names = [name for name, _, _ in self._columns]
+        if isinstance(features, Mapping):
+            self._check_keys(features)
+            return dict(zip(names, self._pooled(lambda wanted: _of_mapping(features, wanted, self._is_weighted))))
         make = _keyed_tensor(features)
         if features.variable_stride_per_key():
             raise ValueError("features: expected one batch size for all keys; variable stride is not supported")
         place = {key: k for k, key in enumerate(features.keys())}
-        missing = [feature for _, feature, _ in self._columns if feature not in place]
-        if missing:
-            raise ValueError(f"features: expected a key {missing[0]!r}, got {', '.join(place) or 'none'}")
-        rows: dict[int, Tensor] = {}
-        for collection, columns in zip(self.collections, self._columns_of_collection):
-            bags = _of_keys(features, [place[self._columns[c][1]] for c in columns], self._is_weighted)
-            rows |= zip(columns, collection(*bags).unbind(1))
-        values = torch.cat([rows[column] for column in range(len(self._columns))], dim=1)
+        self._check_keys(place)
+        columns = self._pooled(lambda wanted: _of_keys(features, [place[key] for key in wanted], self._is_weighted))
+        values = torch.cat(columns, dim=1)
         return make(
-            keys=[name for name, _, _ in self._columns],
+            keys=names,
             length_per_key=[width for _, _, width in self._columns],
             values=values if values.dtype == torch.float64 else values.float(),
         )
+
+    def _check_keys(self, keys: Mapping) -> None:
+        missing = [feature for _, feature, _ in self._columns if feature not in keys]
+        if missing:
+            raise ValueError(f"features: expected a key {missing[0]!r}, got {', '.join(keys) or 'none'}")
+
+    def _pooled(self, bags_of: Callable[[list[str]], tuple]) -> list[Tensor]:
+        """The columns of the output, from the arguments that a collection takes of some features."""
+        rows: dict[int, Tensor] = {}
+        for collection, columns in zip(self.collections, self._columns_of_collection):
+            bags = bags_of([self._columns[c][1] for c in columns])
+            rows |= zip(columns, collection(*bags).unbind(1))
+        return [rows[column] for column in range(len(self._columns))]
+
+
+def _of_mapping(features: Mapping, keys: list[str], weighted: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """values, offsets and weights of some features, one behind the other."""
+    values, offsets, batch, before = [], [], None, 0
+    weights: list[Tensor] = []
+    for key in keys:
+        of_key = _bags(f"features[{key!r}]", features[key], weighted)
+        bags = len(of_key[1]) - 1
+        batch = bags if batch is None else batch
+        if bags != batch:
+            raise ValueError(f"features[{key!r}]: expected {batch} examples, as features[{keys[0]!r}] has, got {bags}")
+        values.append(of_key[0])
+        offsets.append(of_key[1][:-1] + before)
+        weights += of_key[2:]
+        before += len(of_key[0])
+    offsets.append(offsets[0].new_full((1,), before))
+    return torch.cat(values), torch.cat(offsets), torch.cat(weights) if weighted else None
+
+
+def _bags(name: str, ids: Any, weighted: bool) -> Sequence[Tensor]:
+    """values, offsets (B + 1,) and if weighted weights of one feature."""
+    expected = "(values, offsets, weights)" if weighted else "(B,) or (B, N) ids, or (values, offsets)"
+    if isinstance(ids, Tensor) and ids.dim() in (1, 2) and not weighted:
+        return ids.reshape(-1), torch.arange(len(ids) + 1, device=ids.device) * ids[:1].numel()
+    if not isinstance(ids, Sequence) or len(ids) != 2 + weighted:
+        length = f" of {len(ids)}" if isinstance(ids, Sequence) else ""
+        got = f"a tensor {tuple(ids.shape)}" if isinstance(ids, Tensor) else f"a {type(ids).__name__}{length}"
+        raise ValueError(f"{name}: expected {expected}, got {got}")
+    values, offsets = ids[:2]
+    ends = offsets[[0, -1]]
+    if not ends.is_cuda and ends.tolist() != [0, len(values)]:  # on a GPU, to look would be to wait for it
+        raise ValueError(
+            f"{name}: expected offsets from 0 to {len(values)}, the number of values, "
+            f"got {ends[0].item()} ... {ends[1].item()}"
+        )
+    return ids
 
 
 def _keyed_tensor(features: Any) -> Any:
@@ -159,7 +213,7 @@ def _keyed_tensor(features: Any) -> Any:
     for one in type(features).__mro__:
         if one.__name__ == "KeyedJaggedTensor":
             return sys.modules[one.__module__].KeyedTensor
-    raise TypeError(f"features: expected torchrec's KeyedJaggedTensor, got a {type(features).__name__}")
+    raise TypeError(f"features: expected torchrec's KeyedJaggedTensor, or a dict, got a {type(features).__name__}")
 
 
 def _of_keys(features: Any, places: list[int], weighted: bool) -> tuple[Tensor, Tensor, Tensor | None]:

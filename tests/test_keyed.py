@@ -217,7 +217,63 @@ def test_refused_features():
         layer(KeyedJaggedTensor({"a": [[1]], "b": [[2]]}))
     with pytest.raises(ValueError, match="features: expected one batch size for all keys"):
         layer(KeyedJaggedTensor(BAGS, variable=True))
-    with pytest.raises(TypeError, match="features: expected torchrec's KeyedJaggedTensor, got a Tensor"):
+    with pytest.raises(TypeError, match="features: expected torchrec's KeyedJaggedTensor, or a dict, got a Tensor"):
         layer(torch.ones(3))
     with pytest.raises(IndexError):
         layer(KeyedJaggedTensor(BAGS | {"b": [[2000], [], []]}))
+
+
+def as_bags(bags, dtype=torch.int64):
+    return torch.tensor([x for bag in bags for x in bag], dtype=dtype), torch.tensor([0, *map(len, bags)]).cumsum(0)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_a_dict_of_bags(dtype):
+    layer = robe.RobeKeyedEmbeddingBagCollection(TABLES, compression=10)
+    out = layer({key: as_bags(bags, dtype) for key, bags in reversed(BAGS.items())} | {"unused": torch.ones(5)})
+    assert list(out) == COLUMNS
+    assert [x.shape for x in out.values()] == [(3, width) for width in WIDTHS]
+    torch.testing.assert_close(torch.cat(list(out.values()), dim=1), expected(layer, BAGS))
+    out["a@t0"].sum().backward()
+    assert layer.array.weight.grad.any()
+
+
+def test_a_dict_of_ids_and_of_equal_bags():
+    """Beside bags of any length, with which they may share a collection."""
+    layer = robe.RobeKeyedEmbeddingBagCollection(TABLES, compression=10)
+    ids = {"a": torch.tensor([5, 6, 7]), "c": torch.tensor([[1, 2], [3, 3], [4, 5]]), "t3": torch.tensor([1, 2, 3])}
+    ids["d"] = torch.zeros(3, 0, dtype=torch.int64)
+    got = layer(ids | {key: as_bags(BAGS[key]) for key in ("b", "e")})
+    bags = BAGS | {"a": [[5], [6], [7]], "c": [[1, 2], [3, 3], [4, 5]], "d": [[], [], []], "t3": [[1], [2], [3]]}
+    torch.testing.assert_close(torch.cat(list(got.values()), dim=1), expected(layer, bags))
+
+
+def test_a_dict_with_weights():
+    tables = [Config(2000, 8, "t0", ["a", "b"]), Config(500, 4, "t1", ["c"])]
+    layer = robe.RobeKeyedEmbeddingBagCollection(tables, robe_size=500, is_weighted=True)
+    features = {key: (*as_bags(BAGS[key]), torch.rand(sum(map(len, BAGS[key])))) for key in "abc"}
+    keyed = KeyedJaggedTensor({key: BAGS[key] for key in "abc"}, torch.cat([x[2] for x in features.values()]))
+    for key, x in layer(features).items():
+        torch.testing.assert_close(x, layer(keyed)[key])
+
+
+def test_refused_dicts():
+    layer = robe.RobeKeyedEmbeddingBagCollection([Config(2000, 8, "t0", ["a", "b"])], robe_size=500)
+    ids, weights = torch.tensor([1, 2]), torch.ones(2)
+    both = r"expected \(B,\) or \(B, N\) ids, or \(values, offsets\), got "
+    for features, message in (
+        ({"a": ids}, "features: expected a key 'b', got a"),
+        ({"a": ids, "b": ids[:1]}, r"features\['b'\]: expected 2 examples, as features\['a'\] has, got 1"),
+        ({"a": ids, "b": ids.view(1, 1, 2)}, r"features\['b'\]: " + both + r"a tensor \(1, 1, 2\)"),
+        (
+            {"a": (ids, torch.tensor([0, 1])), "b": ids},
+            "expected offsets from 0 to 2, the number of values, got 0 ... 1",
+        ),
+        ({"a": (*as_bags([[1], [2]]), weights), "b": ids}, r"features\['a'\]: " + both + "a tuple of 3"),
+        ({"a": 7, "b": ids}, r"features\['a'\]: " + both + "a int"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            layer(features)
+    layer = robe.RobeKeyedEmbeddingBagCollection([Config(2000, 8, "t0")], robe_size=500, is_weighted=True)
+    with pytest.raises(ValueError, match=r"expected \(values, offsets, weights\), got a tensor"):
+        layer({"t0": ids})
