@@ -608,7 +608,8 @@ def _pieces(weight, rows: _Rows) -> tuple[Tensor, ...]:
     """Slots, sources, lengths and multipliers of the pieces of a call; those that do not count lie behind the array."""
     count = rows.n_rows * rows.shape[2] if rows.mode == "max" else rows.n_values * rows.per_id
     size, device = weight.shape[0], weight.device
-    slots = torch.full((count,), size, dtype=torch.int32 if size < 2**31 else torch.int64, device=device)
+    # Half of what int32 holds, so that places next to the array do not overflow.
+    slots = torch.full((count,), size, dtype=torch.int32 if size < 2**30 else torch.int64, device=device)
     sources, lengths = torch.zeros(count, dtype=torch.int64, device=device), torch.zeros_like(slots, dtype=torch.int32)
     multipliers = torch.zeros(count, dtype=ops._accumulation_dtype(weight.dtype), device=device)
     chunks = None
