@@ -52,7 +52,8 @@ class RobeArray(nn.Module):
 
     def read(self) -> tuple[Tensor, None]:
         """The weights and their scale, as the operators take them."""
-        return self._parameters["weight"], None  # type: ignore[return-value]  # past the detours of self.weight
+        weight = self._parameters.get("weight")  # past the detours of self.weight, where it is still a parameter
+        return self.weight if weight is None else weight, None
 
     def quantized(self, group_size: int = 64) -> "Int8RobeArray":
         """A copy in int8, a quarter of the memory, for inference: ``layer.array = layer.array.quantized()``.

@@ -179,7 +179,8 @@ def compress(
             }
             layers |= {module: _layer(module, options) for module in swapped[k]}
         if init == "project":
-            _project(array, [(layers[swapped[k][0]], swapped[k][0].weight) for k in members])
+            of_array = [(layers[swapped[k][0]], swapped[k][0].weight) for k in members]
+            of_array[0][0]._project(of_array)
 
     report = CompressionReport(
         tables=tuple(
@@ -264,24 +265,3 @@ def _notes(swapped: list[list[TorchTable]], arrays: int) -> tuple[str, ...]:
     if arrays > 1:
         notes.append(f"tables of different device, dtype or requires_grad do not share: there are {arrays} arrays")
     return tuple(notes)
-
-
-@torch.no_grad()
-def _project(array: RobeArray, tables: list[tuple[RobeEmbedding | RobeEmbeddingBag, Tensor]]) -> None:
-    """Set an array to the least squares approximation of tables.
-
-    Each component of a row is one slot times its sign, so the sum of squares is least where each slot is the mean of
-    the components (times sign) that it serves.
-    """
-    total, load = torch.zeros(2, array.size, dtype=torch.float64, device=array.weight.device)
-    for layer, weight in tables:
-        for start in range(0, len(weight), max(1, _COMPONENTS_AT_ONCE // layer.embedding_dim)):
-            rows = weight[start : start + max(1, _COMPONENTS_AT_ONCE // layer.embedding_dim)].to(total.device)
-            ids = torch.arange(start, start + len(rows), device=total.device)
-            if layer.padding_idx is not None:
-                rows, ids = rows[ids != layer.padding_idx], ids[ids != layer.padding_idx]
-            place, signs = layer._slots(0, ids)
-            values = rows.double() if signs is None else rows * signs.double()
-            total.index_add_(0, place.flatten(), values.flatten())
-            load.index_add_(0, place.flatten(), torch.ones_like(values).flatten())
-    array.weight.copy_(torch.where(load > 0, total / load.clamp(min=1), array.weight))

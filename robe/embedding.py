@@ -10,15 +10,33 @@ from robe.array import RobeArray
 from robe.ops import MODES
 from robe.tables import RobeTables
 
+_NO_WEIGHT = "{} has no weight: its parameter is array.weight, shared; full_weight() computes the virtual table"
+
 
 class _RobeTable(RobeTables):
-    """One virtual table: the arguments that RobeEmbedding and RobeEmbeddingBag have in common."""
+    """One virtual table: the arguments that RobeEmbedding and RobeEmbeddingBag have in common.
+
+    torch's come first, in torch's order.
+    """
+
+    # What torch's layers have, too.
+    max_norm: float | None = None
+    norm_type = 2.0
+    scale_grad_by_freq = sparse = False
 
     def __init__(
         self,
         num_embeddings: int | None,
         embedding_dim: int,
         padding_idx: int | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
+        _weight: Tensor | None = None,
+        _freeze: bool = False,
+        device=None,
+        dtype=None,
         *,
         array: RobeArray | None = None,
         robe_size: int | None = None,
@@ -31,15 +49,9 @@ class _RobeTable(RobeTables):
         admission: Admission | None = None,
         seed: int | None = None,
         init_std: float | None = None,
-        max_norm: float | None = None,
-        norm_type: float = 2.0,
-        scale_grad_by_freq: bool = False,
-        sparse: bool = False,
-        device=None,
-        dtype=None,
     ):
         # norm_type is there for torch's sake: it means nothing without max_norm.
-        _refuse(max_norm, scale_grad_by_freq, sparse)
+        _refuse(max_norm, scale_grad_by_freq, sparse, _weight, _freeze)
         super().__init__(
             [num_embeddings],
             embedding_dim,
@@ -71,6 +83,32 @@ class _RobeTable(RobeTables):
         own = {"num_embeddings": self.num_embeddings, "padding_idx": self.padding_idx}
         return super()._config() | own | {"table_id": self.table_id, "first_row": self.first_row}
 
+    @classmethod
+    def _of_table(cls, embeddings: Tensor, freeze: bool, options: dict[str, Any]) -> "_RobeTable":
+        if embeddings.dim() != 2:
+            raise ValueError(f"embeddings: expected a table (rows, dimension), got shape {tuple(embeddings.shape)}")
+        if options.get("array") is not None:
+            raise ValueError(
+                "array: all of its weights would be set, so expected robe_size= or compression= in its place; "
+                "robe.compress(model, init='project') sets an array to several tables"
+            )
+        options = dict[str, Any](device=embeddings.device, dtype=embeddings.dtype) | options
+        layer = cls(*embeddings.shape, **options)
+        layer._project([(layer, embeddings)])
+        layer.array.requires_grad_(not freeze)
+        return layer
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":
+            raise AttributeError(_NO_WEIGHT.format(type(self).__name__))
+        return super().__getattr__(name)
+
+    def register_parameter(self, name: str, param: torch.nn.Parameter | None) -> None:
+        """As in torch; but a table's weight has no place here: it would never be read."""
+        if name == "weight":
+            raise AttributeError(_NO_WEIGHT.format(type(self).__name__))
+        super().register_parameter(name, param)
+
     def full_weight(self) -> Tensor:
         """The virtual table, (num_embeddings, embedding_dim): what ``weight`` is in torch. For tests and small tables.
 
@@ -87,7 +125,7 @@ class _RobeTable(RobeTables):
         return ", ".join(parts)
 
 
-def _refuse(max_norm, scale_grad_by_freq, sparse) -> None:
+def _refuse(max_norm, scale_grad_by_freq, sparse, _weight=None, _freeze=False) -> None:
     """torch's options that have no meaning on shared weights, each with what to do instead."""
     if max_norm is not None:
         raise ValueError(
@@ -97,6 +135,12 @@ def _refuse(max_norm, scale_grad_by_freq, sparse) -> None:
         raise ValueError("scale_grad_by_freq: not supported; weight the samples by id frequency in the loss instead")
     if sparse:
         raise ValueError("sparse: the gradient of the array is dense; the array is small, so leave sparse=False")
+    if _weight is not None:
+        raise ValueError(
+            "_weight: the table is virtual; from_pretrained() sets the array as near to weights as it can be"
+        )
+    if _freeze:
+        raise ValueError("_freeze: freeze the array, with requires_grad_(False)")
 
 
 class RobeEmbedding(_RobeTable):
@@ -106,6 +150,7 @@ class RobeEmbedding(_RobeTable):
         num_embeddings: rows of the table; an id outside raises IndexError. None: any int64 id is legal.
         embedding_dim: d.
         padding_idx: the id that reads zeros and takes no gradient.
+        max_norm, norm_type, scale_grad_by_freq, sparse, _weight, _freeze: torch's; what they ask for is refused.
         array: the RobeArray to read from, shared with other layers; or instead
         robe_size: number of weights of an array of the layer's own; or instead
         compression: times the array of the layer's own, with the filter of an admission, is smaller than the table.
@@ -124,6 +169,31 @@ class RobeEmbedding(_RobeTable):
     Raises:
         ValueError: an argument out of range, or an option of nn.Embedding that shared weights can't have.
     """
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        embeddings: Tensor,
+        freeze: bool = True,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
+        **options: Any,
+    ) -> "RobeEmbedding":
+        """A layer as near to a trained table as its array can be: least squares, each slot the mean of what it serves.
+
+        Args:
+            embeddings: (num_embeddings, embedding_dim); device and dtype of the array are its own.
+            freeze: whether the array is not to be trained.
+            options: of the class, robe_size= or compression= among them.
+
+        Raises:
+            ValueError: as of the class; an array that is shared.
+        """
+        _refuse(max_norm, scale_grad_by_freq, sparse)
+        return cls._of_table(embeddings, freeze, {"padding_idx": padding_idx} | options)  # type: ignore[return-value]
 
     def forward(self, input: Tensor) -> Tensor:
         """Rows of the virtual table.
@@ -150,8 +220,9 @@ class RobeEmbeddingBag(_RobeTable):
         mode: "sum", "mean" or "max" of the rows of a bag; an empty bag gives zeros.
         padding_idx: the id that bags leave out.
         include_last_offset: offsets have one more entry, the end of the last bag.
-        options: array, robe_size, compression, block_size, table_id, sign, hash, first_row, admission, seed,
-            init_std, device, dtype, as in RobeEmbedding.
+        max_norm, norm_type, scale_grad_by_freq, sparse, _weight: torch's; what they ask for is refused.
+        device, dtype, options: array, robe_size, compression, block_size, table_id, sign, hash, first_row, admission,
+            seed, init_std, as in RobeEmbedding.
 
     Raises:
         ValueError: an argument out of range, or an option of nn.EmbeddingBag that shared weights can't have.
@@ -161,16 +232,42 @@ class RobeEmbeddingBag(_RobeTable):
         self,
         num_embeddings: int | None,
         embedding_dim: int,
-        *,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
         mode: str = "mean",
-        padding_idx: int | None = None,
+        sparse: bool = False,
+        _weight: Tensor | None = None,
         include_last_offset: bool = False,
+        padding_idx: int | None = None,
+        device=None,
+        dtype=None,
         **options,
     ):
-        super().__init__(num_embeddings, embedding_dim, padding_idx, **options)
+        of_torch = max_norm, norm_type, scale_grad_by_freq, sparse, _weight, False, device, dtype
+        super().__init__(num_embeddings, embedding_dim, padding_idx, *of_torch, **options)
         if mode not in MODES:
             raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
         self.mode, self.include_last_offset = mode, include_last_offset
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        embeddings: Tensor,
+        freeze: bool = True,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        mode: str = "mean",
+        sparse: bool = False,
+        include_last_offset: bool = False,
+        padding_idx: int | None = None,
+        **options: Any,
+    ) -> "RobeEmbeddingBag":
+        """A layer as near to a trained table as its array can be; see RobeEmbedding.from_pretrained."""
+        _refuse(max_norm, scale_grad_by_freq, sparse)
+        options |= {"mode": mode, "include_last_offset": include_last_offset, "padding_idx": padding_idx}
+        return cls._of_table(embeddings, freeze, options)  # type: ignore[return-value]
 
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         """Pooled rows of the virtual table, one per bag.

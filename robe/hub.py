@@ -66,12 +66,12 @@ def _file(
     return Path(file), arguments
 
 
-class RobeEmbedding(_LayerHubMixin, robe.RobeEmbedding):
-    """robe.RobeEmbedding with the methods of the Hub."""
+class RobeEmbedding(_LayerHubMixin, robe.RobeEmbedding):  # type: ignore[misc]
+    """robe.RobeEmbedding with the methods of the Hub; ``from_pretrained`` is the Hub's, not that of a table."""
 
 
-class RobeEmbeddingBag(_LayerHubMixin, robe.RobeEmbeddingBag):
-    """robe.RobeEmbeddingBag with the methods of the Hub."""
+class RobeEmbeddingBag(_LayerHubMixin, robe.RobeEmbeddingBag):  # type: ignore[misc]
+    """robe.RobeEmbeddingBag with the methods of the Hub; ``from_pretrained`` is the Hub's, not that of a table."""
 
 
 class RobeEmbeddingBagCollection(_LayerHubMixin, robe.RobeEmbeddingBagCollection):

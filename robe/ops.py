@@ -179,7 +179,8 @@ def _accumulation_dtype(dtype):
 
 
 def _read(weight, slot, sign, scale=None):
-    rows = weight.index_select(0, slot.flatten()).view(slot.shape)
+    # Autograd would not let users change a view in place.
+    rows = torch.ops.aten._unsafe_view(weight.index_select(0, slot.flatten()), slot.shape)
     if scale is not None:
         group = 1
         while scale.shape[0] * group < weight.shape[0]:
@@ -295,7 +296,8 @@ def _bag(weight, values, offsets, per_sample_weights, mode, *tables_and_scale):
     factors = None if per_sample_weights is None else per_sample_weights[position]
     pooled = _pool(rows, bag, bags, factors, mode).to(dtype)
     features = tables[0].shape[0]
-    return pooled.view(features, bags // features, pooled.shape[1]).transpose(0, 1).contiguous()
+    pooled = pooled.view(features, bags // features, pooled.shape[1]).transpose(0, 1)
+    return torch.ops.aten._unsafe_view(pooled.contiguous(), pooled.shape)
 
 
 def _bag_gradients(grad, weight, values, offsets, per_sample_weights, mode, table_keys, *tables):

@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 import robe.ops  # noqa: F401  (registers torch.ops.robe)
 from robe.admission import RARE, Admission
 from robe.array import Int8RobeArray, RobeArray
 from robe.hashing import HASHES, slots, table_key
 
+_COMPONENTS_AT_ONCE = 1 << 22
 _WITH_AUTOGRAD = {"lookup": torch.ops.robe.lookup.default, "bag": torch.ops.robe.bag.default}
 _FORWARD = {"lookup": torch.ops.robe.lookup_forward.default, "bag": torch.ops.robe.bag_forward.default}
 _OUT = {"lookup": torch.ops.robe.lookup_out.default, "bag": torch.ops.robe.bag_out.default}
@@ -139,11 +141,14 @@ class RobeTables(nn.Module):
                 )
             _OUT[name](weight, *arguments, scale, out, filter)
             return out
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(weight, *ids)
         if graph and weight.requires_grad:
             optimizer = array._optimizer and array._optimizer()
             if optimizer and optimizer.owns(weight):
                 return optimizer.record(name, weight, (*arguments, filter))
-        read = (_WITH_AUTOGRAD if graph or torch.compiler.is_compiling() else _FORWARD)[name]
+        whole = graph or torch.compiler.is_compiling() or torch.jit.is_tracing()
+        read = (_WITH_AUTOGRAD if whole else _FORWARD)[name]
         return read(weight, *arguments, scale, filter)
 
     def _observe(self, ids: tuple, padding_idx: int | None, admission: Admission) -> None:
@@ -177,6 +182,29 @@ class RobeTables(nn.Module):
         size, dim, block = self.array.size, self.embedding_dim, self.block_size
         return slots(ids, key, size=size, embedding_dim=dim, block_size=block, hash=self.hash, sign=self.sign)
 
+    @torch.no_grad()
+    def _project(self, tables: Sequence[tuple["RobeTables", Tensor]]) -> None:
+        """Set the array to the least squares approximation of tables: of layers of one feature on it, each (rows, D).
+
+        Each component of a row is one slot times its sign, so the sum of squares is least where each slot is the mean
+        of the components (times sign) that it serves.
+        """
+        array = self.array
+        total, load = torch.zeros(2, array.size, dtype=torch.float64, device=array.weight.device)
+        for layer, weight in tables:
+            some = max(1, _COMPONENTS_AT_ONCE // layer.embedding_dim)
+            padding_idx = getattr(layer, "padding_idx", None)
+            for start in range(0, len(weight), some):
+                rows = weight[start : start + some].to(total.device)
+                ids = torch.arange(start, start + len(rows), device=total.device)
+                if padding_idx is not None:
+                    rows, ids = rows[ids != padding_idx], ids[ids != padding_idx]
+                place, signs = layer._slots(0, ids)
+                values = rows.double() if signs is None else rows * signs.double()
+                total.index_add_(0, place.flatten(), values.flatten())
+                load.index_add_(0, place.flatten(), torch.ones_like(values).flatten())
+        array.weight.copy_(torch.where(load > 0, total / load.clamp(min=1), array.weight))
+
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
         # to_empty leaves buffers unset, and these are in no state_dict: other keys would silently read other rows.
@@ -187,6 +215,11 @@ class RobeTables(nn.Module):
     def reset_parameters(self) -> None:
         """Draw the array's initial values again."""
         self.array.reset_parameters()
+
+
+def _refuse_tangents(*tensors) -> None:
+    if any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise RuntimeError("robe: derivatives in forward mode are not supported; use torch.autograd.grad or backward()")
 
 
 def _check(num_embeddings: Sequence[int | None], embedding_dim: int, block_size: int, hash: str) -> None:

@@ -38,7 +38,8 @@ _P, _C, _B, _A = map(tl.constexpr, LINEAR)
 _BITS_OF_WORD, _BITS_OF_ID = tl.constexpr(BITS_OF_WORD), tl.constexpr(BITS_OF_ID)
 
 _TILE = 1024  # elements of a program: 8 for each thread of 4 warps
-_TILE_OF_PIECES = 2048  # of _sum_pieces
+_TILE_OF_PIECES = 2048  # of programs that sum pieces
+_RUN = 64  # pieces for the same slots that are summed by a program of their own
 # Sums are rounded as the reference rounds them, and ``debug`` keeps the assertions. Products of hashes overflow.
 _OPTIONS = {"num_warps": 4, "debug": True, "sanitize_overflow": False, "enable_fp_fusion": False}
 
@@ -406,13 +407,36 @@ def _list_piece(number, slot, source, length, multiplier, exists, slots, sources
     tl.store(multipliers + number, multiplier, exists)
 
 
+@triton.jit
+def _sum_runs(
+    heads, sources, lengths, multipliers, grad, sums,
+    SUM: tl.constexpr, RUN: tl.constexpr, STRIDE: tl.constexpr, PIECES: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Sums RUN pieces for the same slots, from a head on; -1: there is none."""
+    number = tl.program_id(0).to(tl.int64)
+    head = tl.load(heads + number)
+    if head >= 0:
+        within = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+        inside = within < tl.load(lengths + head)
+        value = tl.zeros((WIDTH,), SUM)
+        for start in tl.static_range(0, RUN, PIECES):
+            piece = head + start + tl.arange(0, PIECES)
+            place = tl.load(sources + piece)[:, None] + within[None, :]
+            upstream = tl.load(grad + place, inside[None, :], 0).to(SUM)
+            value += tl.sum(upstream * tl.load(multipliers + piece)[:, None], 0)
+        tl.store(sums + number * STRIDE + within, value, inside)
+
+
 @triton.jit(do_not_specialize=["size"])
 def _sum_pieces(
-    slots, order, sources, lengths, multipliers, first, last, grad, total, weight, state_0, state_1, size,
+    slots, sources, lengths, multipliers, first, last, grad, sums, total, weight, state_0, state_1, size,
     rate, decay, option_0, option_1, option_2, option_3, option_4,
-    RULE: tl.constexpr, SUM: tl.constexpr, PIECES: tl.constexpr, WIDTH: tl.constexpr,
+    RULE: tl.constexpr, SUM: tl.constexpr, STRIDE: tl.constexpr, PIECES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Sums the pieces first to last of a segment of WIDTH slots, into total, or for an optimizer's rule."""
+    """Sums the pieces first to last of a segment of WIDTH slots, into total, or for an optimizer's rule.
+
+    Their sources are places in grad, or -1 - the number of a sum of _sum_runs.
+    """
     segment = tl.program_id(0).to(tl.int64)
     slot = segment * WIDTH + tl.arange(0, WIDTH)
     begin, end = tl.load(first + segment), tl.load(last + segment)
@@ -421,12 +445,16 @@ def _sum_pieces(
     for start in range(begin, end, PIECES):
         k = start + tl.arange(0, PIECES)
         exists = k < end
-        piece = tl.load(order + k, exists, 0)
-        source, multiplier = tl.load(sources + piece, exists, 0), tl.load(multipliers + piece, exists, 0)
+        source = tl.load(sources + k, exists, 0)
         place = slot[None, :] - tl.load(slots + k, exists, 0).to(tl.int64)[:, None]
-        covered = (place >= 0) & (place < tl.load(lengths + piece, exists, 0)[:, None])
-        upstream = tl.load(grad + source[:, None] + place, covered, 0).to(SUM)
-        value += tl.sum(tl.where(covered, upstream * multiplier[:, None], 0), 0)
+        covered = (place >= 0) & (place < tl.load(lengths + k, exists, 0)[:, None])
+        own = covered & (source >= 0)[:, None]
+        upstream = tl.load(grad + source[:, None] + place, own, 0).to(SUM)
+        upstream = tl.where(own, upstream * tl.load(multipliers + k, exists, 0)[:, None], 0)
+        if tl.min(source) < 0:
+            number = -1 - source
+            upstream += tl.load(sums + number[:, None] * STRIDE + place, covered & (source < 0)[:, None], 0)
+        value += tl.sum(upstream, 0)
         touched = tl.maximum(touched, tl.max(covered.to(tl.int32), 0))
     if RULE == "none":
         tl.store(total + slot, value.to(total.dtype.element_ty), slot < size)
@@ -638,8 +666,13 @@ def _sum(weight, calls, total=None, rule="none", state=(), options=(0.0,) * 7) -
             part += before
             before += of_call.numel()
     slots, order = slots.sort(stable=True)
+    sources, lengths, multipliers = sources[order], lengths[order], multipliers[order]
     size = weight.shape[0]
     longest = max(1 if rows.mode == "max" else rows.longest for _, rows in calls)
+    constants = {"SUM": tl.float64 if weight.dtype == torch.float64 else tl.float32, "STRIDE": longest} | _OPTIONS
+    slots, sources, lengths, multipliers, sums = _shorten(
+        slots, sources, lengths, multipliers, grad, size, longest, constants
+    )
     width = min(max(triton.next_power_of_2(longest), 32), _TILE)
     starts = torch.arange(0, size, width, dtype=slots.dtype, device=slots.device)
     first = torch.searchsorted(slots, starts - longest + 1)
@@ -647,10 +680,43 @@ def _sum(weight, calls, total=None, rule="none", state=(), options=(0.0,) * 7) -
     state_0, state_1 = (*state, None, None)[:2]
     with torch.cuda.device_of(weight):
         _sum_pieces[(len(starts),)](
-            slots, order, sources, lengths, multipliers, first, last, grad, total, weight, state_0, state_1, size,
-            *options, RULE=rule, SUM=tl.float64 if weight.dtype == torch.float64 else tl.float32,
-            PIECES=_TILE_OF_PIECES // width, WIDTH=width, **_OPTIONS,
+            slots, sources, lengths, multipliers, first, last, grad, sums, total, weight, state_0, state_1, size,
+            *options, RULE=rule, PIECES=_TILE_OF_PIECES // width, WIDTH=width, **constants,
         )  # fmt: skip
+
+
+def _shorten(slots, sources, lengths, multipliers, grad, size, longest, constants) -> tuple[Tensor, ...]:
+    """Sorted pieces, with _RUN in a row that go to the same slots summed to one, and these sums.
+
+    An id that half of the examples have would leave all of its pieces to the few programs of its slots.
+    """
+    n, device = len(slots), slots.device
+    number = torch.arange(n, device=device)
+    begins = torch.ones(n, dtype=torch.bool, device=device)
+    begins[1:] = (slots[1:] != slots[:-1]) | (lengths[1:] != lengths[:-1])
+    begin = number.where(begins, 0).cummax(0).values if n else number  # of the pieces for the same slots
+    rank = (number - begin) % _RUN
+    end = number - rank + _RUN - 1
+    whole = (end < n) & (begin[end.clamp(max=max(n - 1, 0))] == begin) & (slots < size)
+    heads = whole & (rank == 0)
+    run = heads.cumsum(0) - 1
+    first = torch.full((n // _RUN + 1,), -1, dtype=torch.int64, device=device)
+    first = first.scatter_(0, run.where(heads, n // _RUN), number)[:-1]
+    sums = torch.empty(len(first), longest, dtype=multipliers.dtype, device=device)
+    if len(first):
+        width = min(max(triton.next_power_of_2(longest), 32), _TILE)
+        pieces = min(_TILE_OF_PIECES // width, _RUN)
+        with torch.cuda.device_of(slots):
+            _sum_runs[len(first), triton.cdiv(longest, width)](
+                first, sources, lengths, multipliers, grad, sums, RUN=_RUN, PIECES=pieces, WIDTH=width, **constants
+            )
+    # What is left moves up; what lies behind the array fills the rest.
+    kept = ~whole | heads
+    place = (kept.cumsum(0) - 1).where(kept, n)
+    sources = (-1 - run).where(heads, sources)
+    kept_slots = slots.new_full((n + 1,), size).scatter_(0, place, slots)[:-1]
+    others = (x.new_zeros(n + 1).scatter_(0, place, x)[:-1] for x in (sources, lengths, multipliers))
+    return kept_slots, *others, sums
 
 
 def _update(weight, state, rule, options, *lists):

@@ -6,6 +6,7 @@
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -72,15 +73,30 @@ def test_lookup_is_the_reference_to_the_bit(problem, batch):
         assert torch.equal(out, want)
 
 
-@given(TRAINED, batches, st.booleans())
-def test_lookup_backward_is_the_reference(problem, batch, deterministic):
-    arguments = problem.grad(batch), *problem.lookup(batch), problem.filter
-    want = REFERENCE["lookup_backward"](*arguments)
-    torch.use_deterministic_algorithms(deterministic)
+@contextmanager
+def summed(run):
+    """Within, gradients are added in a fixed order, so many pieces for the same slots apart; None: with atomics."""
+    before = triton_kernels._RUN
+    torch.use_deterministic_algorithms(run is not None)
+    triton_kernels._RUN = run or before
     try:
-        got = KERNELS["lookup_backward"](*arguments)
+        yield
     finally:
         torch.use_deterministic_algorithms(False)
+        triton_kernels._RUN = before
+
+
+few = st.one_of(st.integers(0, 5), st.just(30))
+sums = st.one_of(st.tuples(batches, st.sampled_from([None, 64])), st.tuples(few, st.just(2)))
+
+
+@given(TRAINED, sums)
+def test_lookup_backward_is_the_reference(problem, sums):
+    batch, run = sums
+    arguments = problem.grad(batch), *problem.lookup(batch), problem.filter
+    want = REFERENCE["lookup_backward"](*arguments)
+    with summed(run):
+        got = KERNELS["lookup_backward"](*arguments)
     assert got.dtype == want.dtype
     assert_close(got, want, 10 * TOLERANCE[problem.dtype])  # sums of terms that may cancel, in another order
 
@@ -99,16 +115,14 @@ def test_bag_is_the_reference(problem, batch, mode):
 
 
 @settings(max_examples=80)
-@given(TRAINED, batches, modes, st.booleans())
-def test_bag_backward_is_the_reference(problem, batch, mode, deterministic):
+@given(TRAINED, sums, modes)
+def test_bag_backward_is_the_reference(problem, sums, mode):
+    batch, run = sums
     mode, weighted = mode
     arguments = problem.grad(batch), *problem.bag(batch, mode, weighted=weighted), problem.filter
     want = REFERENCE["bag_backward"](*arguments)
-    torch.use_deterministic_algorithms(deterministic)
-    try:
+    with summed(run):
         got = KERNELS["bag_backward"](*arguments)
-    finally:
-        torch.use_deterministic_algorithms(False)
     assert_close(got, want, 30 * TOLERANCE[problem.dtype])
     if weighted:
         got, want = KERNELS["bag_weights_backward"](*arguments), REFERENCE["bag_weights_backward"](*arguments)
@@ -116,8 +130,10 @@ def test_bag_backward_is_the_reference(problem, batch, mode, deterministic):
         assert not got[-3:].any()
 
 
-@given(problems(FLOATS[1:], far=(700, 2000)), batches, st.sampled_from(sorted(RULES)), st.data())
-def test_update_is_the_reference(problem, batch, rule, data):
+@given(
+    problems(FLOATS[1:], far=(700, 2000)), batches, st.sampled_from(sorted(RULES)), st.sampled_from([2, 64]), st.data()
+)
+def test_update_is_the_reference(problem, batch, rule, run, data):
     calls = []
     for _ in range(data.draw(st.integers(0, 3))):
         mode = data.draw(st.sampled_from(["one", *MODES, "weighted"]))
@@ -126,7 +142,8 @@ def test_update_is_the_reference(problem, batch, rule, data):
         else:
             arguments = problem.bag(batch, mode.replace("weighted", "sum"), weighted=mode == "weighted")
         calls.append((problem.grad(batch), arguments[1:], problem.filter))
-    got = updated(KERNELS["update_"], problem.weight, rule, RULES[rule], calls)
+    with summed(run):
+        got = updated(KERNELS["update_"], problem.weight, rule, RULES[rule], calls)
     want = updated(REFERENCE["update_"], problem.weight, rule, RULES[rule], calls)
     before = updated(REFERENCE["update_"], problem.weight, rule, RULES[rule], [])
     for a, b, unchanged in zip(got, want, before):
@@ -187,12 +204,29 @@ def test_rows_of_thousands_of_components(mode, block):
     assert_close(KERNELS[f"{name}_backward"](*arguments), REFERENCE[f"{name}_backward"](*arguments))
 
 
-@pytest.mark.usefixtures("deterministic")
-def test_many_pieces_for_one_place():
-    """More than a program sums side by side, and all of the array in one segment."""
-    problem = Problem([2], size=20, dim=4, block=3, dtype=torch.float64)
-    arguments = problem.grad(200), *problem.lookup(200)
-    assert_close(KERNELS["lookup_backward"](*arguments), REFERENCE["lookup_backward"](*arguments))
+@pytest.mark.parametrize("batch", [63, 64, 65, 127, 128, 200, 1000])
+def test_an_id_that_all_examples_have(batch):
+    """More pieces for its slots than one program sums. Whole numbers: their sums are exact."""
+    problem = Problem([1, 3], size=20, dim=4, block=3)
+    grad, arguments = problem.grad(batch).round(), problem.lookup(batch)
+    with summed(64):
+        got = KERNELS["lookup_backward"](grad, *arguments)
+    assert torch.equal(got, REFERENCE["lookup_backward"](grad, *arguments))
+    for dtype in (torch.float32, torch.bfloat16):
+        calls = [(grad.to(dtype), arguments[1:])] * 2
+        got, want = (
+            updated(body["update_"], problem.weight.to(dtype), "sgd", [0.125, 0, 0, 0, 0], calls)
+            for body in (KERNELS, REFERENCE)
+        )
+        assert_close(got[0], want[0], None if dtype == torch.float32 else 0.02)
+
+
+def test_pieces_that_begin_together_and_end_apart_are_not_taken_for_the_same():
+    """In an array of one block, all blocks are in one place, and the last of each row is shorter."""
+    problem = Problem([9], size=4, dim=6, block=4)
+    arguments = problem.grad(100).round(), *problem.lookup(100)
+    with summed(2):
+        assert torch.equal(KERNELS["lookup_backward"](*arguments), REFERENCE["lookup_backward"](*arguments))
 
 
 @pytest.mark.parametrize("mode", ["one", *MODES])
