@@ -4,14 +4,14 @@
     python -m benchmarks.embedding --device cuda --output runs/embedding_cuda.json
 
 Forward only, one id per feature, float32, every candidate in every round. Tables have the rows of the presets, those of
-`terabyte` capped at 3 million (9.8 GB; --max-rows). fbgemm is measured where it is installed (pip install .[bench]):
-"fbgemm TBE" is SplitTableBatchedEmbeddingBags, which trains; "fbgemm TBE inference" IntNBitTableBatchedEmbeddingBags
-with float32 rows, on tables capped so that they fit beside the others. With "+ admission", a filter of an eighth of the
-array's memory lets in half of the lookups. On CUDA, where a call takes tens of microseconds to
-launch, batches are larger.
+`terabyte` capped at 3 million (9.8 GB; --max-rows). fbgemm is measured where it is installed (pip install .[bench]; on
+CUDA fbgemm-gpu): "fbgemm TBE" is SplitTableBatchedEmbeddingBags, which trains; "fbgemm TBE inference"
+IntNBitTableBatchedEmbeddingBags with float32 rows, on tables capped so that they fit beside the others. With "+
+admission", a filter of an eighth of the array's memory lets in half of the lookups. On CUDA, where a call takes tens of
+microseconds to launch, batches are larger.
 """
 
-import importlib.util
+import importlib.metadata
 import sys
 import warnings
 
@@ -46,9 +46,9 @@ class Peers:
     def __init__(self, rows: tuple[int, ...], dim: int, device: str):
         self.rows, self.dim, self.device = rows, dim, device
         self.tbe = self.inference = None
-        if importlib.util.find_spec("fbgemm_gpu") is None:
-            package = "fbgemm-gpu-cpu is not installed: left out (pip install .[bench])"
-            print("fbgemm-gpu is not installed: left out" if device == "cuda" else package, file=sys.stderr)
+        package = {"cpu": "fbgemm-gpu-cpu", "cuda": "fbgemm-gpu"}[device]
+        if not _is_installed(package):
+            print(f"{package} is not installed: fbgemm is left out", file=sys.stderr)
             weights = [torch.rand(n, dim, device=device) for n in rows]
         else:
             self.tbe, self.inference = _fbgemm(rows, dim, device)
@@ -72,6 +72,13 @@ class Peers:
             narrow_offsets = offsets.int()
             found["fbgemm TBE inference"] = cycle(lambda v: self.inference(v, narrow_offsets), narrow)
         return found
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return bool(importlib.metadata.version(package))
+    except importlib.metadata.PackageNotFoundError:
+        return False
 
 
 def _fbgemm(rows: tuple[int, ...], dim: int, device: str):

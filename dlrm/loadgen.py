@@ -209,8 +209,15 @@ class System:
 
     def start(self) -> None:
         """Let the workers wait for samples."""
-        for predictor in self._predictors:
-            threading.Thread(target=self._work, args=(predictor,), daemon=True).start()
+        self._workers = [threading.Thread(target=self._work, args=(p,), daemon=True) for p in self._predictors]
+        for worker in self._workers:
+            worker.start()
+
+    def finish(self) -> None:
+        """End the workers: one that still let go of tensors when Python ends would crash the process."""
+        self.queue.close()
+        for worker in self._workers:
+            worker.join()
 
     def load(self, samples: Iterable[int]) -> None:
         """Read samples into memory."""
@@ -374,8 +381,10 @@ def _test(loadgen, system: System, settings, output: Path, samples: int, loaded:
             bar.update(system.samples - bar.n)
     if system.error is not None:
         test.join(2)  # what it has asked is answered with nothing, after which it may end
+        if not test.is_alive():
+            system.finish()
         raise system.error
-    system.queue.close()
+    system.finish()
     loadgen.DestroyFastSUT(sut)
     loadgen.DestroyQSL(library)
 

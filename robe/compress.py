@@ -138,8 +138,8 @@ def compress(
         raise ValueError(f"ratio: expected more than 1, got {ratio}")
     if init not in ("random", "project"):
         raise ValueError(f"init: expected 'random' or 'project', got {init!r}")
-    found = list(_tables(model))
-    wanted = [(modules, _reason_to_leave(model, modules, min_rows, init)) for modules in found]
+    found = list(tables_of(model))
+    wanted = [(modules, reason_to_leave(model, modules, min_rows, init)) for modules in found]
     swapped = [modules for modules, reason in wanted if reason is None]
     if not swapped:
         reasons = "; ".join(f"{_names(model, modules)[0] or 'it'}: {reason}" for modules, reason in wanted)
@@ -200,7 +200,7 @@ def compress(
     return model
 
 
-def _tables(model: nn.Module) -> Iterator[list[TorchTable]]:
+def tables_of(model: nn.Module) -> Iterator[list[TorchTable]]:
     """The modules of each table: one, or several with one weight."""
     of_weight: dict[int, list[TorchTable]] = {}
     for module in model.modules():
@@ -214,7 +214,8 @@ def _names(model: nn.Module, modules: list[TorchTable]) -> tuple[str, ...]:
     return tuple(name for name, module in model.named_modules(remove_duplicate=False) if module in modules)
 
 
-def _reason_to_leave(model: nn.Module, modules: list[TorchTable], min_rows: int, init: str) -> str | None:
+def reason_to_leave(model: nn.Module, modules: list[TorchTable], min_rows: int, init: str) -> str | None:
+    """Why a table, the one weight of some modules, is not to be swapped; None: it is."""
     weight = modules[0].weight
     if len(weight) < min_rows:
         return f"has fewer than {min_rows:,} rows"

@@ -128,7 +128,7 @@ def slots(
     Args:
         ids: (...) int64, the rows.
         keys: int64, broadcastable to ids: each row's table: ``table_key`` for "mix", the number of rows before the
-            table for "linear", the number of slots before it for "identity".
+            table for "linear", the number of slots before it, a multiple of d, for "identity".
         size: m, the number of weights in the array, at least ``block_size``.
         embedding_dim: d.
         block_size: Z.

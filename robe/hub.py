@@ -23,7 +23,8 @@ class RobeHubMixin(ModelHubMixin, library_name="robe-dlrm", tags=["robe", "recom
     """A base class for models: ``from_pretrained``, ``save_pretrained`` and ``push_to_hub``, see ModelHubMixin.
 
     ``from_pretrained`` makes the model with the arguments it had, those in JSON's types, and swaps its tables for the
-    layers that were saved. Where the tables would not fit, make them on the meta device.
+    layers that were saved, in evaluation mode as huggingface_hub has it. Where the tables would not fit, make them on
+    the meta device.
     """
 
     def _save_pretrained(self, save_directory: Path) -> None:
@@ -32,7 +33,8 @@ class RobeHubMixin(ModelHubMixin, library_name="robe-dlrm", tags=["robe", "recom
     @classmethod
     def _from_pretrained(cls, *, map_location: str | None = None, **options: Any) -> Any:
         file, arguments = _file(**options)
-        return robe.load(file, cls(**arguments), device=map_location)  # type: ignore[arg-type]
+        model: Any = robe.load(file, cls(**arguments), device=map_location)  # type: ignore[arg-type]
+        return (model if map_location is None else model.to(map_location)).eval()
 
 
 class _LayerHubMixin(RobeHubMixin):
@@ -45,11 +47,21 @@ class _LayerHubMixin(RobeHubMixin):
         if type(layer) not in cls.__mro__:
             raise ValueError(f"{file}: of a {type(layer).__name__}, not a {cls.__name__}")
         layer.__class__ = cls
-        return layer
+        return layer.eval()
 
 
 def _file(
-    *, model_id: str, revision, cache_dir, force_download, local_files_only, token, **arguments: Any
+    *,
+    model_id: str,
+    revision,
+    cache_dir,
+    force_download,
+    local_files_only,
+    token,
+    proxies=None,  # of older versions, as the next one
+    resume_download=None,
+    strict=None,  # of PyTorchModelHubMixin; here always
+    **arguments: Any,
 ) -> tuple[Path, dict[str, Any]]:
     """The file of a folder or a repository, and what is not about where it is."""
     if Path(model_id).is_dir():

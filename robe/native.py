@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 _SWITCH = "ROBE_KERNELS"  # "native"; "reference" to leave all kernels out; or another build's file
+_CUDA_SWITCH = "ROBE_CUDA_KERNELS"  # "triton"; "reference" to leave those for CUDA out
 _ON_CUDA = [f"{what}{how}" for what in ("lookup", "bag") for how in ("", "_forward", "_out", "_backward")]
 _ON_CUDA += ["bag_weights_backward", "update_"]
 _library: ctypes.CDLL | None = None
@@ -70,14 +71,20 @@ def _load() -> None:
 
 def _register_triton() -> None:
     global _cuda
-    if os.environ.get(_SWITCH) == "reference":
-        _cuda = f"reference ({_SWITCH}=reference)"
-    elif importlib.util.find_spec("triton") is None:
+    for switch in (_SWITCH, _CUDA_SWITCH):
+        if os.environ.get(switch) == "reference":
+            _cuda = f"reference ({switch}=reference)"
+            return
+    found = importlib.util.find_spec("triton")
+    if found is None or found.origin is None:  # any folder of this name is found, too
         _cuda = "reference (triton is not installed)"
-    else:
+        return
+    try:
         _cuda = f"triton ({importlib.metadata.version('triton')})"
-        for name in _ON_CUDA:
-            torch.library.impl(f"robe::{name}", "CUDA", _on_first_call(name))
+    except importlib.metadata.PackageNotFoundError:  # builds for other machines have other names
+        _cuda = "triton"
+    for name in _ON_CUDA:
+        torch.library.impl(f"robe::{name}", "CUDA", _on_first_call(name))
 
 
 def _on_first_call(name: str):

@@ -4,16 +4,20 @@ A ``state_dict`` has the weights of an array, but not where rows lie in them: th
 these are in the file's metadata, under "robe", as JSON:
 
     {"version": 1,
-     "arrays": [{"size": m, "seed": 0, "init_std": 0.01, "dtype": "float32", "group_size": null}],
+     "arrays": [{"size": m, "seed": 0, "init_std": 0.01, "dtype": "float32", "requires_grad": true,
+                 "group_size": null}],
      "admissions": [{"bytes": n, "threshold": null, "counter_bytes": null}],
-     "layers": {"name of the module": {"class": "RobeEmbedding", "array": 0, "admission": null, "config": {...}}}}
+     "layers": {"name of the module": {"class": "RobeEmbedding", "type": null, "array": 0, "admission": null,
+                                       "config": {...}}}}
 
-The tensors are those of the ``state_dict``, each once, whatever number of layers share it.
+"type" names a class of the user's that is more than "class". The tensors are those of the ``state_dict``, each once,
+whatever number of layers share it.
 """
 
 import json
+import operator
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +27,8 @@ from torch import nn
 
 from robe.admission import Admission
 from robe.array import Int8RobeArray, RobeArray
-from robe.collection import EmbeddingBagConfig, RobeEmbeddingBagCollection
+from robe.collection import EmbeddingBagConfig, RobeEmbeddingBagCollection, own_config
+from robe.compress import reason_to_leave, tables_of
 from robe.embedding import RobeEmbedding, RobeEmbeddingBag
 from robe.keyed import RobeKeyedEmbeddingBagCollection
 
@@ -32,7 +37,8 @@ _LAYERS: dict[str, Any] = {
     layer.__name__: layer
     for layer in (RobeEmbedding, RobeEmbeddingBag, RobeEmbeddingBagCollection, RobeKeyedEmbeddingBagCollection)
 }
-_TABLES = {"RobeEmbedding": (nn.Embedding, RobeEmbedding), "RobeEmbeddingBag": (nn.EmbeddingBag, RobeEmbeddingBag)}
+_TABLES: dict[str, Any] = {"RobeEmbedding": nn.Embedding, "RobeEmbeddingBag": nn.EmbeddingBag}
+_OF_TABLES = ("num_embeddings", "embedding_dim", "padding_idx", "mode", "include_last_offset")
 Layer = RobeEmbedding | RobeEmbeddingBag | RobeEmbeddingBagCollection | RobeKeyedEmbeddingBagCollection
 
 
@@ -46,7 +52,8 @@ def save(module: nn.Module, file: str | os.PathLike) -> None:
     Raises:
         ImportError: safetensors is not installed.
         OSError: the file can't be written; names it.
-        ValueError: there is no ROBE layer in the module.
+        ValueError: there is no ROBE layer in the module, or one that was changed after it was made, so that its
+            arguments would make another.
     """
     from safetensors.torch import save_model
 
@@ -58,6 +65,7 @@ def save(module: nn.Module, file: str | os.PathLike) -> None:
     described = {
         name: {
             "class": next(known for known, kind in _LAYERS.items() if isinstance(layer, kind)),
+            "type": _own_type(layer),
             "array": _place(layer.array, arrays),
             "admission": None if layer.admission is None else _place(layer.admission, admissions),
             "config": layer._config(),
@@ -70,12 +78,20 @@ def save(module: nn.Module, file: str | os.PathLike) -> None:
         "admissions": [_describe_admission(admission) for admission in admissions],
         "layers": described,
     }
+    for name, made in _make(about, lambda name: torch.device("meta")).items():
+        if _reads(made) != _reads(layers[name]):
+            raise ValueError(
+                f"module: {name or 'it'} was changed after it was made, and its arguments would make another layer; "
+                "was its array exchanged for one of another seed, or parametrized?"
+            )
     with whole_file(Path(file)) as part:
-        save_model(module, str(part), metadata={"format": "pt", _KEY: json.dumps(about)})
+        save_model(module, str(part), metadata={"format": "pt", _KEY: json.dumps(about, default=operator.index)})
 
 
 def load(file: str | os.PathLike, module: nn.Module | None = None, *, device=None) -> nn.Module:
     """Read what ``save`` wrote.
+
+    Make optimizers after this: the module has other arrays then.
 
     Args:
         file: its path.
@@ -90,43 +106,101 @@ def load(file: str | os.PathLike, module: nn.Module | None = None, *, device=Non
     Raises:
         ImportError: safetensors is not installed.
         FileNotFoundError: no such file.
-        ValueError: a file of another kind, or damaged; a module without a table where the file has a layer, or with one
-            of another shape. The module is then as it was.
-        RuntimeError: the other weights of the module are not those of the file, as in ``load_state_dict``. The tables
-            are then as they were.
+        ValueError: a file of another kind, or damaged; a module in which something else is where the file has a layer,
+            a table of another shape, mode or padding among others; other weights that are not those of the file. The
+            module is then as it was.
     """
     from safetensors import SafetensorError, safe_open
-    from safetensors.torch import load_model
 
     try:
         with safe_open(str(file), framework="pt") as opened:
             metadata = opened.metadata() or {}
+            if _KEY not in metadata:
+                raise ValueError(f"{file}: not written by robe.save: its metadata has no {_KEY!r}")
+            about = json.loads(metadata[_KEY])
+            if about.get("version") != _VERSION:
+                raise ValueError(
+                    f"{file}: expected version {_VERSION} of robe.save's format, got {about.get('version')}"
+                )
+            if module is not None:
+                _load_into(module, about, opened, metadata, str(file), device)
+                return module
+            layer = _alone(about, str(file), device)
+            layer.load_state_dict(_tensors_for(layer, opened, metadata, str(file)))
+            return layer
     except SafetensorError as error:
         raise ValueError(f"{file}: not a safetensors file, or damaged: {error}") from None
-    if _KEY not in metadata:
-        raise ValueError(f"{file}: not written by robe.save: its metadata has no {_KEY!r}")
-    about = json.loads(metadata[_KEY])
-    if about["version"] != _VERSION:
-        raise ValueError(f"{file}: expected version {_VERSION} of robe.save's format, got {about['version']}")
 
-    if module is None:
-        if list(about["layers"]) != [""]:
-            names = ", ".join(about["layers"])
-            raise ValueError(f"{file}: a model with the layers {names}, not one layer; give load() such a model")
-        layer = _make(about, lambda name: torch.device(device or "cpu"))[""]
-        load_model(layer, file)
-        return layer
-    old = {}
-    for name, described in about["layers"].items():
-        old[name] = _table(module, name, described, str(file))
-    layers = _make(about, lambda name: torch.device(device) if device else _device(old[name]))
-    _swap(module, layers)
+
+def _alone(about: dict[str, Any], file: str, device) -> nn.Module:
+    """The layer that a file is of."""
+    if list(about["layers"]) != [""]:
+        names = ", ".join(about["layers"])
+        raise ValueError(f"{file}: a model with the layers {names}, not one layer; give load() such a model")
+    described = about["layers"][""]
+    if described["type"]:
+        raise ValueError(
+            f"{file}: of a {described['type']}, which is more than a {described['class']}; save a model that has it"
+        )
+    return _make(about, lambda name: torch.device("cpu" if device is None else device))[""]
+
+
+def _load_into(module: nn.Module, about: dict[str, Any], opened, metadata: dict[str, str], file: str, device) -> None:
+    old = {name: _checked(module, name, described, file) for name, described in about["layers"].items()}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if tensor.is_meta and not any(name.startswith(f"{layer}.") for layer in old):
+            raise ValueError(f"module: {name} is on the meta device; only tables that are swapped can be there")
+
+    def where(name: str) -> torch.device:
+        return _device(old[name]) if device is None else torch.device(device)
+
+    new = _make(about, where)
+    swapped: dict[nn.Module, Any] = {}
+    for name, layer in new.items():
+        described, there = about["layers"][name], old[name]
+        swapped[there] = swapped.get(there, layer)  # under two names there is one
+        if described["type"]:  # the user's own class stays, on another array
+            swapped[there] = there
+        else:
+            layer.train(there.training)
+        for what in ("array", "admission"):  # a model may hold these itself
+            if isinstance(getattr(there, what, None), nn.Module):
+                swapped[getattr(there, what)] = getattr(layer, what)
+    undo = [(parent, name, child) for parent in module.modules() for name, child in parent._modules.items()]
+    for parent, name, child in undo:
+        if child in swapped and swapped.get(parent, parent) is parent:
+            parent._modules[name] = swapped[child]
     try:
-        load_model(module, file)
-    except Exception:
-        _swap(module, old)
+        tensors = _tensors_for(module, opened, metadata, file)
+    except ValueError:
+        for parent, name, child in undo:
+            parent._modules[name] = child
         raise
-    return module
+    for name, layer in new.items():
+        if swapped[old[name]] is old[name]:
+            for there, made in zip(_parts(old[name]), _parts(layer)):
+                there._keys, there.table_keys = made._keys, made.table_keys  # those of the array's seed
+    module.load_state_dict(tensors)
+
+
+def _tensors_for(module: nn.Module, opened, metadata: dict[str, str], file: str) -> dict[str, torch.Tensor]:
+    """The file's tensors by the names of a ``state_dict``; those that the file has once are there under each name."""
+    there, tensors, used = set(opened.keys()), {}, set()
+    for name, tensor in module.state_dict().items():
+        kept = name if name in there else metadata.get(name)
+        if kept not in there:
+            raise ValueError(f"{file}: has no {name}, which this {type(module).__name__} has")
+        shape = tuple(opened.get_slice(kept).get_shape())
+        if shape != tuple(tensor.shape):
+            raise ValueError(
+                f"{file}: {name} has the shape {shape}, in this {type(module).__name__} {tuple(tensor.shape)}"
+            )
+        used.add(kept)
+        tensors[name] = kept
+    if there - used:
+        raise ValueError(f"{file}: has {min(there - used)}, which this {type(module).__name__} has not")
+    read = {kept: opened.get_tensor(kept) for kept in used}
+    return {name: read[kept] for name, kept in tensors.items()}
 
 
 def _layers_of(module: nn.Module, name: str = "") -> Iterator[tuple[str, Layer]]:
@@ -137,6 +211,22 @@ def _layers_of(module: nn.Module, name: str = "") -> Iterator[tuple[str, Layer]]
         for child, inner in module._modules.items():
             if inner is not None:
                 yield from _layers_of(inner, f"{name}.{child}" if name else child)
+
+
+def _own_type(layer: nn.Module) -> str | None:
+    """The name of a class that is more than robe's; those of robe.hub are not."""
+    kind = type(layer)
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    return None if kind in _LAYERS.values() or kind.__module__ == "robe.hub" else name
+
+
+def _parts(layer: Any) -> list[Any]:
+    return list(layer.collections) if isinstance(layer, RobeKeyedEmbeddingBagCollection) else [layer]
+
+
+def _reads(layer: Any) -> tuple:
+    """What decides where a layer reads, and the names of its tensors."""
+    return [(part._keys, part._rows) for part in _parts(layer)], list(layer.state_dict())
 
 
 def _place(one: Any, several: list) -> int:
@@ -155,15 +245,24 @@ def _describe_array(array: RobeArray | Int8RobeArray) -> dict[str, Any]:
         "seed": array.seed,
         "init_std": None if is_int8 else array.init_std,
         "dtype": str(array.weight.dtype).removeprefix("torch."),
+        "requires_grad": array.weight.requires_grad,
         "group_size": array.group_size if is_int8 else None,
     }
 
 
 def _make_array(about: dict[str, Any], device: torch.device) -> RobeArray | Int8RobeArray:
-    if about["group_size"]:
-        return RobeArray(about["size"], seed=about["seed"], device=device).quantized(about["group_size"])
-    dtype = getattr(torch, about["dtype"])
-    return RobeArray(about["size"], seed=about["seed"], init_std=about["init_std"], dtype=dtype, device=device)
+    """Without initial values, which would take memory and move torch's generator."""
+    size, group_size = about["size"], about["group_size"]
+    dtype = torch.float32 if group_size else getattr(torch, about["dtype"])
+    array = RobeArray(size, seed=about["seed"], init_std=about["init_std"], dtype=dtype, device="meta")
+    if group_size:
+        int8 = array.quantized(group_size)
+        int8.weight = torch.empty(size, dtype=torch.int8, device=device)
+        int8.scale = torch.empty(len(int8.scale), device=device)
+        return int8
+    array.to_empty(device=device)
+    array.weight.requires_grad_(about["requires_grad"])
+    return array
 
 
 def _describe_admission(admission: Admission) -> dict[str, Any]:
@@ -177,7 +276,7 @@ def _make_admission(about: dict[str, Any], device: torch.device) -> Admission:
     return Admission(about["bytes"], threshold=about["threshold"], device=device, **options)
 
 
-def _make(about: dict[str, Any], device_of) -> dict[str, nn.Module]:
+def _make(about: dict[str, Any], device_of: Callable[[str], torch.device]) -> dict[str, nn.Module]:
     """The layers that a file describes, with initial weights."""
     arrays: dict[int, Any] = {}
     admissions: dict[int | None, Admission | None] = {None: None}
@@ -196,35 +295,43 @@ def _make(about: dict[str, Any], device_of) -> dict[str, nn.Module]:
     return layers
 
 
-def _table(module: nn.Module, name: str, described: dict[str, Any], file: str) -> nn.Module:
+def _checked(module: nn.Module, name: str, described: dict[str, Any], file: str) -> nn.Module:
     """What is to be swapped for a layer of the file."""
+    kind, config = described["class"], described["config"]
+    if not name:
+        raise ValueError(f"{file}: of one {kind}; load() makes it without a module")
     try:
-        table = module.get_submodule(name)
+        there = module.get_submodule(name)
     except AttributeError:
         raise ValueError(f"{file}: has a layer {name!r}, and there is none in this {type(module).__name__}") from None
-    if not name:
-        raise ValueError(f"{file}: of one {described['class']}; load() makes it without a module")
-    config, kind = described["config"], described["class"]
-    if kind in _TABLES:
-        shape = config["num_embeddings"], config["embedding_dim"]
-        own = getattr(table, "num_embeddings", None), getattr(table, "embedding_dim", None)
-        if own != shape or not isinstance(table, _TABLES[kind]):
-            raise ValueError(
-                f"{file}: {name!r} is a {kind} of {shape[0]} rows of {shape[1]}; it can't take the place of {table}"
-            )
-    return table
+    reason = None
+    if isinstance(there, tuple(_LAYERS.values())):
+        if not isinstance(there, _LAYERS[kind]) or _own_type(there) != described["type"]:
+            reason = f"is a {described['type'] or kind} there"
+        elif described["type"] and json.loads(json.dumps(there._config(), default=operator.index)) != config:
+            reason = f"has the arguments {config} there, and here {there._config()}"
+        elif described["type"] and (there.admission is None) != (described["admission"] is None):
+            reason = "has an admission in one of them"
+        own = there._config()  # type: ignore[operator]
+    elif kind in _TABLES and isinstance(there, _TABLES[kind]):
+        same = next(modules for modules in tables_of(module) if there in modules)
+        reason = reason_to_leave(module, same, min_rows=0, init="project")
+        own = {what: getattr(there, what, None) for what in _OF_TABLES}
+    elif kind == "RobeKeyedEmbeddingBagCollection" and hasattr(there, "embedding_bag_configs"):
+        own = {"tables": [own_config(table).__dict__ for table in there.embedding_bag_configs()]}  # type: ignore[operator]  # torchrec's
+    else:
+        reason, own = f"is a {kind} there", {}
+    for what in ("tables", *_OF_TABLES):
+        if reason is None and what in config and config[what] != own.get(what):
+            reason = f"has {what}={config[what]} there, and here {own.get(what)}"
+    if reason:
+        raise ValueError(f"{file}: the module's {name!r}, a {type(there).__name__}, can't be swapped: it {reason}")
+    return there
 
 
 def _device(module: nn.Module) -> torch.device:
     device = next((x.device for x in (*module.parameters(), *module.buffers())), torch.device("cpu"))
     return torch.device("cpu") if device.type == "meta" else device
-
-
-def _swap(module: nn.Module, layers: dict[str, nn.Module]) -> None:
-    for name, layer in layers.items():
-        parent, _, child = name.rpartition(".")
-        layer.train(module.get_submodule(name).training)
-        module.get_submodule(parent)._modules[child] = layer
 
 
 @contextmanager

@@ -9,10 +9,10 @@ and their gradients start at multiples of D: they are read and written 16 bytes 
 rows under the "identity" hash. Hashed blocks start at any weight, so that each of theirs is a load by itself.
 
 Gradients are added with atomics, in float32 for half precision, in an order that changes from run to run. After
-``torch.use_deterministic_algorithms(True)``, and in the optimizers' ``update_`` always, they go another way: a list of
-the parts of rows and where each goes ("pieces"), sorted by place; then each program sums what falls into one segment of
-the array, in the order of the list, and writes the gradient, or applies the optimizer's rule, there. No gradient of the
-array is kept then.
+``torch.use_deterministic_algorithms(True)``, and in the optimizers' ``update_`` always (float64 is left to the
+reference), they go another way: a list of the parts of rows and where each goes ("pieces", some 60 bytes each), sorted
+by place; then each program sums what falls into one segment of the array, in the order of the list, and writes the
+gradient, or applies the optimizer's rule, there. No gradient of the array is kept then.
 
 As in torch's own kernels, an id out of range, or offsets that do not rise, trip an assertion on the device, which ends
 the program's use of the GPU: to ask beforehand would mean to wait for the device in each call.
@@ -95,8 +95,7 @@ def _slots(
 ):  # fmt: skip
     """Of rows (ROWS,): the slot of each component of a tile, and whether it is negated there."""
     if HASH == "identity":
-        # Tables lie one behind the other, each a multiple of D long.
-        first = tl.multiple_of(key + id * D, D & -D)
+        first = tl.multiple_of(key + id * D, D & -D)  # _tables has looked
         return first[:, None, None] + component, component < 0
     elif HASH == "span":
         start, hash_0, hash_1 = _span(id, key, D, Z)
@@ -137,6 +136,20 @@ def _bags(
         tl.device_assert(in_order | ~exists, "offsets: expected to rise from 0 to at most the number of values")
         end = tl.where(in_order, end, start)
         return row % batch_size, row // batch_size, exists, start, end, tl.max(end - start)
+
+
+@triton.jit
+def _tables(
+    keys, num_embeddings, feature, exists, start, end, choices, HASH: tl.constexpr, D: tl.constexpr, Z: tl.constexpr
+):  # fmt: skip
+    """Keys and rows of the tables of features, and where their ids end: where they begin, of tables that do not fit."""
+    key, rows = tl.load(keys + feature, exists, 0), tl.load(num_embeddings + feature, exists, 0)
+    if HASH == "identity":
+        size = choices + (Z - 1)
+        fits = (rows > 0) & (key >= 0) & (key % D == 0) & (key + rows * D <= size)
+        tl.device_assert(fits | ~exists, "hash 'identity': a table does not lie within the array, at a multiple of D")
+        end = tl.where(fits, end, start)
+    return key, rows, end
 
 
 @triton.jit
@@ -212,10 +225,10 @@ def _forward(
         tl.program_id(0), offsets, n_values, n_rows, batch_size, F, ROWS, MODE == "one"
     )
     block, within, component, inside = _tile(tl.program_id(1), D, STEP, BLOCKS, WIDTH)
-    key, rows = tl.load(keys + feature, exists, 0), tl.load(num_embeddings + feature, exists, 0)
+    key, rows, end = _tables(keys, num_embeddings, feature, exists, start, end, choices, HASH, D, Z)
     result = tl.zeros((ROWS, BLOCKS, WIDTH), SUM)
     if MODE == "one":
-        id, counts = _take(ids, start, exists, key, rows, padding, filter, words, PADDED)
+        id, counts = _take(ids, start, start < end, key, rows, padding, filter, words, PADDED)
         slot, negative = _slots(id, key, block, within, component, choices, HASH, D, Z)
         result = _read(weight, scale, slot, inside & counts[:, None, None], negative, SHIFT, SIGN, SUM)
     else:
@@ -279,7 +292,7 @@ def _backward(
         tl.program_id(0), offsets, n_values, n_rows, batch_size, F, ROWS, MODE == "one"
     )
     block, within, component, inside = _tile(tl.program_id(1), D, STEP, BLOCKS, WIDTH)
-    key, rows = tl.load(keys + feature, exists, 0), tl.load(num_embeddings + feature, exists, 0)
+    key, rows, end = _tables(keys, num_embeddings, feature, exists, start, end, choices, HASH, D, Z)
     place = ((example * F + feature) * D)[:, None, None] + component
     upstream = tl.load(grad + place, inside & exists[:, None, None], 0).to(SUM)
     if MODE == "max":
@@ -314,7 +327,7 @@ def _weights_backward(
     example, feature, exists, start, end, longest = _bags(
         tl.program_id(0), offsets, n_values, n_rows, batch_size, F, ROWS, False
     )
-    key, rows = tl.load(keys + feature, exists, 0), tl.load(num_embeddings + feature, exists, 0)
+    key, rows, end = _tables(keys, num_embeddings, feature, exists, start, end, choices, HASH, D, Z)
     for j in range(0, longest):
         id, counts = _take(ids, start + j, start + j < end, key, rows, padding, filter, words, PADDED)
         product = tl.zeros((ROWS,), SUM)
@@ -344,7 +357,7 @@ def _list_pieces(
     example, feature, exists, start, end, longest = _bags(
         tl.program_id(0), offsets, n_values, n_rows, batch_size, F, ROWS, MODE == "one"
     )
-    key, rows = tl.load(keys + feature, exists, 0), tl.load(num_embeddings + feature, exists, 0)
+    key, rows, end = _tables(keys, num_embeddings, feature, exists, start, end, choices, HASH, D, Z)
     source = (example * F + feature) * D
     if MODE == "max":
         block, within, component, inside = _tile(tl.program_id(1), D, STEP, BLOCKS, WIDTH)
@@ -355,7 +368,7 @@ def _list_pieces(
         place = source[:, None, None] + component
         found = slot >= 0
         tl.store(slots + place, slot.to(slots.dtype.element_ty), found)
-        tl.store(sources + place, place, found)
+        tl.store(sources + place, place.to(sources.dtype.element_ty), found)
         tl.store(lengths + place, tl.full(slot.shape, 1, tl.int32), found)
         multiplier = tl.full(slot.shape, 1, SUM)
         tl.store(multipliers + place, tl.where(negative, -multiplier, multiplier) if SIGN else multiplier, found)
@@ -402,29 +415,57 @@ def _list_pieces(
 @triton.jit
 def _list_piece(number, slot, source, length, multiplier, exists, slots, sources, lengths, multipliers):
     tl.store(slots + number, slot.to(slots.dtype.element_ty), exists)
-    tl.store(sources + number, source, exists)
+    tl.store(sources + number, source.to(sources.dtype.element_ty), exists)
     tl.store(lengths + number, length.to(tl.int32), exists)
     tl.store(multipliers + number, multiplier, exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "size"])
 def _sum_runs(
-    heads, sources, lengths, multipliers, grad, sums,
+    slots, order, sources, lengths, multipliers, n, size, grad, sums, counts,
     SUM: tl.constexpr, RUN: tl.constexpr, STRIDE: tl.constexpr, PIECES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Sums RUN pieces for the same slots, from a head on; -1: there is none."""
-    number = tl.program_id(0).to(tl.int64)
-    head = tl.load(heads + number)
-    if head >= 0:
+    """Of RUN pieces in a row: if all go to the same slots, their sum; and how many pieces are left, 1 then."""
+    run = tl.program_id(0).to(tl.int64)
+    k = run * RUN + tl.arange(0, RUN)
+    slot = tl.load(slots + k, k < n, -1)
+    length = tl.load(lengths + tl.load(order + k, k < n, 0), k < n, 0)
+    longest = tl.max(length)
+    first, last = tl.min(slot), tl.max(slot)
+    same = (first >= 0) & (first == last) & (last < size) & (tl.min(length) == longest)
+    if tl.program_id(1) == 0:
+        tl.store(counts + run, tl.where(same, 1, tl.minimum(RUN, n - run * RUN)).to(tl.int32))
+    if same:
         within = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-        inside = within < tl.load(lengths + head)
+        inside = within < longest
         value = tl.zeros((WIDTH,), SUM)
         for start in tl.static_range(0, RUN, PIECES):
-            piece = head + start + tl.arange(0, PIECES)
-            place = tl.load(sources + piece)[:, None] + within[None, :]
+            piece = tl.load(order + run * RUN + start + tl.arange(0, PIECES))
+            place = tl.load(sources + piece).to(tl.int64)[:, None] + within[None, :]
             upstream = tl.load(grad + place, inside[None, :], 0).to(SUM)
             value += tl.sum(upstream * tl.load(multipliers + piece)[:, None], 0)
-        tl.store(sums + number * STRIDE + within, value, inside)
+        tl.store(sums + run * STRIDE + within, value, inside)
+
+
+@triton.jit(do_not_specialize=["n"])
+def _move_pieces(
+    slots, order, sources, lengths, multipliers, n, ends, to_slots, to_sources, to_lengths, to_multipliers,
+    RUN: tl.constexpr,
+):  # fmt: skip
+    """Puts the pieces that are left of each run, sorted, behind those of the runs before."""
+    run = tl.program_id(0).to(tl.int64)
+    begin, end = tl.load(ends + run - 1, run > 0, 0), tl.load(ends + run)
+    turn = tl.arange(0, RUN)
+    k = run * RUN + turn
+    kept = (k < n) & (turn < end - begin)
+    summed = (end - begin == 1) & (n - run * RUN > 1)
+    piece = tl.load(order + k, kept, 0)
+    source = tl.load(sources + piece, kept, 0)
+    source = tl.where(summed, (-1 - run).to(source.dtype), source)
+    tl.store(to_slots + begin + turn, tl.load(slots + k, kept, 0), kept)
+    tl.store(to_sources + begin + turn, source, kept)
+    tl.store(to_lengths + begin + turn, tl.load(lengths + piece, kept, 0), kept)
+    tl.store(to_multipliers + begin + turn, tl.load(multipliers + piece, kept, 0), kept)
 
 
 @triton.jit(do_not_specialize=["size"])
@@ -435,7 +476,7 @@ def _sum_pieces(
 ):  # fmt: skip
     """Sums the pieces first to last of a segment of WIDTH slots, into total, or for an optimizer's rule.
 
-    Their sources are places in grad, or -1 - the number of a sum of _sum_runs.
+    Their sources are places in grad, or -1 - the number of a run.
     """
     segment = tl.program_id(0).to(tl.int64)
     slot = segment * WIDTH + tl.arange(0, WIDTH)
@@ -445,7 +486,7 @@ def _sum_pieces(
     for start in range(begin, end, PIECES):
         k = start + tl.arange(0, PIECES)
         exists = k < end
-        source = tl.load(sources + k, exists, 0)
+        source = tl.load(sources + k, exists, 0).to(tl.int64)
         place = slot[None, :] - tl.load(slots + k, exists, 0).to(tl.int64)[:, None]
         covered = (place >= 0) & (place < tl.load(lengths + k, exists, 0)[:, None])
         own = covered & (source >= 0)[:, None]
@@ -509,8 +550,8 @@ class _Rows:
             "ids": ids,
             "offsets": offsets,
             "factors": factors,
-            "keys": table_keys,
-            "num_embeddings": num_embeddings,
+            "keys": table_keys.long(),
+            "num_embeddings": num_embeddings.long(),
             "filter": filter,
             "words": 0 if filter is None else len(filter),
             "padding": padding_idx or 0,
@@ -602,8 +643,17 @@ def _bag_out(weight, values, offsets, factors, mode, *rest):
     _write(weight, _Rows(weight, values, offsets, factors, mode, *tables, filter), scale, out)
 
 
+def _check_grad(grad, weight, rows: _Rows) -> None:
+    if grad.shape != rows.shape or grad.dtype != weight.dtype or grad.device != weight.device:
+        raise ValueError(
+            f"grad: expected {weight.dtype} {rows.shape} on {weight.device}, "
+            f"got {grad.dtype} {tuple(grad.shape)} on {grad.device}"
+        )
+
+
 def _gradient(grad, weight, rows: _Rows):
     """The gradient of the array (m,)."""
+    _check_grad(grad, weight, rows)
     if torch.are_deterministic_algorithms_enabled():
         total = torch.empty_like(weight, memory_format=torch.contiguous_format)
         _sum(weight, [(grad, rows)], total=total)
@@ -626,19 +676,20 @@ def _bag_backward(grad, weight, values, offsets, factors, mode, *tables):
 def _bag_weights_backward(grad, weight, values, offsets, factors, mode, *tables):
     ops._check_array(weight)
     rows = _Rows(weight, values, offsets, factors, mode, *tables)
+    _check_grad(grad, weight, rows)
     del rows.arguments["factors"]
     result = torch.zeros_like(factors, memory_format=torch.contiguous_format)
     rows.launch(_weights_backward, weight, 1, grad=grad.contiguous(), result=result, CHUNKS=rows.chunks)
     return result
 
 
-def _pieces(weight, rows: _Rows) -> tuple[Tensor, ...]:
+def _pieces(weight, rows: _Rows, of_sources: torch.dtype) -> tuple[Tensor, ...]:
     """Slots, sources, lengths and multipliers of the pieces of a call; those that do not count lie behind the array."""
     count = rows.n_rows * rows.shape[2] if rows.mode == "max" else rows.n_values * rows.per_id
     size, device = weight.shape[0], weight.device
-    # Half of what int32 holds, so that places next to the array do not overflow.
-    slots = torch.full((count,), size, dtype=torch.int32 if size < 2**30 else torch.int64, device=device)
-    sources, lengths = torch.zeros(count, dtype=torch.int64, device=device), torch.zeros_like(slots, dtype=torch.int32)
+    slots = torch.full((count,), size, dtype=_index_dtype(size), device=device)
+    sources = torch.zeros(count, dtype=of_sources, device=device)
+    lengths = torch.zeros(count, dtype=torch.int32, device=device)
     multipliers = torch.zeros(count, dtype=ops._accumulation_dtype(weight.dtype), device=device)
     chunks = None
     if rows.mode != "max":
@@ -647,82 +698,76 @@ def _pieces(weight, rows: _Rows) -> tuple[Tensor, ...]:
         rows.constants |= {"WIDTH": 1, "BLOCKS": blocks, "ROWS": max(_TILE // blocks // 4, 1)}
         rows.rows_at_once = rows.constants["ROWS"]
         chunks = 1 if rows.constants["HASH"] in ("span", "identity") else triton.cdiv(rows.per_id, blocks)
-    rows.launch(
-        _list_pieces, weight, chunks, slots=slots, sources=sources, lengths=lengths, multipliers=multipliers,
-        MODE=rows.mode,
-    )  # fmt: skip
+    lists = {"slots": slots, "sources": sources, "lengths": lengths, "multipliers": multipliers}
+    rows.launch(_list_pieces, weight, chunks, MODE=rows.mode, **lists)
     return slots, sources, lengths, multipliers
+
+
+def _index_dtype(size: int) -> torch.dtype:
+    """For places below size; half of what int32 holds, so that those next to it do not overflow."""
+    return torch.int32 if size < 2**30 else torch.int64
 
 
 def _sum(weight, calls, total=None, rule="none", state=(), options=(0.0,) * 7) -> None:
     """The gradients of calls, [(gradient, rows)]: written to total, or taken by the rule of an optimizer."""
-    lists = [_pieces(weight, rows) for _, rows in calls]
-    slots, sources, lengths, multipliers = (torch.cat(x) if len(x) > 1 else x[0] for x in zip(*lists))
+    of_sources = _index_dtype(sum(grad.numel() for grad, _ in calls))
+    lists = [_pieces(weight, rows, of_sources) for _, rows in calls]
     grad = calls[0][0].contiguous()
     if len(calls) > 1:
         grad = torch.cat([of_call.reshape(-1) for of_call, _ in calls])
         before = 0
-        for part, (of_call, _) in zip(sources.split([len(x[0]) for x in lists]), calls):
-            part += before
+        for (_, sources, _, _), (of_call, _) in zip(lists, calls):
+            sources += before
             before += of_call.numel()
-    slots, order = slots.sort(stable=True)
-    sources, lengths, multipliers = sources[order], lengths[order], multipliers[order]
-    size = weight.shape[0]
+    pieces = [x[0] if len(calls) == 1 else torch.cat(x) for x in zip(*lists)]
+    del lists
     longest = max(1 if rows.mode == "max" else rows.longest for _, rows in calls)
-    constants = {"SUM": tl.float64 if weight.dtype == torch.float64 else tl.float32, "STRIDE": longest} | _OPTIONS
-    slots, sources, lengths, multipliers, sums = _shorten(
-        slots, sources, lengths, multipliers, grad, size, longest, constants
-    )
+    size = weight.shape[0]
     width = min(max(triton.next_power_of_2(longest), 32), _TILE)
-    starts = torch.arange(0, size, width, dtype=slots.dtype, device=slots.device)
-    first = torch.searchsorted(slots, starts - longest + 1)
-    last = torch.searchsorted(slots, (starts + width).clamp(max=size))
-    state_0, state_1 = (*state, None, None)[:2]
+    constants = {"SUM": tl.float64 if weight.dtype == torch.float64 else tl.float32, "STRIDE": longest, "WIDTH": width}
+    constants |= {"PIECES": _TILE_OF_PIECES // width} | _OPTIONS
     with torch.cuda.device_of(weight):
+        slots, *others, sums = _sort(pieces, grad, size, longest, constants)
+        starts = torch.arange(0, size, width, dtype=slots.dtype, device=slots.device)
+        first = torch.searchsorted(slots, starts - longest + 1)
+        last = torch.searchsorted(slots, (starts + width).clamp(max=size))
+        state_0, state_1 = (*state, None, None)[:2]
         _sum_pieces[(len(starts),)](
-            slots, sources, lengths, multipliers, first, last, grad, sums, total, weight, state_0, state_1, size,
-            *options, RULE=rule, PIECES=_TILE_OF_PIECES // width, WIDTH=width, **constants,
+            slots, *others, first, last, grad, sums, total, weight, state_0, state_1, size, *options, RULE=rule,
+            **constants,
         )  # fmt: skip
 
 
-def _shorten(slots, sources, lengths, multipliers, grad, size, longest, constants) -> tuple[Tensor, ...]:
-    """Sorted pieces, with _RUN in a row that go to the same slots summed to one, and these sums.
+def _sort(pieces: list[Tensor], grad, size: int, longest: int, constants: dict[str, Any]) -> tuple[Tensor, ...]:
+    """Pieces in the order of their slots, and the sums of those that were _RUN in a row for the same slots.
 
     An id that half of the examples have would leave all of its pieces to the few programs of its slots.
     """
-    n, device = len(slots), slots.device
-    number = torch.arange(n, device=device)
-    begins = torch.ones(n, dtype=torch.bool, device=device)
-    begins[1:] = (slots[1:] != slots[:-1]) | (lengths[1:] != lengths[:-1])
-    begin = number.where(begins, 0).cummax(0).values if n else number  # of the pieces for the same slots
-    rank = (number - begin) % _RUN
-    end = number - rank + _RUN - 1
-    whole = (end < n) & (begin[end.clamp(max=max(n - 1, 0))] == begin) & (slots < size)
-    heads = whole & (rank == 0)
-    run = heads.cumsum(0) - 1
-    first = torch.full((n // _RUN + 1,), -1, dtype=torch.int64, device=device)
-    first = first.scatter_(0, run.where(heads, n // _RUN), number)[:-1]
-    sums = torch.empty(len(first), longest, dtype=multipliers.dtype, device=device)
-    if len(first):
-        width = min(max(triton.next_power_of_2(longest), 32), _TILE)
-        pieces = min(_TILE_OF_PIECES // width, _RUN)
-        with torch.cuda.device_of(slots):
-            _sum_runs[len(first), triton.cdiv(longest, width)](
-                first, sources, lengths, multipliers, grad, sums, RUN=_RUN, PIECES=pieces, WIDTH=width, **constants
-            )
-    # What is left moves up; what lies behind the array fills the rest.
-    kept = ~whole | heads
-    place = (kept.cumsum(0) - 1).where(kept, n)
-    sources = (-1 - run).where(heads, sources)
-    kept_slots = slots.new_full((n + 1,), size).scatter_(0, place, slots)[:-1]
-    others = (x.new_zeros(n + 1).scatter_(0, place, x)[:-1] for x in (sources, lengths, multipliers))
-    return kept_slots, *others, sums
+    slots, *others = pieces
+    pieces.clear()
+    n = len(slots)
+    slots, order = slots.sort(stable=True)
+    runs = triton.cdiv(n, _RUN)
+    sums = torch.empty(runs, longest, dtype=others[2].dtype, device=slots.device)
+    moved = slots.new_full((n,), size), *(x.new_zeros(n) for x in others)
+    if n:
+        counts = torch.empty(runs, dtype=torch.int32, device=slots.device)
+        constants = constants | {"RUN": _RUN, "PIECES": min(constants["PIECES"], _RUN)}
+        _sum_runs[runs, triton.cdiv(longest, constants["WIDTH"])](
+            slots, order, *others, n, size, grad, sums, counts, **constants
+        )
+        _move_pieces[(runs,)](slots, order, *others, n, counts.cumsum(0), *moved, RUN=_RUN, **_OPTIONS)
+    return *moved, sums
 
 
 def _update(weight, state, rule, options, *lists):
     if weight.dtype == torch.float64 or not all(x.is_contiguous() for x in (weight, *state)):
         return ops.REFERENCE["update_"](weight, state, rule, options, *lists)  # numbers reach kernels as float32
+    ops._check_array(weight)
     rate, decay, *options = options
+    needed = {"sgd": int(options[0] != 0), "adagrad": 1, "adam": 2}.get(rule, 0)
+    if len(state) < needed or any(x.shape != weight.shape or x.device != weight.device for x in state):
+        raise ValueError(f"state: expected {needed} tensors like the weights {tuple(weight.shape)}, got {len(state)}")
     if rule == "sgd":
         state = state if options[0] else []
     elif rule == "adam":
@@ -732,7 +777,9 @@ def _update(weight, state, rule, options, *lists):
         raise ValueError(f"rule: expected one of sgd, adagrad, adam, got {rule!r}")
     calls = []
     for grad, mode, ids, offsets, factors, tables in ops._calls(*lists):
-        calls.append((grad, _Rows(weight, ids, offsets, factors, mode or "one", *tables)))
+        rows = _Rows(weight, ids, offsets, factors, mode or "one", *tables)
+        _check_grad(grad, weight, rows)
+        calls.append((grad, rows))
     if any(rows.n_rows for _, rows in calls):
         options = (rate, decay, *options, *[0.0] * 5)[:7]
         _sum(weight, calls, rule=rule, state=state, options=options)

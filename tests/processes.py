@@ -40,3 +40,5 @@ def _work(rank, counts, ports, function, folder):
             Path(folder, f"{count}.{rank}").write_bytes(pickle.dumps(function(world)))
         finally:
             world.close()
+    # All is written. Threads of torch may still let go of tensors, which crashes a process whose Python has ended.
+    os._exit(0)

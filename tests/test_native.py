@@ -48,6 +48,23 @@ def test_an_instruction_set_can_be_chosen(name):
         assert robe.backend()["cpu"] == f"native ({name})"
 
 
+@pytest.mark.parametrize(
+    ("file", "switch", "want"),
+    [
+        ("notes.txt", "triton", "reference (triton is not installed)"),  # any folder of this name can be imported
+        ("__init__.py", "triton", "triton"),  # builds for some machines are distributed under other names
+        ("__init__.py", "reference", "reference (ROBE_CUDA_KERNELS=reference)"),
+    ],
+)
+def test_triton_is_found_where_it_is(file, switch, want, tmp_path):
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / file).touch()
+    code = "import robe; print(robe.backend()['cuda'])"
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "ROBE_CUDA_KERNELS": switch}
+    got = subprocess.run([sys.executable, "-c", code], env=environment, text=True, capture_output=True, check=True)
+    assert got.stdout.strip() == want
+
+
 @pytest.mark.parametrize("name", ["", "avx", "AVX2", "plain "])
 def test_an_unknown_instruction_set_is_refused_and_changes_nothing(name):
     before = robe.backend()

@@ -6,6 +6,7 @@ import os
 import resource
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -114,8 +115,9 @@ def test_a_model_comes_back_compressed(other, tmp_path):
     assert robe.load(tmp_path / "model.safetensors", again) is again
     assert torch.equal(again(IDS), model(IDS))
     assert again.user.array is again.words["title"].array is again.again.array
-    assert torch.equal(again.again(IDS), model.user(IDS))
-    assert again.user.training  # as it was in the model that was given
+    assert again.again is again.user
+    assert again.user.training  # as in the model that was given, not in that which was saved
+    assert not robe.load(tmp_path / "model.safetensors", other().eval()).user.training
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert sorted(name for name in file.keys() if "array" in name) == ["again.array.weight"]  # noqa: SIM118
         about = json.loads(file.metadata()["robe"])
@@ -144,37 +146,186 @@ def test_a_compressed_model_that_trained_with_a_counting_admission(tmp_path):
 # What does not fit
 
 
-def test_models_that_do_not_fit_are_refused_and_left_as_they_were(tmp_path):
-    file = tmp_path / "model"
-    robe.save(robe.compress(Recommender(), 20), file)
+class Other(Recommender):
+    def __init__(self, **changes):
+        super().__init__()
+        for name, module in changes.items():
+            setattr(self, name, module)
 
-    class Other(Recommender):
-        def __init__(self, **changes):
-            super().__init__()
-            for name, module in changes.items():
-                setattr(self, name, module)
 
-    for changes, error, message in (
+class Scaled(robe.RobeEmbedding):
+    def forward(self, input):
+        return 3 * super().forward(input)
+
+
+class Normalised(nn.Embedding):
+    def forward(self, input):
+        return nn.functional.normalize(super().forward(input), dim=-1)
+
+
+def hooked():
+    module = nn.Embedding(2000, 8, padding_idx=1)
+    module.register_forward_hook(lambda *_: None)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
         (
-            {"user": nn.Embedding(999, 8)},
-            ValueError,
-            r"'user' is a RobeEmbedding of 2000 rows of 8; .* Embedding\(999, 8",
+            {"user": nn.Embedding(999, 8, 1)},
+            "'user', a Embedding, can't be swapped: it has num_embeddings=2000 there, and",
         ),
-        ({"user": nn.EmbeddingBag(2000, 8)}, ValueError, "it can't take the place of EmbeddingBag"),
-        ({"words": nn.Identity()}, ValueError, "has a layer 'words.title', and there is none in this Other"),
-        ({"top": nn.Linear(15, 1)}, RuntimeError, "size mismatch for top.weight"),
-        ({"top": nn.Linear(16, 1, bias=False)}, RuntimeError, "top.bias"),
-    ):
-        model = Other(**changes)
-        before = dict(model.named_modules())
-        with pytest.raises(error, match=message):
-            robe.load(file, model)
-        assert dict(model.named_modules()) == before
+        ({"user": nn.Embedding(2000, 9, 1)}, "has embedding_dim=8 there, and here 9"),
+        ({"user": nn.Embedding(2000, 8)}, "has padding_idx=1 there, and here None"),
+        ({"user": nn.EmbeddingBag(2000, 8)}, "is a RobeEmbedding there"),
+        ({"user": Normalised(2000, 8, 1)}, "is a Normalised, which has a forward of its own"),
+        ({"user": hooked()}, "has hooks"),
+        ({"user": nn.Linear(2000, 8)}, "is a RobeEmbedding there"),
+        ({"user": Scaled(2000, 8, 1, compression=10)}, "is a RobeEmbedding there"),
+        ({"words": nn.ModuleDict({"title": nn.EmbeddingBag(2000, 4)})}, "has mode=sum there, and here mean"),
+        ({"words": nn.Identity()}, "has a layer 'words.title', and there is none in this Other"),
+        ({"top": nn.Linear(15, 1)}, r"top.weight has the shape \(1, 16\), in this Other \(1, 15\)"),
+        ({"top": nn.Linear(16, 1, bias=False)}, r"has top\.bias, which this Other has not"),
+        ({"more": nn.Linear(1, 1)}, r"has no more\.\w+, which this Other has"),
+        ({"top": nn.Linear(16, 1, device="meta")}, "module: top.weight is on the meta device"),
+    ],
+)
+def test_a_model_that_does_not_fit_is_refused_and_left_as_it_was(changes, message, tmp_path):
+    robe.save(robe.compress(Recommender(), 20), tmp_path / "model")
+    model = Other(**changes)
+    modules = dict(model.named_modules())
+    before = {name: x.clone() for name, x in model.state_dict().items() if not x.is_meta}
+    with pytest.raises(ValueError, match=message):
+        robe.load(tmp_path / "model", model)
+    assert dict(model.named_modules()) == modules
+    after = model.state_dict()
+    assert all(torch.equal(after[name], x) for name, x in before.items())
+
+
+def test_files_of_one_layer_and_of_models_are_told_apart(tmp_path):
+    robe.save(robe.compress(Recommender(), 20), tmp_path / "file")
     with pytest.raises(ValueError, match=r"a model with the layers user, words\.title, again, not one layer"):
-        robe.load(file)
-    robe.save(robe.RobeEmbedding(2000, 8, compression=10), file)
+        robe.load(tmp_path / "file")
+    robe.save(robe.RobeEmbedding(2000, 8, compression=10), tmp_path / "file")
     with pytest.raises(ValueError, match="of one RobeEmbedding; load\\(\\) makes it without a module"):
-        robe.load(file, nn.Embedding(2000, 8))
+        robe.load(tmp_path / "file", nn.Embedding(2000, 8))
+
+
+class Collections(nn.Module):
+    def __init__(self, *names, dim=8):
+        super().__init__()
+        self.c = robe.RobeEmbeddingBagCollection([robe.EmbeddingBagConfig(n, 1000, dim) for n in names], compression=10)
+
+
+def test_collections_keep_the_order_of_their_features(tmp_path):
+    robe.save(Collections("x", "y"), tmp_path / "model")
+    robe.load(tmp_path / "model", Collections("x", "y"))
+    for other in (Collections("y", "x"), Collections("x", "y", dim=4), Collections("x", "y", "z")):
+        with pytest.raises(ValueError, match="'c', a RobeEmbeddingBagCollection, can't be swapped: it has tables="):
+            robe.load(tmp_path / "model", other)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What models do with layers and arrays
+
+
+class OwnArray(nn.Module):
+    """Holds the array and the admission itself, and a layer of a class of its own."""
+
+    def __init__(self, seed=0, size=500, admission=None, kind=Scaled):
+        super().__init__()
+        self.layer_first = kind(2000, 8, array=(array := robe.RobeArray(size, seed=seed)), admission=admission)
+        self.array = array
+        self.admission = admission
+        self.other = robe.RobeEmbeddingBag(2000, 8, array=array, table_id=1, admission=admission)
+
+    def forward(self, ids):
+        return self.layer_first(ids).sum(1) + self.other(ids) + self.array.weight[0]
+
+
+@pytest.mark.parametrize("kind", [Scaled, robe.RobeEmbedding])
+def test_a_model_that_holds_its_array_itself(kind, tmp_path):
+    admission = robe.Admission(64)
+    admission.admit(torch.arange(100), torch.tensor(robe.hashing.table_key(3, 0)))
+    model = OwnArray(3, admission=admission, kind=kind)
+    robe.save(model, tmp_path / "model")
+    again = OwnArray(8, size=200, admission=robe.Admission(8), kind=kind)
+    robe.load(tmp_path / "model", again)
+    assert again.array is again.layer_first.array is again.other.array
+    assert again.admission is again.layer_first.admission is again.other.admission
+    assert torch.equal(again(IDS), model(IDS))
+    assert len(list(again.parameters())) == 1
+
+
+def test_a_class_of_the_users_own_stays_and_only_its_array_is_exchanged(tmp_path):
+    model = OwnArray(3)
+    robe.save(model, tmp_path / "model")
+    again = OwnArray(3)
+    mine = again.layer_first
+    robe.load(tmp_path / "model", again)
+    assert again.layer_first is mine
+    assert mine.array is again.other.array is again.array
+    assert torch.equal(again(IDS), model(IDS))
+    with pytest.raises(ValueError, match=r"can't be swapped: it is a .*Scaled there"):
+        robe.load(tmp_path / "model", OwnArray(3, kind=robe.RobeEmbedding))
+    robe.save(model.layer_first, tmp_path / "layer")
+    with pytest.raises(
+        ValueError, match=r"of a .*Scaled, which is more than a RobeEmbedding; save a model that has it"
+    ):
+        robe.load(tmp_path / "layer")
+
+
+def test_frozen_arrays_stay_frozen(tmp_path):
+    layer = robe.RobeEmbedding.from_pretrained(torch.randn(1000, 8), compression=4)
+    robe.save(layer, tmp_path / "layer")
+    again = robe.load(tmp_path / "layer")
+    assert not again.array.weight.requires_grad
+    assert torch.equal(again(IDS), layer(IDS))
+
+
+def test_numbers_of_numpy(tmp_path):
+    layer = robe.RobeEmbedding(np.int64(1000), np.int32(8), compression=10)
+    robe.save(layer, tmp_path / "layer")
+    assert torch.equal(robe.load(tmp_path / "layer")(IDS), layer(IDS))
+
+
+def test_loading_leaves_torchs_generator_alone(tmp_path):
+    robe.save(robe.RobeEmbedding(1000, 8, compression=10), tmp_path / "layer")
+    state = torch.get_rng_state()
+    robe.load(tmp_path / "layer")
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("change", ["seed", "inner"])
+def test_a_layer_that_its_arguments_would_not_make_again_is_refused(change, tmp_path):
+    if change == "seed":
+        layer = robe.RobeEmbedding(1000, 8, robe_size=100, seed=1)
+        layer.array = robe.RobeArray(100, seed=2)  # its rows lie where seed 1 has them
+    else:
+        layer = robe.RobeEmbedding(1000, 8, robe_size=100)
+        nn.utils.parametrize.register_parametrization(layer.array, "weight", nn.Identity())
+    with pytest.raises(ValueError, match="module: it was changed after it was made"):
+        robe.save(layer, tmp_path / "layer")
+    assert not list(tmp_path.iterdir())
+
+
+def test_device_of_the_arrays_can_be_chosen(monkeypatch, tmp_path):
+    """There is one that has values here; which one is asked for is what can be seen."""
+    robe.save(robe.RobeEmbedding(1000, 8, compression=10), tmp_path / "layer")
+    robe.save(robe.compress(Recommender(), 20), tmp_path / "model")
+    asked, empty = [], robe.RobeArray.to_empty
+    monkeypatch.setattr(
+        robe.RobeArray, "to_empty", lambda self, device: asked.append(device) or empty(self, device="cpu")
+    )
+    robe.load(tmp_path / "layer", device="cuda:0")
+    robe.load(tmp_path / "model", Recommender(), device="cuda:1")
+    robe.load(tmp_path / "model", Recommender(device="meta"))
+    assert [str(device) for device in asked] == ["cuda:0", "cuda:1", "cpu"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
 
 
 def test_files_of_other_kinds_are_refused(tmp_path):

@@ -45,6 +45,8 @@ def compiled(request, monkeypatch):
     def compile(kernel, *arguments, **options):
         result = launch(kernel, *arguments, **options | {"warmup": True})
         assert result.asm["cubin"]
+        looks_at_ids = kernel.__name__ not in ("_sum_runs", "_sum_pieces", "_move_pieces")
+        assert ("__assertfail" in result.asm["ptx"]) == looks_at_ids
         accesses = re.findall(r"\b(ld|st|red|atom)\.global([\w.:]*)", result.asm["ptx"])
         kernels.append((kernel.__name__, Counter(kind + size for kind, size in accesses)))
         return result
@@ -93,7 +95,7 @@ def run_everything(problem):
 def test_every_kernel_compiles(compiled, options):
     run_everything(Problem([1, 7], size=5000, **options))
     names = {name for name, _ in compiled}
-    of_training = {"_backward", "_weights_backward", "_list_pieces", "_sum_runs", "_sum_pieces"}
+    of_training = {"_backward", "_weights_backward", "_list_pieces", "_sum_runs", "_move_pieces", "_sum_pieces"}
     assert names == {"_forward"} | (set() if options.get("dtype") == torch.int8 else of_training)
 
 

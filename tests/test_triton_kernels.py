@@ -240,6 +240,22 @@ def test_gradients_that_are_not_finite_stay_where_they_belong(mode):
     assert_close(KERNELS[f"{name}_backward"](*arguments), REFERENCE[f"{name}_backward"](*arguments))
 
 
+@pytest.mark.parametrize("run", [None, 64])
+@pytest.mark.parametrize("sign", [False, True])
+def test_max_of_values_that_are_not_numbers(run, sign):
+    """Such a value is the largest of its bag, whose gradient nothing takes; infinities are numbers."""
+    problem = Problem([40], size=60, dim=4, block=2, sign=sign, dtype=torch.float64)
+    for k, value in enumerate([torch.nan, torch.inf, -torch.inf] * 4):
+        problem.weight[5 * k] = value
+    grad, arguments = problem.grad(50), problem.bag(50, "max")
+    want = REFERENCE["bag"](*arguments)
+    assert want.isnan().any()
+    torch.testing.assert_close(KERNELS["bag"](*arguments), want, rtol=0, atol=0, equal_nan=True)
+    with summed(run):
+        got = KERNELS["bag_backward"](grad, *arguments)
+    assert_close(got, REFERENCE["bag_backward"](grad, *arguments))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Bad input: what is known without the device is refused as ever, the rest trips an assertion on the device
 
@@ -255,6 +271,22 @@ def test_shapes_and_types_are_refused():
         KERNELS["lookup"](weight, ids.to("meta"), *tables)
     with pytest.raises(ValueError, match="scale: expected with an int8 weight"):
         KERNELS["lookup"](weight, ids, *tables, torch.ones(1))
+
+
+def test_gradients_and_states_of_other_shapes_are_refused():
+    problem = Problem([50])
+    lookup, bag = problem.lookup(4), problem.bag(4, "sum", weighted=True)
+    for grad in (torch.ones(1, 1, 8), torch.ones(4, 1, 8, dtype=torch.float64)):
+        with pytest.raises(ValueError, match=r"grad: expected torch.float32 \(4, 1, 8\) on cpu, got "):
+            KERNELS["lookup_backward"](grad, *lookup)
+        for name in ("bag_backward", "bag_weights_backward"):
+            with pytest.raises(ValueError, match=r"grad: expected torch.float32 \(4, 1, 8\) on cpu, got "):
+                KERNELS[name](grad, *bag)
+        with pytest.raises(ValueError, match=r"grad: expected torch.float32 \(4, 1, 8\) on cpu, got "):
+            updated(KERNELS["update_"], problem.weight, "adam", RULES["adam"], [(grad, lookup[1:])])
+    for state in ([], [torch.ones(1000)], [torch.ones(1000), torch.ones(99)]):
+        with pytest.raises(ValueError, match=r"state: expected 2 tensors like the weights \(1000,\), got"):
+            KERNELS["update_"](problem.weight, state, "adam", RULES["adam"], [], [], [], [], [], [], [], [])
 
 
 @pytest.fixture
@@ -288,6 +320,19 @@ def test_offsets_that_do_not_rise_trip_an_assertion(offsets):
     KERNELS["bag"](weight, torch.arange(5), torch.tensor([0, 3, 5]), *rest)
     with pytest.raises(Exception, match="offsets: expected to rise from 0 to at most the number of values"):
         KERNELS["bag"](weight, torch.arange(5), torch.tensor(offsets), *rest)
+
+
+@pytest.mark.usefixtures("assertions")
+@pytest.mark.parametrize(("key", "rows"), [(-8, 50), (3, 50), (8 * 990, 50), (0, 0)])
+def test_a_table_beside_the_array_trips_an_assertion_and_is_not_touched(key, rows, monkeypatch):
+    problem = Problem([50], hash="identity")
+    weight, ids, _, _, *layout = problem.lookup(4)
+    arguments = weight, ids, torch.tensor([key]), torch.tensor([rows]), *layout
+    with pytest.raises(Exception, match="a table does not lie within the array, at a multiple of D"):
+        KERNELS["lookup"](*arguments)
+    monkeypatch.setattr(interpreter.interpreter_builder, "options", interpreter.InterpreterOptions(debug=False))
+    assert not KERNELS["lookup"](*arguments).any()
+    assert not KERNELS["lookup_backward"](problem.grad(4), *arguments).any()
 
 
 def test_an_id_out_of_range_reads_zeros_and_writes_nothing():
