@@ -141,7 +141,7 @@ class RobeEmbeddingBagCollection(RobeTables):
 
         Raises:
             ValueError: shapes, types or offsets that do not fit.
-            IndexError: an id outside its table.
+            IndexError: an id outside its table; on CUDA, an assertion on the device.
         """
         if offsets is None:
             if per_sample_weights is not None:

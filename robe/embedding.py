@@ -205,7 +205,7 @@ class RobeEmbedding(_RobeTable):
             (..., embedding_dim) in the array's dtype.
 
         Raises:
-            IndexError: an id outside num_embeddings.
+            IndexError: an id outside num_embeddings; on CUDA, an assertion on the device.
         """
         rows = self._lookup(input.reshape(-1, 1), self.padding_idx)
         return rows.view(*input.shape, self.embedding_dim)
@@ -283,7 +283,7 @@ class RobeEmbeddingBag(_RobeTable):
 
         Raises:
             ValueError: shapes, types or offsets that do not fit.
-            IndexError: an id outside num_embeddings.
+            IndexError: an id outside num_embeddings; on CUDA, an assertion on the device.
         """
         if per_sample_weights is not None and per_sample_weights.shape != input.shape:
             raise ValueError(

@@ -138,7 +138,7 @@ class RobeKeyedEmbeddingBagCollection(nn.Module):
         Raises:
             ValueError: a feature without key; batch sizes that differ by key; shapes that do not fit.
             TypeError: something that is no KeyedJaggedTensor and no dict.
-            IndexError: an id outside its table.
+            IndexError: an id outside its table; on CUDA, an assertion on the device.
         """
         names = [name for name, _, _ in self._columns]
         if isinstance(features, Mapping):

@@ -40,6 +40,7 @@ def test_a_compressed_model_in_a_folder(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "config.json", "README.md"}
     assert json.loads((tmp_path / "config.json").read_text()) == {"rows": 2000, "dim": 4}
     again = Recommender.from_pretrained(tmp_path)
+    assert not again.training
     assert isinstance(again.user, robe.RobeEmbedding)
     assert again.user.array is again.words.array
     assert torch.equal(again(IDS), model(IDS))
@@ -59,6 +60,14 @@ def test_layers(name, tmp_path):
     others = [other for other in LAYERS if other != name]
     with pytest.raises(ValueError, match=f"model.safetensors: of a {name}, not a {others[0]}"):
         getattr(robe.hub, others[0]).from_pretrained(tmp_path)
+
+
+def test_what_other_versions_of_huggingface_hub_pass_on_is_not_for_the_model(tmp_path):
+    robe.compress(Recommender(2000), 10).save_pretrained(tmp_path)
+    where = {"model_id": str(tmp_path), "revision": None, "cache_dir": None, "force_download": False}
+    where |= {"local_files_only": False, "token": None, "proxies": None, "resume_download": None, "strict": True}
+    model = Recommender._from_pretrained(**where, rows=2000, map_location="cpu")
+    assert model.user.array.weight.device.type == "cpu"
 
 
 def test_a_folder_without_a_model(tmp_path):
