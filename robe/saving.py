@@ -19,6 +19,7 @@ import operator
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -72,12 +73,14 @@ def save(module: nn.Module, file: str | os.PathLike) -> None:
         }
         for name, layer in layers.items()
     }
-    about = {
-        "version": _VERSION,
-        "arrays": [_describe_array(array) for array in arrays],
-        "admissions": [_describe_admission(admission) for admission in admissions],
-        "layers": described,
-    }
+    about = _in_json(
+        {
+            "version": _VERSION,
+            "arrays": [_describe_array(array) for array in arrays],
+            "admissions": [_describe_admission(admission) for admission in admissions],
+            "layers": described,
+        }
+    )
     for name, made in _make(about, lambda name: torch.device("meta")).items():
         if _reads(made) != _reads(layers[name]):
             raise ValueError(
@@ -85,7 +88,7 @@ def save(module: nn.Module, file: str | os.PathLike) -> None:
                 "was its array exchanged for one of another seed, or parametrized?"
             )
     with whole_file(Path(file)) as part:
-        save_model(module, str(part), metadata={"format": "pt", _KEY: json.dumps(about, default=operator.index)})
+        save_model(module, str(part), metadata={"format": "pt", _KEY: json.dumps(about)})
 
 
 def load(file: str | os.PathLike, module: nn.Module | None = None, *, device=None) -> nn.Module:
@@ -220,6 +223,11 @@ def _own_type(layer: nn.Module) -> str | None:
     return None if kind in _LAYERS.values() or kind.__module__ == "robe.hub" else name
 
 
+def _in_json(x: Any) -> Any:
+    """What comes back of it from a file; numpy's integers are numbers there."""
+    return json.loads(json.dumps(x, default=operator.index))
+
+
 def _parts(layer: Any) -> list[Any]:
     return list(layer.collections) if isinstance(layer, RobeKeyedEmbeddingBagCollection) else [layer]
 
@@ -304,24 +312,24 @@ def _checked(module: nn.Module, name: str, described: dict[str, Any], file: str)
         there = module.get_submodule(name)
     except AttributeError:
         raise ValueError(f"{file}: has a layer {name!r}, and there is none in this {type(module).__name__}") from None
-    reason = None
+    reason, compared = None, ("tables", *_OF_TABLES)
     if isinstance(there, tuple(_LAYERS.values())):
+        own = _in_json(there._config())  # type: ignore[operator]
         if not isinstance(there, _LAYERS[kind]) or _own_type(there) != described["type"]:
             reason = f"is a {described['type'] or kind} there"
-        elif described["type"] and json.loads(json.dumps(there._config(), default=operator.index)) != config:
-            reason = f"has the arguments {config} there, and here {there._config()}"
-        elif described["type"] and (there.admission is None) != (described["admission"] is None):
-            reason = "has an admission in one of them"
-        own = there._config()  # type: ignore[operator]
+        elif described["type"]:  # it stays as it is, so all has to be the same
+            compared = tuple(config)
+            if (there.admission is None) != (described["admission"] is None):
+                reason = "has an admission in one of them"
     elif kind in _TABLES and isinstance(there, _TABLES[kind]):
         same = next(modules for modules in tables_of(module) if there in modules)
         reason = reason_to_leave(module, same, min_rows=0, init="project")
         own = {what: getattr(there, what, None) for what in _OF_TABLES}
-    elif kind == "RobeKeyedEmbeddingBagCollection" and hasattr(there, "embedding_bag_configs"):
-        own = {"tables": [own_config(table).__dict__ for table in there.embedding_bag_configs()]}  # type: ignore[operator]  # torchrec's
+    elif kind == "RobeKeyedEmbeddingBagCollection" and hasattr(there, "embedding_bag_configs"):  # torchrec's
+        own = {"tables": [asdict(own_config(table)) for table in there.embedding_bag_configs()]}  # type: ignore[operator]
     else:
         reason, own = f"is a {kind} there", {}
-    for what in ("tables", *_OF_TABLES):
+    for what in compared:
         if reason is None and what in config and config[what] != own.get(what):
             reason = f"has {what}={config[what]} there, and here {own.get(what)}"
     if reason:

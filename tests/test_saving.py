@@ -218,6 +218,13 @@ class Collections(nn.Module):
         self.c = robe.RobeEmbeddingBagCollection([robe.EmbeddingBagConfig(n, 1000, dim) for n in names], compression=10)
 
 
+def test_feature_names_may_be_a_tuple(tmp_path):
+    model = Collections("x", "y")
+    model.c = robe.RobeEmbeddingBagCollection([robe.EmbeddingBagConfig("a", 1000, 8, ("x", "y"))], compression=10)
+    robe.save(model, tmp_path / "model")
+    assert robe.load(tmp_path / "model", model) is model
+
+
 def test_collections_keep_the_order_of_their_features(tmp_path):
     robe.save(Collections("x", "y"), tmp_path / "model")
     robe.load(tmp_path / "model", Collections("x", "y"))
