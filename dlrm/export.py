@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from dlrm.aoti import quiet, write_aoti
-from dlrm.checkpoint import whole_file
 from dlrm.embeddings import Tables, VocabularyTables
 from dlrm.inference import with_array_dtype
 from dlrm.model import DLRM
 from dlrm.onnx_graph import optional_package, write_onnx
 from robe import RobeEmbeddingBagCollection
+from robe.saving import whole_file
 
 FORMATS = {"onnx": ".onnx", "aoti": ".pt2"}  # with the suffix of their files
 VERIFIED_ROWS = 10_000

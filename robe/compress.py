@@ -13,8 +13,7 @@ from torch.nn.utils import parametrize
 from robe.admission import Admission
 from robe.array import INIT_STD, RobeArray
 from robe.embedding import RobeEmbedding, RobeEmbeddingBag
-
-_COMPONENTS_AT_ONCE = 1 << 22
+from robe.tables import COMPONENTS_AT_ONCE, project
 
 TorchTable = nn.Embedding | nn.EmbeddingBag
 
@@ -179,8 +178,7 @@ def compress(
             }
             layers |= {module: _layer(module, options) for module in swapped[k]}
         if init == "project":
-            of_array = [(layers[swapped[k][0]], swapped[k][0].weight) for k in members]
-            of_array[0][0]._project(of_array)
+            project(array, [(layers[swapped[k][0]], swapped[k][0].weight) for k in members])
 
     report = CompressionReport(
         tables=tuple(
@@ -252,7 +250,7 @@ def _layer(module: TorchTable, options: dict[str, Any]) -> RobeEmbedding | RobeE
 @torch.no_grad()
 def _scale(weights: list[Tensor]) -> float:
     """Of initial values; torch's N(0, 1) would be noise that never trains away (docs/accuracy.md)."""
-    there = [weight.flatten()[:_COMPONENTS_AT_ONCE].float() for weight in weights if not weight.is_meta]
+    there = [weight.flatten()[:COMPONENTS_AT_ONCE].float() for weight in weights if not weight.is_meta]
     return min(median(float(weight.std(correction=0)) for weight in there), INIT_STD) if there else INIT_STD
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from robe.admission import Admission
 from robe.array import RobeArray
 from robe.ops import MODES
-from robe.tables import RobeTables
+from robe.tables import RobeTables, project
 
 _NO_WEIGHT = "{} has no weight: its parameter is array.weight, shared; full_weight() computes the virtual table"
 
@@ -94,7 +94,7 @@ class _RobeTable(RobeTables):
             )
         options = dict[str, Any](device=embeddings.device, dtype=embeddings.dtype) | options
         layer = cls(*embeddings.shape, **options)
-        layer._project([(layer, embeddings)])
+        project(layer.array, [(layer, embeddings)])
         layer.array.requires_grad_(not freeze)
         return layer
 

@@ -70,7 +70,7 @@ class RobeKeyedEmbeddingBagCollection(nn.Module):
             device=device,
         )
         self._configs, self._is_weighted = list(tables), is_weighted
-        self._options = {"is_weighted": is_weighted, "block_size": block_size, "sign": sign}
+        self._block_size = block_size
         uses = Counter(feature for config in configs for feature in config.feature_names)
         self._columns: list[tuple[str, str, int]] = []  # of the output: name, feature, width; table by table
         groups: dict[tuple[int, str], tuple[list[int], list[int]]] = {}  # their tables and columns
@@ -97,7 +97,8 @@ class RobeKeyedEmbeddingBagCollection(nn.Module):
         self._columns_of_collection = [columns for _, columns in groups.values()]
 
     def _config(self) -> dict[str, Any]:
-        return {"tables": [asdict(own_config(table)) for table in self._configs], **self._options}
+        tables, sign = [asdict(own_config(table)) for table in self._configs], self.collections[0].sign
+        return {"tables": tables, "is_weighted": self._is_weighted, "block_size": self._block_size, "sign": sign}
 
     @property
     def array(self) -> RobeArray:

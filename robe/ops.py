@@ -173,6 +173,14 @@ def _embedding_dtype(weight):
     return torch.float32 if weight.dtype == torch.int8 else weight.dtype
 
 
+def _group_bits(weight, scale):
+    """log2 of the number of weights that share a scale."""
+    bits = 0
+    while scale.shape[0] << bits < weight.shape[0]:
+        bits += 1
+    return bits
+
+
 def _accumulation_dtype(dtype):
     """Sums of half-precision values are taken in float32, as torch's own kernels do."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
@@ -182,10 +190,7 @@ def _read(weight, slot, sign, scale=None):
     # Autograd would not let users change a view in place.
     rows = torch.ops.aten._unsafe_view(weight.index_select(0, slot.flatten()), slot.shape)
     if scale is not None:
-        group = 1
-        while scale.shape[0] * group < weight.shape[0]:
-            group *= 2
-        rows = rows * scale[slot // group]
+        rows = rows * scale[slot >> _group_bits(weight, scale)]
     return rows if sign is None else rows * sign
 
 
@@ -546,14 +551,16 @@ def _observe_ids(counters, ids, keys, filter, threshold):
     return rows[_id_counts(counters, rows) >= threshold]
 
 
+def _check_out(out, shape, dtype):
+    if out.shape != shape or out.dtype != dtype:
+        raise ValueError(f"out: expected {dtype} {tuple(shape)}, got {out.dtype} {tuple(out.shape)}")
+
+
 def _out(body, inputs):
     def write(*arguments):
         out = arguments[inputs]
         embeddings = body(*arguments[:inputs], *arguments[inputs + 1 :])
-        if out.shape != embeddings.shape or out.dtype != embeddings.dtype:
-            raise ValueError(
-                f"out: expected {embeddings.dtype} {tuple(embeddings.shape)}, got {out.dtype} {tuple(out.shape)}"
-            )
+        _check_out(out, embeddings.shape, embeddings.dtype)
         out.copy_(embeddings)
 
     return write

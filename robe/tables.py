@@ -13,7 +13,7 @@ from robe.admission import RARE, Admission
 from robe.array import Int8RobeArray, RobeArray
 from robe.hashing import HASHES, slots, table_key
 
-_COMPONENTS_AT_ONCE = 1 << 22
+COMPONENTS_AT_ONCE = 1 << 22  # of tables that are gone through
 _WITH_AUTOGRAD = {"lookup": torch.ops.robe.lookup.default, "bag": torch.ops.robe.bag.default}
 _FORWARD = {"lookup": torch.ops.robe.lookup_forward.default, "bag": torch.ops.robe.bag_forward.default}
 _OUT = {"lookup": torch.ops.robe.lookup_out.default, "bag": torch.ops.robe.bag_out.default}
@@ -182,29 +182,6 @@ class RobeTables(nn.Module):
         size, dim, block = self.array.size, self.embedding_dim, self.block_size
         return slots(ids, key, size=size, embedding_dim=dim, block_size=block, hash=self.hash, sign=self.sign)
 
-    @torch.no_grad()
-    def _project(self, tables: Sequence[tuple["RobeTables", Tensor]]) -> None:
-        """Set the array to the least squares approximation of tables: of layers of one feature on it, each (rows, D).
-
-        Each component of a row is one slot times its sign, so the sum of squares is least where each slot is the mean
-        of the components (times sign) that it serves.
-        """
-        array = self.array
-        total, load = torch.zeros(2, array.size, dtype=torch.float64, device=array.weight.device)
-        for layer, weight in tables:
-            some = max(1, _COMPONENTS_AT_ONCE // layer.embedding_dim)
-            padding_idx = getattr(layer, "padding_idx", None)
-            for start in range(0, len(weight), some):
-                rows = weight[start : start + some].to(total.device)
-                ids = torch.arange(start, start + len(rows), device=total.device)
-                if padding_idx is not None:
-                    rows, ids = rows[ids != padding_idx], ids[ids != padding_idx]
-                place, signs = layer._slots(0, ids)
-                values = rows.double() if signs is None else rows * signs.double()
-                total.index_add_(0, place.flatten(), values.flatten())
-                load.index_add_(0, place.flatten(), torch.ones_like(values).flatten())
-        array.weight.copy_(torch.where(load > 0, total / load.clamp(min=1), array.weight))
-
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
         # to_empty leaves buffers unset, and these are in no state_dict: other keys would silently read other rows.
@@ -215,6 +192,29 @@ class RobeTables(nn.Module):
     def reset_parameters(self) -> None:
         """Draw the array's initial values again."""
         self.array.reset_parameters()
+
+
+@torch.no_grad()
+def project(array: RobeArray, tables: Sequence[tuple[RobeTables, Tensor]]) -> None:
+    """Set an array to the least squares approximation of tables: of layers of one feature on it, each (rows, D).
+
+    Each component of a row is one slot times its sign, so the sum of squares is least where each slot is the mean of
+    the components (times sign) that it serves.
+    """
+    total, load = torch.zeros(2, array.size, dtype=torch.float64, device=array.weight.device)
+    for layer, weight in tables:
+        some = max(1, COMPONENTS_AT_ONCE // layer.embedding_dim)
+        padding_idx = getattr(layer, "padding_idx", None)
+        for start in range(0, len(weight), some):
+            rows = weight[start : start + some].to(total.device)
+            ids = torch.arange(start, start + len(rows), device=total.device)
+            if padding_idx is not None:
+                rows, ids = rows[ids != padding_idx], ids[ids != padding_idx]
+            place, signs = layer._slots(0, ids)
+            values = rows.double() if signs is None else rows * signs.double()
+            total.index_add_(0, place.flatten(), values.flatten())
+            load.index_add_(0, place.flatten(), torch.ones_like(values).flatten())
+    array.weight.copy_(torch.where(load > 0, total / load.clamp(min=1), array.weight))
 
 
 def _refuse_tangents(*tensors) -> None:

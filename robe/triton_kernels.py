@@ -352,7 +352,7 @@ def _list_pieces(
 ):  # fmt: skip
     """Lists what goes to the array: runs of its slots, each with the place in the gradient of what is added there.
 
-    Those of an id are PER_ID in number, one for each block; of "max", one for each component of a bag.
+    Of an id, one for each of its blocks; of "max", one for each component of a bag.
     """
     example, feature, exists, start, end, longest = _bags(
         tl.program_id(0), offsets, n_values, n_rows, batch_size, F, ROWS, MODE == "one"
@@ -568,7 +568,6 @@ class _Rows:
         self.longest = step
         width = min(triton.next_power_of_2(step), _TILE)
         blocks = min(triton.next_power_of_2(triton.cdiv(embedding_dim, step)), _TILE // width)
-        self.rows_at_once = _TILE // (width * blocks)
         self.chunks = triton.cdiv(step, width) * triton.cdiv(triton.cdiv(embedding_dim, step), blocks)
         self.constants = {
             "HASH": hash,
@@ -581,14 +580,15 @@ class _Rows:
             "STEP": step,
             "BLOCKS": blocks,
             "WIDTH": width,
-            "ROWS": self.rows_at_once,
+            "ROWS": _TILE // (width * blocks),
         }
 
     def launch(self, kernel, weight, chunks=None, **more):
         if self.n_rows:
-            grid = triton.cdiv(self.n_rows, self.rows_at_once), self.chunks if chunks is None else chunks
+            arguments = self.arguments | self.constants | more | _OPTIONS
+            grid = triton.cdiv(self.n_rows, arguments["ROWS"]), self.chunks if chunks is None else chunks
             with torch.cuda.device_of(weight):
-                kernel[grid](weight=weight.contiguous(), **self.arguments, **more, **self.constants, **_OPTIONS)
+                kernel[grid](weight=weight.contiguous(), **arguments)
 
 
 def _of_lookup(weight, ids, *tables):
@@ -596,15 +596,9 @@ def _of_lookup(weight, ids, *tables):
 
 
 def _write(weight, rows: _Rows, scale, out: Tensor) -> None:
-    shift = 0
-    if scale is not None:
-        while len(scale) << shift < len(weight):
-            shift += 1
-        scale = scale.contiguous()
-    if out.shape != rows.shape or out.dtype != ops._embedding_dtype(weight):
-        raise ValueError(
-            f"out: expected {ops._embedding_dtype(weight)} {rows.shape}, got {out.dtype} {tuple(out.shape)}"
-        )
+    ops._check_out(out, rows.shape, ops._embedding_dtype(weight))
+    shift = 0 if scale is None else ops._group_bits(weight, scale)
+    scale = scale if scale is None else scale.contiguous()
     direct = out if out.stride(2) == 1 else out.new_empty(out.shape)
     unit = gcd(direct.stride(0), direct.stride(1), 16)
     strides = {"out_b": direct.stride(0) // unit, "out_f": direct.stride(1) // unit, "UNIT": unit}
@@ -613,22 +607,22 @@ def _write(weight, rows: _Rows, scale, out: Tensor) -> None:
         out.copy_(direct)
 
 
-def _lookup(weight, ids, *tables_and_scale):
-    tables, scale = ops._split(tables_and_scale)
-    ops._check_array(weight, scale)
-    rows = _of_lookup(weight, ids, *tables)
+def _embeddings(weight, rows: _Rows, scale) -> Tensor:
     out = weight.new_empty(rows.shape, dtype=ops._embedding_dtype(weight))
     _write(weight, rows, scale, out)
     return out
+
+
+def _lookup(weight, ids, *tables_and_scale):
+    tables, scale = ops._split(tables_and_scale)
+    ops._check_array(weight, scale)
+    return _embeddings(weight, _of_lookup(weight, ids, *tables), scale)
 
 
 def _bag(weight, values, offsets, factors, mode, *tables_and_scale):
     tables, scale = ops._split(tables_and_scale)
     ops._check_array(weight, scale)
-    rows = _Rows(weight, values, offsets, factors, mode, *tables)
-    out = weight.new_empty(rows.shape, dtype=ops._embedding_dtype(weight))
-    _write(weight, rows, scale, out)
-    return out
+    return _embeddings(weight, _Rows(weight, values, offsets, factors, mode, *tables), scale)
 
 
 def _lookup_out(weight, ids, *rest):
@@ -691,15 +685,14 @@ def _pieces(weight, rows: _Rows, of_sources: torch.dtype) -> tuple[Tensor, ...]:
     sources = torch.zeros(count, dtype=of_sources, device=device)
     lengths = torch.zeros(count, dtype=torch.int32, device=device)
     multipliers = torch.zeros(count, dtype=ops._accumulation_dtype(weight.dtype), device=device)
-    chunks = None
+    chunks, tile = None, {}
     if rows.mode != "max":
         # A block is one element here.
         blocks = min(triton.next_power_of_2(rows.per_id), _TILE)
-        rows.constants |= {"WIDTH": 1, "BLOCKS": blocks, "ROWS": max(_TILE // blocks // 4, 1)}
-        rows.rows_at_once = rows.constants["ROWS"]
+        tile = {"WIDTH": 1, "BLOCKS": blocks, "ROWS": max(_TILE // blocks // 4, 1)}
         chunks = 1 if rows.constants["HASH"] in ("span", "identity") else triton.cdiv(rows.per_id, blocks)
     lists = {"slots": slots, "sources": sources, "lengths": lengths, "multipliers": multipliers}
-    rows.launch(_list_pieces, weight, chunks, MODE=rows.mode, **lists)
+    rows.launch(_list_pieces, weight, chunks, MODE=rows.mode, **lists, **tile)
     return slots, sources, lengths, multipliers
 
 
@@ -724,7 +717,7 @@ def _sum(weight, calls, total=None, rule="none", state=(), options=(0.0,) * 7) -
     longest = max(1 if rows.mode == "max" else rows.longest for _, rows in calls)
     size = weight.shape[0]
     width = min(max(triton.next_power_of_2(longest), 32), _TILE)
-    constants = {"SUM": tl.float64 if weight.dtype == torch.float64 else tl.float32, "STRIDE": longest, "WIDTH": width}
+    constants = {"SUM": calls[0][1].constants["SUM"], "STRIDE": longest, "WIDTH": width}
     constants |= {"PIECES": _TILE_OF_PIECES // width} | _OPTIONS
     with torch.cuda.device_of(weight):
         slots, *others, sums = _sort(pieces, grad, size, longest, constants)

@@ -142,6 +142,19 @@ RULES = {
 }
 
 
+def drawn_calls(draw, problem, batch):
+    """Calls of layers for ``updated``: none, or some of lookups and bags."""
+    calls = []
+    for _ in range(draw(st.integers(0, 3))):
+        mode = draw(st.sampled_from(["one", *MODES, "weighted"]))
+        if mode == "one":
+            arguments = problem.lookup(batch)
+        else:
+            arguments = problem.bag(batch, mode.replace("weighted", "sum"), weighted=mode == "weighted")
+        calls.append((problem.grad(batch), arguments[1:], problem.filter))
+    return calls
+
+
 def updated(update_, weight, rule, options, calls):
     """weight and state after update_ on copies of them.
 

@@ -12,7 +12,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernels import BACKEND, IS_NATIVE, SETS, instruction_set, machine, needs_kernels
-from problems import FLOATS, HASHES, MODES, RULES, TOLERANCE, Problem, assert_close, batches, modes, problems, updated
+from problems import (
+    FLOATS,
+    HASHES,
+    MODES,
+    RULES,
+    TOLERANCE,
+    Problem,
+    assert_close,
+    batches,
+    drawn_calls,
+    modes,
+    problems,
+    updated,
+)
 
 import robe
 from robe.native import set_instruction_set
@@ -313,14 +326,7 @@ def test_pooling_in_half_precision_rounds_as_torch_rounds(isa, dtype):
 @needs_kernels
 @given(problems(), batches, st.sampled_from(sorted(RULES)), st.data(), machines)
 def test_update_is_the_reference(problem, batch, rule, data, on):
-    calls = []
-    for _ in range(data.draw(st.integers(0, 3))):
-        mode = data.draw(st.sampled_from(["one", *MODES, "weighted"]))
-        if mode == "one":
-            arguments = problem.lookup(batch)
-        else:
-            arguments = problem.bag(batch, mode.replace("weighted", "sum"), weighted=mode == "weighted")
-        calls.append((problem.grad(batch), arguments[1:], problem.filter))
+    calls = drawn_calls(data.draw, problem, batch)
     with on:
         got = updated(native_update, problem.weight, rule, RULES[rule], calls)
     want = updated(REFERENCE["update_"], problem.weight, rule, RULES[rule], calls)
