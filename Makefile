@@ -21,7 +21,7 @@ $(KERNELS): .venv/installed setup.py $(wildcard robe/csrc/*)
 	$(BIN)/python setup.py --quiet build_ext --inplace
 
 # Without a compiler, polars reads the logs.
-$(READER): data/csrc/tsv.cpp
+$(READER): data/csrc/criteo_tsv.cpp
 	-$(CXX) -std=c++17 -O3 -Wall -Wextra -shared -fPIC $< -o $@
 
 # Generate rows with a known best AUC, train full tables and ROBE on them, compare.
@@ -53,10 +53,10 @@ build/integrations/installed: requirements-integrations.txt
 # The kernels for GPUs, without one: in Triton's interpreter against the reference, and in the place of the CPU kernels in
 # the tests of layers and optimizers; and compiled. Torch for CPUs asks for no triton, so it comes into a folder of its own.
 test-triton: setup build/triton/installed
-	PYTHONPATH=build/triton:tests TRITON_INTERPRET=1 ROBE_KERNELS=reference OMP_NUM_THREADS=1 \
-	    $(BIN)/python -m pytest -n auto -p interpreted tests/test_triton_kernels.py tests/test_ops.py \
-	    tests/test_embedding.py tests/test_collection.py tests/test_keyed.py tests/test_optim.py tests/test_admission.py
-	PYTHONPATH=build/triton OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/test_triton_compiled.py
+	PYTHONPATH=build/triton:. TRITON_INTERPRET=1 ROBE_KERNELS=reference OMP_NUM_THREADS=1 \
+	    $(BIN)/python -m pytest -n auto -p tests.helpers.interpreted tests/robe/test_triton_kernels.py tests/robe/ops \
+	    tests/robe/layers tests/robe/test_optim.py tests/robe/admission
+	PYTHONPATH=build/triton OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/robe/test_triton_compiled.py
 
 build/triton/installed: Makefile
 	rm -rf build/triton
@@ -72,15 +72,15 @@ $(SANITIZED): .venv/installed $(wildcard robe/csrc/*)
 	    -std=c++17 -O1 -g -shared -fPIC -ffp-contract=off $(SANITIZE) \
 	    -isystem $$torch/include -L$$torch/lib -ltorch_cpu
 
-$(SANITIZED_READER): data/csrc/tsv.cpp
+$(SANITIZED_READER): data/csrc/criteo_tsv.cpp
 	mkdir -p $(@D)
 	$(CXX) -std=c++17 -O0 -g -shared -fPIC $(SANITIZE) $< -o $@
 
 test-sanitized: setup $(SANITIZED) $(SANITIZED_READER)
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 ROBE_KERNELS=$(SANITIZED) ROBE_READER=$(SANITIZED_READER) \
-	    $(BIN)/python -m pytest tests/test_native.py tests/test_admission.py tests/test_mlp.py tests/test_optim.py \
-	    tests/test_tsv.py --deselect tests/test_native.py::test_nothing_leaks
+	    $(BIN)/python -m pytest tests/robe/test_native.py tests/robe/admission tests/dlrm/test_mlp.py tests/robe/test_optim.py \
+	    tests/data/formats/test_criteo_tsv.py --deselect tests/robe/test_native.py::test_nothing_leaks
 
 lint: setup
 	$(BIN)/ruff format --check .

@@ -37,20 +37,21 @@ from typing import Any
 from tqdm import tqdm
 
 from data.batches import in_background, rebatch
-from data.dataset import PARTS
-from data.formats import open_source
+from data.formats.opening import open_source
+from data.formats.prepared import PARTS
 from data.parts import check, split
 from data.predictions import check_name, predictions_file
 from data.program import exit_code
 from data.rows import NUM_SPARSE, Batch, DataError, to_batch
 from data.sources import RandomAccess, Source
 from data.synthetic import Signal
-from dlrm import DLRM, checkpoint, loadgen, loadgen_logs, plots
+from dlrm import DLRM, checkpoint, plots
 from dlrm.checkpoint import write_json
-from dlrm.export import FORMATS, export
-from dlrm.inference import DTYPES, Predictor
+from dlrm.inference import loadgen, loadgen_logs
+from dlrm.inference.export.formats import FORMATS, export
+from dlrm.inference.predictor import DTYPES, Predictor
+from dlrm.inference.throughput import BATCH_SIZES, STAGES, cut, make_candidates, measure, report, score_all
 from dlrm.metrics import EVALUATION_BATCH, Scores, environment
-from dlrm.throughput import BATCH_SIZES, STAGES, cut, make_candidates, measure, report, score_all
 from robe import backend
 
 TIMED_ROWS = 1 << 16

@@ -8,7 +8,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
@@ -37,7 +37,7 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
-    packages=["robe", "dlrm"],
+    packages=find_packages(include=["robe*", "dlrm*"]),
     install_requires=["torch>=2.10", "numpy>=1.26"],
     extras_require={
         "train": [

@@ -29,7 +29,7 @@ import torch
 from tqdm import tqdm
 
 from data.batches import epoch_batches, in_background, rebatch, share, vocabulary
-from data.formats import open_source
+from data.formats.opening import open_source
 from data.parts import Part, check, halves, split
 from data.program import exit_code
 from data.rows import Batch, DataError, Layout
@@ -38,11 +38,11 @@ from dlrm.checkpoint import WEIGHTS, Saved, TrainingCheckpoints
 from dlrm.config import EMBEDDINGS, MLPERF_HOTS, OPTIMIZERS, DLRMConfig, TrainingConfig
 from dlrm.distributed import PeerFailed, World
 from dlrm.embeddings import build_embeddings, synthetic_ids
-from dlrm.journal import Journal
 from dlrm.metrics import EVALUATION_BATCH, environment, evaluate, peak_rss_bytes
-from dlrm.mllog import MLLog
 from dlrm.plots import learning_curves
-from dlrm.trainer import (
+from dlrm.training.journal import Journal
+from dlrm.training.mllog import MLLog
+from dlrm.training.trainer import (
     CHECKPOINT_SECONDS,
     AveragedWeights,
     Progress,

@@ -33,12 +33,13 @@ from tqdm import tqdm
 
 from benchmarks.runs import ROOT
 from benchmarks.timing import quantiles, save
-from data import prepare, synthetic, tsv
+from data import prepare, synthetic
 from data.batches import MIXED_ROWS, epoch_batches
-from data.dataset import Dataset
+from data.formats import criteo_tsv as tsv
+from data.formats.prepared import Dataset
 from data.rows import DENSE_NAMES, SPARSE_NAMES, Batch
 from dlrm import DLRM, PRESETS
-from dlrm.trainer import make_optimizers, train_step
+from dlrm.training.trainer import make_optimizers, train_step
 
 # Preset, optimizer, rows. SGD on the slots that were read is the fastest step, which data has to keep up with.
 STEPS = (("kaggle", "adam", 256), ("kaggle", "sgd", 256), ("kaggle", "sgd", 2048), ("terabyte", "sgd", 2048))

@@ -15,9 +15,9 @@ from sklearn.metrics import roc_auc_score
 
 from benchmarks.runs import train
 from data.batches import split_rows
+from data.formats.criteo_tsv import CriteoTSV
 from data.rows import Batch
 from data.synthetic import Signal, write
-from data.tsv import CriteoTSV
 from dlrm.checkpoint import write_json
 from dlrm.metrics import environment
 from dlrm.plots import learning_curves

@@ -31,10 +31,10 @@ from benchmarks.step import stepper
 from benchmarks.timing import cycle, quantiles, save
 from data import prepare, synthetic
 from data.batches import epoch_batches
-from data.dataset import Dataset
+from data.formats.prepared import Dataset
 from dlrm import DLRM, PRESETS
-from dlrm.journal import Journal
-from dlrm.trainer import Trainer, make_optimizers
+from dlrm.training.journal import Journal
+from dlrm.training.trainer import Trainer, make_optimizers
 
 STEPS = (("kaggle", 256), ("kaggle", 2048), ("terabyte", 256))
 PROCESSES = (("kaggle", "sgd", 256), ("kaggle", "sgd", 2048), ("kaggle", "adam", 2048))

@@ -18,15 +18,15 @@ from tqdm import tqdm
 from benchmarks.peers import HashTrick, QuotientRemainder
 from benchmarks.variants import Counts, Variant, project
 from data.batches import split_rows
-from data.formats import open_source
+from data.formats.opening import open_source
 from data.rows import Batch, to_batch
 from data.synthetic import Signal
 from dlrm.config import PRESETS
 from dlrm.embeddings import VocabularyTables
-from dlrm.inference import array_bytes
+from dlrm.inference.predictor import array_bytes
 from dlrm.metrics import evaluate
 from dlrm.model import DLRM
-from dlrm.trainer import Progress, Stopped, Trainer, make_optimizers
+from dlrm.training.trainer import Progress, Stopped, Trainer, make_optimizers
 from robe import Admission, EmbeddingBagConfig, RobeEmbeddingBagCollection
 from robe.array import INIT_STD
 from robe.hashing import table_key

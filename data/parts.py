@@ -6,7 +6,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data.batches import split_rows
-from data.dataset import PARTS, Dataset
+from data.formats.prepared import PARTS, Dataset
 from data.rows import DataError
 from data.sources import Source, require_one_layout
 

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from data.counts import CountMinSketch, Frequent, IdCounts
-from data.dataset import MANIFEST, OWN_FORMAT, VERSION, load_json, part_manifest
+from data.formats.prepared import MANIFEST, OWN_FORMAT, VERSION, load_json, part_manifest
 from data.rows import DataError, Layout
 from data.sources import Piece, Source, require_one_layout
 from data.storage import write_json

@@ -21,9 +21,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data.dataset import Dataset
 from data.describe import describe, plot_frequencies, table
-from data.formats import open_source, open_sources
+from data.formats.opening import open_source, open_sources
+from data.formats.prepared import Dataset
 from data.preparation import Options, Preparation, Progress, quarantine_file
 from data.program import exit_code
 from data.sources import Source

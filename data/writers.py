@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, ClassVar, Protocol
 import numpy as np
 import polars as pl
 
-from data.dataset import Shard
+from data.formats.prepared import Shard
 from data.rows import DENSE_NAMES, MISSING, NUM_DENSE, NUM_SPARSE, SPARSE_NAMES, DataError, Layout, transform_dense
 from data.storage import rename
 

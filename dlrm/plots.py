@@ -12,7 +12,7 @@ def learning_curves(
 
     Args:
         path: of the PNG.
-        runs: label -> history, as in dlrm.trainer.Progress.
+        runs: label -> history, as in dlrm.training.trainer.Progress.
         best_possible: the AUC of the true probabilities on the test rows, to draw as a line.
     """
     import matplotlib  # imported where it is used: it takes half a second
@@ -43,7 +43,7 @@ def throughput(path: Path, results: Sequence[dict[str, Any]], stages: Sequence[s
 
     Args:
         path: of the PNG.
-        results: as in dlrm.throughput.report.
+        results: as in dlrm.inference.throughput.report.
         stages: in the order in which they are stacked.
     """
     import matplotlib

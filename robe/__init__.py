@@ -4,11 +4,11 @@ from robe import optim
 from robe.admission import Admission, IdCounter
 from robe.array import Int8RobeArray, RobeArray
 from robe.authors import load_authors_weights
-from robe.collection import EmbeddingBagConfig, RobeEmbeddingBagCollection
+from robe.backends import backend
 from robe.compress import CompressionReport, compress
-from robe.embedding import RobeEmbedding, RobeEmbeddingBag
-from robe.keyed import RobeKeyedEmbeddingBagCollection
-from robe.native import backend
+from robe.layers.collection import EmbeddingBagConfig, RobeEmbeddingBagCollection
+from robe.layers.embedding import RobeEmbedding, RobeEmbeddingBag
+from robe.layers.keyed import RobeKeyedEmbeddingBagCollection
 from robe.saving import load, save
 
 __all__ = [

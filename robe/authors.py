@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from robe.collection import EmbeddingBagConfig, RobeEmbeddingBagCollection
 from robe.hashing import LINEAR
+from robe.layers.collection import EmbeddingBagConfig, RobeEmbeddingBagCollection
 
 _ARRAY = "hashed_weight"
 _CONSTANTS = "random_numbers"

@@ -12,8 +12,8 @@ from torch.nn.utils import parametrize
 
 from robe.admission import Admission
 from robe.array import INIT_STD, RobeArray
-from robe.embedding import RobeEmbedding, RobeEmbeddingBag
-from robe.tables import COMPONENTS_AT_ONCE, project
+from robe.layers.embedding import RobeEmbedding, RobeEmbeddingBag
+from robe.layers.tables import COMPONENTS_AT_ONCE, project
 
 TorchTable = nn.Embedding | nn.EmbeddingBag
 

@@ -28,10 +28,10 @@ from torch import nn
 
 from robe.admission import Admission
 from robe.array import Int8RobeArray, RobeArray
-from robe.collection import EmbeddingBagConfig, RobeEmbeddingBagCollection, own_config
 from robe.compress import reason_to_leave, tables_of
-from robe.embedding import RobeEmbedding, RobeEmbeddingBag
-from robe.keyed import RobeKeyedEmbeddingBagCollection
+from robe.layers.collection import EmbeddingBagConfig, RobeEmbeddingBagCollection, own_config
+from robe.layers.embedding import RobeEmbedding, RobeEmbeddingBag
+from robe.layers.keyed import RobeKeyedEmbeddingBagCollection
 
 _KEY, _VERSION = "robe", 1
 _LAYERS: dict[str, Any] = {

@@ -11,9 +11,9 @@ import torch
 
 import infer
 from data import prepare
+from data.formats.criteo_tsv import CriteoTSV
 from data.rows import Batch
 from data.synthetic import write
-from data.tsv import CriteoTSV
 from dlrm import DLRM, DLRMConfig, checkpoint
 
 CONFIG = DLRMConfig(embedding_dim=4, bottom_mlp=(8, 4), top_mlp=(8, 1), table_rows=(10,) * 26, compression=3)

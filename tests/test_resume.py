@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-import dlrm.trainer
+import dlrm.training.trainer
 import train
 from data.synthetic import write
 from dlrm.checkpoint import TrainingCheckpoints
@@ -70,7 +70,7 @@ def at_step(monkeypatch):
     """Does something in the given step of what is run next; in this process, so quick."""
 
     def patch(step, do):
-        made, original = [], dlrm.trainer.train_step
+        made, original = [], dlrm.training.trainer.train_step
 
         def counting(*args):
             made.append(1)
@@ -78,7 +78,7 @@ def at_step(monkeypatch):
                 do()
             return original(*args)
 
-        monkeypatch.setattr(dlrm.trainer, "train_step", counting)
+        monkeypatch.setattr(dlrm.training.trainer, "train_step", counting)
 
     return patch
 
@@ -435,7 +435,7 @@ def test_diverging_training_exits_3_and_names_what_is_good(rows, tmp_path, finis
 
 
 def test_mllog_of_a_run_that_was_stopped(rows, tmp_path, at_step, capsys):
-    from test_mllog import complies, shape
+    from tests.dlrm.training.test_mllog import complies, shape
 
     options = ["--data", rows, *OPTIONS]
     assert run(*options, "--output", tmp_path / "whole", "--mllog", tmp_path / "whole.txt") == 0

@@ -9,10 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
-from processes import free_port
 
 import train
 from data.synthetic import write
+from tests.helpers.processes import free_port
 
 ROOT = Path(train.__file__).parent
 # SGD: the first steps of Adagrad divide gradients by themselves, and make much of a rounding.

@@ -14,10 +14,10 @@ import infer
 import train
 from data import prepare
 from data.batches import split_rows, vocabulary
-from data.formats import open_source
+from data.formats.criteo_tsv import CriteoTSV
+from data.formats.opening import open_source
 from data.rows import Batch
 from data.synthetic import write
-from data.tsv import CriteoTSV
 from dlrm import checkpoint
 from dlrm.metrics import predict
 

@@ -1,0 +1,5 @@
+"""The formats of click logs, one module each, and `open_source`, which recognizes them."""
+
+from data.formats.opening import open_source, open_sources
+
+__all__ = ["open_source", "open_sources"]

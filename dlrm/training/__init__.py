@@ -1,0 +1,1 @@
+"""Training a DLRM: the loop, optimizers, checkpoints, logs."""

@@ -1,0 +1,1 @@
+"""The layers: virtual embedding tables on one shared array."""

@@ -1,0 +1,312 @@
+"""RobeEmbedding and RobeEmbeddingBag: nn.Embedding and nn.EmbeddingBag on a shared array."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from robe.admission import Admission
+from robe.array import RobeArray
+from robe.layers.tables import RobeTables, project
+from robe.ops import MODES
+
+_NO_WEIGHT = "{} has no weight: its parameter is array.weight, shared; full_weight() computes the virtual table"
+
+
+class _RobeTable(RobeTables):
+    """One virtual table: the arguments that RobeEmbedding and RobeEmbeddingBag have in common.
+
+    torch's come first, in torch's order.
+    """
+
+    # What torch's layers have, too.
+    max_norm: float | None = None
+    norm_type = 2.0
+    scale_grad_by_freq = sparse = False
+
+    def __init__(
+        self,
+        num_embeddings: int | None,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
+        _weight: Tensor | None = None,
+        _freeze: bool = False,
+        device=None,
+        dtype=None,
+        *,
+        array: RobeArray | None = None,
+        robe_size: int | None = None,
+        compression: float | None = None,
+        block_size: int | None = None,
+        table_id: int = 0,
+        sign: bool = False,
+        hash: str = "mix",
+        first_row: int = 0,
+        admission: Admission | None = None,
+        seed: int | None = None,
+        init_std: float | None = None,
+    ):
+        # norm_type is there for torch's sake: it means nothing without max_norm.
+        _refuse(max_norm, scale_grad_by_freq, sparse, _weight, _freeze)
+        super().__init__(
+            [num_embeddings],
+            embedding_dim,
+            table_of_feature=[0],
+            table_ids=[table_id],
+            first_rows=[first_row],
+            array=array,
+            robe_size=robe_size,
+            compression=compression,
+            block_size=block_size,
+            sign=sign,
+            hash=hash,
+            admission=admission,
+            seed=seed,
+            init_std=init_std,
+            device=device,
+            dtype=dtype,
+        )
+        if padding_idx is not None and num_embeddings is not None:
+            if not -num_embeddings <= padding_idx < num_embeddings:
+                raise ValueError(f"padding_idx: expected to lie within {num_embeddings} rows, got {padding_idx}")
+            padding_idx %= num_embeddings
+        self.num_embeddings, self.padding_idx = num_embeddings, padding_idx
+        self.table_id = table_id
+        # A layer may have found room for every weight, and laid them out itself.
+        self.first_row = self._keys[0] // embedding_dim if self.hash == "identity" else first_row
+
+    def _config(self) -> dict[str, Any]:
+        own = {"num_embeddings": self.num_embeddings, "padding_idx": self.padding_idx}
+        return super()._config() | own | {"table_id": self.table_id, "first_row": self.first_row}
+
+    @classmethod
+    def _of_table(cls, embeddings: Tensor, freeze: bool, options: dict[str, Any]) -> "_RobeTable":
+        if embeddings.dim() != 2:
+            raise ValueError(f"embeddings: expected a table (rows, dimension), got shape {tuple(embeddings.shape)}")
+        if options.get("array") is not None:
+            raise ValueError(
+                "array: all of its weights would be set, so expected robe_size= or compression= in its place; "
+                "robe.compress(model, init='project') sets an array to several tables"
+            )
+        options = dict[str, Any](device=embeddings.device, dtype=embeddings.dtype) | options
+        layer = cls(*embeddings.shape, **options)
+        project(layer.array, [(layer, embeddings)])
+        layer.array.requires_grad_(not freeze)
+        return layer
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":
+            raise AttributeError(_NO_WEIGHT.format(type(self).__name__))
+        return super().__getattr__(name)
+
+    def register_parameter(self, name: str, param: torch.nn.Parameter | None) -> None:
+        """As in torch; but a table's weight has no place here: it would never be read."""
+        if name == "weight":
+            raise AttributeError(_NO_WEIGHT.format(type(self).__name__))
+        super().register_parameter(name, param)
+
+    def full_weight(self) -> Tensor:
+        """The virtual table, (num_embeddings, embedding_dim): what ``weight`` is in torch. For tests and small tables.
+
+        Raises:
+            ValueError: num_embeddings is None.
+        """
+        return self._feature_rows(0, self.padding_idx)
+
+    def extra_repr(self) -> str:
+        parts = [f"{self.num_embeddings}, {self.embedding_dim}, block_size={self.block_size}, hash={self.hash!r}"]
+        parts += [f"table_id={self.table_id}"] if self.hash == "mix" else [f"first_row={self.first_row}"]
+        parts += ["sign=True"] * self.sign
+        parts += [] if self.padding_idx is None else [f"padding_idx={self.padding_idx}"]
+        return ", ".join(parts)
+
+
+def _refuse(max_norm, scale_grad_by_freq, sparse, _weight=None, _freeze=False) -> None:
+    """torch's options that have no meaning on shared weights, each with what to do instead."""
+    if max_norm is not None:
+        raise ValueError(
+            "max_norm: rows share weights, so one can't be rescaled alone; use weight decay or clip gradients"
+        )
+    if scale_grad_by_freq:
+        raise ValueError("scale_grad_by_freq: not supported; weight the samples by id frequency in the loss instead")
+    if sparse:
+        raise ValueError("sparse: the gradient of the array is dense; the array is small, so leave sparse=False")
+    if _weight is not None:
+        raise ValueError(
+            "_weight: the table is virtual; from_pretrained() sets the array as near to weights as it can be"
+        )
+    if _freeze:
+        raise ValueError("_freeze: freeze the array, with requires_grad_(False)")
+
+
+class RobeEmbedding(_RobeTable):
+    """nn.Embedding whose table is virtual: its rows are read from a small shared array.
+
+    Args:
+        num_embeddings: rows of the table; an id outside raises IndexError. None: any int64 id is legal.
+        embedding_dim: d.
+        padding_idx: the id that reads zeros and takes no gradient.
+        max_norm, norm_type, scale_grad_by_freq, sparse, _weight, _freeze: torch's; what they ask for is refused.
+        array: the RobeArray to read from, shared with other layers; or instead
+        robe_size: number of weights of an array of the layer's own; or instead
+        compression: times the array of the layer's own, with the filter of an admission, is smaller than the table.
+            Where the array has room for every weight of the table, the mapping is the identity and the layer equals its
+            torch counterpart exactly.
+        block_size: Z, consecutive weights read at one hashed offset; None: embedding_dim, one read per row. Above
+            embedding_dim, a block spans rows.
+        table_id: tells the tables of one array apart: layers with the same array and table_id read the same rows.
+        sign: multiply each block by a hashed +1 or -1.
+        hash: "mix"; "linear", the formula of the authors' code; "identity", every weight in a slot of its own.
+        first_row: rows of the tables before this one in the array; used by "linear" and "identity", which lay tables
+            one behind the other. ("identity" takes the tables before to be as wide as this one.)
+        admission: the ids that have a row of their own, the others of a table share one; None: all have.
+        seed, init_std, dtype, device: of an array of the layer's own; see RobeArray.
+
+    Raises:
+        ValueError: an argument out of range, or an option of nn.Embedding that shared weights can't have.
+    """
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        embeddings: Tensor,
+        freeze: bool = True,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
+        **options: Any,
+    ) -> "RobeEmbedding":
+        """A layer as near to a trained table as its array can be: least squares, each slot the mean of what it serves.
+
+        Args:
+            embeddings: (num_embeddings, embedding_dim); device and dtype of the array are its own.
+            freeze: whether the array is not to be trained.
+            options: of the class, robe_size= or compression= among them.
+
+        Raises:
+            ValueError: as of the class; an array that is shared.
+        """
+        _refuse(max_norm, scale_grad_by_freq, sparse)
+        return cls._of_table(embeddings, freeze, {"padding_idx": padding_idx} | options)  # type: ignore[return-value]
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Rows of the virtual table.
+
+        Args:
+            input: ids, int32 or int64, any shape (...).
+
+        Returns:
+            (..., embedding_dim) in the array's dtype.
+
+        Raises:
+            IndexError: an id outside num_embeddings; on CUDA, an assertion on the device.
+        """
+        rows = self._lookup(input.reshape(-1, 1), self.padding_idx)
+        return rows.view(*input.shape, self.embedding_dim)
+
+
+class RobeEmbeddingBag(_RobeTable):
+    """nn.EmbeddingBag whose table is virtual: its rows are read from a small shared array.
+
+    Args:
+        num_embeddings: rows of the table; an id outside raises IndexError. None: any int64 id is legal.
+        embedding_dim: d.
+        mode: "sum", "mean" or "max" of the rows of a bag; an empty bag gives zeros.
+        padding_idx: the id that bags leave out.
+        include_last_offset: offsets have one more entry, the end of the last bag.
+        max_norm, norm_type, scale_grad_by_freq, sparse, _weight: torch's; what they ask for is refused.
+        device, dtype, options: array, robe_size, compression, block_size, table_id, sign, hash, first_row, admission,
+            seed, init_std, as in RobeEmbedding.
+
+    Raises:
+        ValueError: an argument out of range, or an option of nn.EmbeddingBag that shared weights can't have.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int | None,
+        embedding_dim: int,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        mode: str = "mean",
+        sparse: bool = False,
+        _weight: Tensor | None = None,
+        include_last_offset: bool = False,
+        padding_idx: int | None = None,
+        device=None,
+        dtype=None,
+        **options,
+    ):
+        of_torch = max_norm, norm_type, scale_grad_by_freq, sparse, _weight, False, device, dtype
+        super().__init__(num_embeddings, embedding_dim, padding_idx, *of_torch, **options)
+        if mode not in MODES:
+            raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
+        self.mode, self.include_last_offset = mode, include_last_offset
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        embeddings: Tensor,
+        freeze: bool = True,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        mode: str = "mean",
+        sparse: bool = False,
+        include_last_offset: bool = False,
+        padding_idx: int | None = None,
+        **options: Any,
+    ) -> "RobeEmbeddingBag":
+        """A layer as near to a trained table as its array can be; see RobeEmbedding.from_pretrained."""
+        _refuse(max_norm, scale_grad_by_freq, sparse)
+        options |= {"mode": mode, "include_last_offset": include_last_offset, "padding_idx": padding_idx}
+        return cls._of_table(embeddings, freeze, options)  # type: ignore[return-value]
+
+    def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
+        """Pooled rows of the virtual table, one per bag.
+
+        Args:
+            input: ids, int32 or int64: (B, N), B bags of N ids; or (n,), cut into bags by offsets.
+            offsets: (B,) where each bag begins, first 0; (B + 1,) with the end of the last one if include_last_offset.
+                Only with (n,) input.
+            per_sample_weights: factors of the rows, shape of input, dtype of the array. Only with mode "sum".
+
+        Returns:
+            (B, embedding_dim) in the array's dtype.
+
+        Raises:
+            ValueError: shapes, types or offsets that do not fit.
+            IndexError: an id outside num_embeddings; on CUDA, an assertion on the device.
+        """
+        if per_sample_weights is not None and per_sample_weights.shape != input.shape:
+            raise ValueError(
+                f"per_sample_weights: expected the shape of input {tuple(input.shape)}, "
+                f"got {tuple(per_sample_weights.shape)}"
+            )
+        if input.dim() == 2:
+            if offsets is not None:
+                raise ValueError("offsets: expected None with 2-D input, whose rows are the bags")
+            bags, length = input.shape
+            offsets = torch.arange(bags + 1, device=input.device) * length
+            input = input.reshape(-1)
+            per_sample_weights = None if per_sample_weights is None else per_sample_weights.reshape(-1)
+        elif input.dim() != 1:
+            raise ValueError(f"input: expected 1-D with offsets, or 2-D, got shape {tuple(input.shape)}")
+        elif offsets is None or offsets.dim() != 1:
+            raise ValueError("offsets: expected a 1-D tensor with 1-D input")
+        elif not self.include_last_offset:
+            offsets = torch.cat([offsets, offsets.new_full((1,), input.shape[0])])
+        return self._bag(input, offsets, per_sample_weights, self.mode, self.padding_idx).squeeze(1)
+
+    def _config(self) -> dict[str, Any]:
+        return super()._config() | {"mode": self.mode, "include_last_offset": self.include_last_offset}
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, mode={self.mode!r}"

@@ -1,0 +1,232 @@
+"""RobeKeyedEmbeddingBagCollection: features by name, tables of any dimensions; torchrec's EmbeddingBagCollection on one
+array, without a need for torchrec."""
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from robe.admission import Admission
+from robe.array import RobeArray
+from robe.layers.collection import RobeEmbeddingBagCollection, own_config
+from robe.layers.tables import resolve_array
+
+
+class RobeKeyedEmbeddingBagCollection(nn.Module):
+    """What torchrec's EmbeddingBagCollection is, on one array: a KeyedJaggedTensor goes in, a KeyedTensor comes out.
+
+    Without torchrec, a dict of ids goes in and a dict of embeddings comes out. Tables may have different dimensions and
+    poolings: those of one dimension and pooling are read in one operator call. It has those methods of torchrec's that
+    its models ask for, so that it goes into torchrec.models.dlrm.DLRM.
+
+    Args:
+        tables: torchrec's EmbeddingBagConfigs, or robe's; a feature may be in several tables. Table k has table_id k.
+        is_weighted: whether the weights of a KeyedJaggedTensor multiply the rows; with pooling "sum" only.
+        array, robe_size, compression: exactly one, as in RobeEmbedding; compression is that of all tables together.
+        block_size, sign, admission: as in RobeEmbedding; the hash is "mix".
+        seed, init_std, dtype, device: of an array of its own; see RobeArray.
+
+    Raises:
+        ValueError: an argument out of range; two tables of one name.
+    """
+
+    def __init__(
+        self,
+        tables: Sequence[Any],
+        *,
+        is_weighted: bool = False,
+        array: RobeArray | None = None,
+        robe_size: int | None = None,
+        compression: float | None = None,
+        block_size: int | None = None,
+        sign: bool = False,
+        admission: Admission | None = None,
+        seed: int | None = None,
+        init_std: float | None = None,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        configs = [own_config(table) for table in tables]
+        if not configs:
+            raise ValueError("tables: expected at least one EmbeddingBagConfig")
+        repeated = [name for name, n in Counter(config.name for config in configs).items() if n > 1]
+        if repeated:
+            raise ValueError(f"tables: table names must be unique, {repeated[0]!r} is there twice")
+        floats = [None if c.num_embeddings is None else c.num_embeddings * c.embedding_dim for c in configs]
+        array = resolve_array(
+            array,
+            robe_size,
+            compression,
+            table_weights=None if None in floats else sum(n or 0 for n in floats),
+            filter_bytes=0 if admission is None else admission.bytes,
+            seed=seed,
+            init_std=init_std,
+            dtype=dtype,
+            device=device,
+        )
+        self._configs, self._is_weighted = list(tables), is_weighted
+        self._block_size = block_size
+        uses = Counter(feature for config in configs for feature in config.feature_names)
+        self._columns: list[tuple[str, str, int]] = []  # of the output: name, feature, width; table by table
+        groups: dict[tuple[int, str], tuple[list[int], list[int]]] = {}  # their tables and columns
+        for k, config in enumerate(configs):
+            members, columns = groups.setdefault((config.embedding_dim, config.pooling), ([], []))
+            members.append(k)
+            for feature in config.feature_names:
+                columns.append(len(self._columns))
+                name = f"{feature}@{config.name}" if uses[feature] > 1 else feature
+                self._columns.append((name, feature, config.embedding_dim))
+        # In a collection of robe's a feature is in one table.
+        configs = [replace(c, feature_names=[f"{feature}@{c.name}" for feature in c.feature_names]) for c in configs]
+        self.collections = nn.ModuleList(
+            RobeEmbeddingBagCollection(
+                [configs[k] for k in members],
+                array=array,
+                table_ids=members,
+                block_size=block_size,
+                sign=sign,
+                admission=admission,
+            )
+            for members, _ in groups.values()
+        )
+        self._columns_of_collection = [columns for _, columns in groups.values()]
+
+    def _config(self) -> dict[str, Any]:
+        tables, sign = [asdict(own_config(table)) for table in self._configs], self.collections[0].sign
+        return {"tables": tables, "is_weighted": self._is_weighted, "block_size": self._block_size, "sign": sign}
+
+    @property
+    def array(self) -> RobeArray:
+        """The shared weights."""
+        return self.collections[0].array  # type: ignore[return-value]
+
+    @property
+    def admission(self) -> Admission | None:
+        """The ids that have rows of their own, None: all."""
+        return self.collections[0].admission  # type: ignore[return-value]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the array is."""
+        return self.array.weight.device
+
+    def is_weighted(self) -> bool:
+        """Whether the weights of a KeyedJaggedTensor multiply the rows."""
+        return self._is_weighted
+
+    def embedding_bag_configs(self) -> list:
+        """The configs that it was made of."""
+        return self._configs
+
+    def forward(self, features: Any) -> Any:
+        """The pooled embeddings of a batch.
+
+        Args:
+            features: torchrec's KeyedJaggedTensor, in any order of keys; or a dict of each feature's ids, int32 or
+                int64: (B,), one each; (B, N), bags of N; or (values (n,), offsets (B + 1,)), with is_weighted
+                (values, offsets, weights (n,)). Keys that no table reads are left out.
+
+        Returns:
+            torchrec's KeyedTensor, (B, sum of the dimensions), keys and order as torchrec's EmbeddingBagCollection has
+            them: table by table, "feature@table" where several tables read a feature; float32, or the array's float64.
+            Of a dict a dict, with these keys in this order, of (B, embedding_dim) in the array's dtype.
+
+        Raises:
+            ValueError: a feature without key; batch sizes that differ by key; shapes that do not fit.
+            TypeError: something that is no KeyedJaggedTensor and no dict.
+            IndexError: an id outside its table; on CUDA, an assertion on the device.
+        """
+        names = [name for name, _, _ in self._columns]
+        if isinstance(features, Mapping):
+            self._check_keys(features)
+            return dict(zip(names, self._pooled(lambda wanted: _of_mapping(features, wanted, self._is_weighted))))
+        make = _keyed_tensor(features)
+        if features.variable_stride_per_key():
+            raise ValueError("features: expected one batch size for all keys; variable stride is not supported")
+        place = {key: k for k, key in enumerate(features.keys())}
+        self._check_keys(place)
+        columns = self._pooled(lambda wanted: _of_keys(features, [place[key] for key in wanted], self._is_weighted))
+        values = torch.cat(columns, dim=1)
+        return make(
+            keys=names,
+            length_per_key=[width for _, _, width in self._columns],
+            values=values if values.dtype == torch.float64 else values.float(),
+        )
+
+    def _check_keys(self, keys: Mapping) -> None:
+        missing = [feature for _, feature, _ in self._columns if feature not in keys]
+        if missing:
+            raise ValueError(f"features: expected a key {missing[0]!r}, got {', '.join(keys) or 'none'}")
+
+    def _pooled(self, bags_of: Callable[[list[str]], tuple]) -> list[Tensor]:
+        """The columns of the output, from the arguments that a collection takes of some features."""
+        rows: dict[int, Tensor] = {}
+        for collection, columns in zip(self.collections, self._columns_of_collection):
+            bags = bags_of([self._columns[c][1] for c in columns])
+            rows |= zip(columns, collection(*bags).unbind(1))
+        return [rows[column] for column in range(len(self._columns))]
+
+
+def _of_mapping(features: Mapping, keys: list[str], weighted: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """values, offsets and weights of some features, one behind the other."""
+    values, offsets, batch, before = [], [], None, 0
+    weights: list[Tensor] = []
+    for key in keys:
+        of_key = _bags(f"features[{key!r}]", features[key], weighted)
+        bags = len(of_key[1]) - 1
+        batch = bags if batch is None else batch
+        if bags != batch:
+            raise ValueError(f"features[{key!r}]: expected {batch} examples, as features[{keys[0]!r}] has, got {bags}")
+        values.append(of_key[0])
+        offsets.append(of_key[1][:-1] + before)
+        weights += of_key[2:]
+        before += len(of_key[0])
+    offsets.append(offsets[0].new_full((1,), before))
+    return torch.cat(values), torch.cat(offsets), torch.cat(weights) if weighted else None
+
+
+def _bags(name: str, ids: Any, weighted: bool) -> Sequence[Tensor]:
+    """values, offsets (B + 1,) and if weighted weights of one feature."""
+    expected = "(values, offsets, weights)" if weighted else "(B,) or (B, N) ids, or (values, offsets)"
+    if isinstance(ids, Tensor) and ids.dim() in (1, 2) and not weighted:
+        return ids.reshape(-1), torch.arange(len(ids) + 1, device=ids.device) * ids[:1].numel()
+    if not isinstance(ids, Sequence) or len(ids) != 2 + weighted:
+        length = f" of {len(ids)}" if isinstance(ids, Sequence) else ""
+        got = f"a tensor {tuple(ids.shape)}" if isinstance(ids, Tensor) else f"a {type(ids).__name__}{length}"
+        raise ValueError(f"{name}: expected {expected}, got {got}")
+    values, offsets = ids[:2]
+    ends = offsets[[0, -1]]
+    if not ends.is_cuda and ends.tolist() != [0, len(values)]:  # on a GPU, to look would be to wait for it
+        raise ValueError(
+            f"{name}: expected offsets from 0 to {len(values)}, the number of values, "
+            f"got {ends[0].item()} ... {ends[1].item()}"
+        )
+    return ids
+
+
+def _keyed_tensor(features: Any) -> Any:
+    """torchrec's KeyedTensor: it is where the class of features is."""
+    for one in type(features).__mro__:
+        if one.__name__ == "KeyedJaggedTensor":
+            return sys.modules[one.__module__].KeyedTensor
+    raise TypeError(f"features: expected torchrec's KeyedJaggedTensor, or a dict, got a {type(features).__name__}")
+
+
+def _of_keys(features: Any, places: list[int], weighted: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """values, offsets and weights of some keys, in another order perhaps."""
+    values, offsets, weights = features.values(), features.offsets(), features.weights() if weighted else None
+    if places == list(range(len(features.keys()))):
+        return values, offsets, weights
+    start = features.offset_per_key()
+    lengths = features.lengths().view(len(features.keys()), -1)[places].flatten()
+    offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+
+    def pick(of_ids: Tensor) -> Tensor:
+        return torch.cat([of_ids[start[k] : start[k + 1]] for k in places])
+
+    return pick(values), offsets, None if weights is None else pick(weights)

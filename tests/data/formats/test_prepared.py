@@ -1,0 +1,227 @@
+"""A prepared folder: any rows of it, its parts, and what is said when it isn't what was written."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import data.formats.prepared
+from data import prepare
+from data.formats.opening import open_source
+from data.formats.prepared import Dataset
+from data.rows import Batch, DataError
+from tests.helpers.criteo import log_dense, make_rows, together, write_log
+
+ROOT = Path(data.formats.prepared.__file__).parents[2]
+DAYS = [make_rows(count, seed) for seed, count in enumerate((53, 20, 31))]
+ALL = together(*DAYS)
+
+
+def run(*args):
+    return prepare.main([str(arg) for arg in args])
+
+
+def make(folder, *options, days=DAYS):
+    for i, rows in enumerate(days):
+        write_log(folder / f"day_{i}", rows)
+    sources = [folder / f"day_{i}" for i in range(len(days))]
+    assert run(*sources, "--output", folder / "out", "--shard-rows", 20, *options) == 0
+    return folder / "out"
+
+
+def compare(records, rows):
+    np.testing.assert_array_equal(records["label"], rows.labels)
+    np.testing.assert_array_equal(records["dense"], rows.dense)
+    np.testing.assert_array_equal(records["sparse"], rows.ids)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    return make(tmp_path_factory.mktemp("prepared"))
+
+
+def test_shards_are_those_of_each_source(prepared):
+    dataset = Dataset(prepared)
+    assert [shard.rows for shard in dataset.shards] == [20, 20, 13, 20, 20, 11]
+    assert [shard.bytes for shard in dataset.shards] == [160 * shard.rows for shard in dataset.shards]
+    assert (dataset.rows, dataset.name, dataset.is_own) == (104, "out", True)
+    assert [(source.name, source.rows) for source in dataset.sources()] == [("day_0", 53), ("day_1", 20), ("day_2", 31)]
+    for source, rows in zip(dataset.sources(), DAYS):
+        compare(source.take(0, source.rows), rows)
+        compare(source.take(11, 17), rows[11:17])
+
+
+def test_any_rows(prepared):
+    dataset = Dataset(prepared)
+    edges = (0, 1, 19, 20, 21, 40, 53, 54, 72, 73, 93, 103, 104)
+    for start, stop in itertools.combinations_with_replacement(edges, 2):
+        if start < dataset.rows:
+            compare(dataset.take(start, stop), ALL[start:stop])
+        batches = list(dataset.read(start, stop))
+        assert sum(map(len, batches)) == stop - start
+        if batches:
+            batch = Batch.concatenate(batches)
+            np.testing.assert_array_equal(batch.sparse, ALL.ids[start:stop])
+            np.testing.assert_array_equal(batch.labels, ALL.labels[start:stop])
+            np.testing.assert_allclose(batch.dense, log_dense(ALL.dense[start:stop]), rtol=1e-6)
+
+
+def test_a_shard_of_no_rows_between_others(tmp_path):
+    """All its lines were bad."""
+    rows = make_rows(60)
+    lines = rows.lines()
+    lines[20:40] = ["bad"] * 20
+    (tmp_path / "day_0").write_text("\n".join(lines) + "\n")
+    assert run(tmp_path / "day_0", "--output", tmp_path / "out", "--shard-rows", 20, "--on-error", "skip") == 0
+    dataset = Dataset(tmp_path / "out")
+    assert [shard.rows for shard in dataset.shards] == [20, 0, 20]
+    kept = together(rows[:20], rows[40:])
+    for start, stop in ((0, 40), (19, 21), (20, 40), (20, 21), (39, 40)):
+        compare(dataset.take(start, stop), kept[start:stop])
+
+
+def test_parts_by_rows(prepared):
+    assert Dataset(prepared).parts() is None
+
+
+@pytest.mark.parametrize("last", [1, 2, 30, 31])
+def test_parts_by_days(tmp_path, last):
+    dataset = Dataset(make(tmp_path, "--split", "days", days=[DAYS[0], DAYS[1], make_rows(last)]))
+    half = 73 + -(-last // 2)
+    assert dataset.parts() == {"train": range(73), "test": range(73, half), "validation": range(half, 73 + last)}
+
+
+@pytest.mark.parametrize("train", [1, 2])
+def test_parts_by_files(tmp_path, train):
+    paths = [write_log(tmp_path / f"day_{i}", rows) for i, rows in enumerate([*DAYS, make_rows(9)])]
+    options = ("--validation", *paths[train:3], "--test", paths[3], "--output", tmp_path / "out")
+    assert run(*paths[:train], *options) == 0
+    ends = [53, 73, 104]
+    assert Dataset(tmp_path / "out").parts() == {
+        "train": range(ends[train - 1]),
+        "validation": range(ends[train - 1], 104),
+        "test": range(104, 113),
+    }
+
+
+@pytest.fixture
+def own(tmp_path):
+    return make(tmp_path)
+
+
+def refused(folder, capsys, *parts):
+    """Opening raises and --verify exits 2; each says so in one line."""
+    with pytest.raises(DataError) as error:
+        open_source(folder)
+    capsys.readouterr()
+    assert run("--verify", folder) == 2
+    printed = capsys.readouterr().err.strip().splitlines()[-1]
+    for message in (str(error.value), printed):
+        assert "\n" not in message
+        for part in parts:
+            assert part in message
+
+
+def test_unfinished(own, capsys):
+    (own / "day_1.manifest.json").unlink()
+    refused(own, capsys, f"{own}: not complete: 1 of 3 files", "(day_1)", "--resume")
+    for i in (0, 2):
+        manifest = own / f"day_{i}.manifest.json"
+        manifest.write_text(manifest.read_text().replace('"complete": true', '"complete": false'))
+    refused(own, capsys, f"{own}: not complete: 3 of 3 files", "(day_0, day_1, day_2)")
+
+
+def test_missing_shard(own, capsys):
+    (own / "day_0-00001.rows").unlink()
+    refused(own, capsys, "day_0-00001.rows: changed since it was written: expected 3200 bytes, it is missing")
+
+
+@pytest.mark.parametrize("size", [3199, 3201, 0])
+def test_shard_of_another_size(own, capsys, size):
+    os.truncate(own / "day_0-00001.rows", size)
+    refused(own, capsys, f"day_0-00001.rows: changed since it was written: expected 3200 bytes, it has {size}")
+
+
+@pytest.mark.parametrize("file", ["dataset.json", "day_1.manifest.json"])
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[]", b"3", b'{"version": 2}', b"{}", b'{"version": 1}'])
+def test_broken_manifest(own, capsys, file, content):
+    (own / file).write_bytes(content)
+    if content == b'{"version": 1}' and file != "dataset.json":
+        refused(own, capsys, str(own), "not complete")
+    else:
+        refused(own, capsys, str(own / file), "not a manifest")
+
+
+def test_manifest_of_another_version(own, capsys):
+    manifest = json.loads((own / "dataset.json").read_text())
+    (own / "dataset.json").write_text(json.dumps(manifest | {"version": 2}))
+    refused(own, capsys, f"{own / 'dataset.json'}: not a manifest of version 1")
+
+
+def flip(path, keep_time):
+    status = path.stat()
+    content = bytearray(path.read_bytes())
+    content[777] ^= 4
+    path.write_bytes(content)
+    later = status.st_mtime_ns + (0 if keep_time else 10**9)
+    os.utime(path, ns=(later, later))
+
+
+@pytest.mark.parametrize("keep_time", [True, False])
+def test_a_flipped_bit(own, keep_time, capsys):
+    file = own / "day_2-00000.rows"
+    flip(file, keep_time)
+    dataset = Dataset(own)
+    message = f"{file}: changed since it was written: SHA-256 .*, expected "
+    if keep_time:
+        dataset.verify()
+    else:
+        with pytest.raises(DataError, match=message):
+            dataset.verify()
+    with pytest.raises(DataError, match=message):
+        dataset.verify(everything=True)
+    assert run("--verify", own) == 2
+    assert f"error: {file}: changed since it was written: SHA-256 " in capsys.readouterr().err
+
+
+def test_another_time_alone_is_no_change(own, capsys):
+    os.utime(own / "day_0-00000.rows", ns=(1, 1))
+    read = []
+    Dataset(own).verify(progress=read.append)
+    assert read == [3200]
+    assert run("--verify", own) == 0
+    assert f"{own}: 6 files, {104 * 160:,} bytes, as they were written" in capsys.readouterr().out
+
+
+def test_verify_from_the_command_line(own):
+    command = [sys.executable, "-m", "data.prepare", "--verify", own]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode == 0
+    flip(own / "day_1-00000.rows", False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines()[-1].startswith(f"error: {own / 'day_1-00000.rows'}: changed")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("kind", ["npz", "parquet", "tsv"])
+def test_folders_in_other_formats_are_verified_too(tmp_path, kind):
+    folder = make(tmp_path, "--format", kind)
+    assert run("--verify", folder) == 0
+    assert not Dataset(folder).is_own
+    flip(sorted(folder.glob(f"*.{kind}"))[-1], True)
+    assert run("--verify", folder) == 2
+
+
+def test_a_shard_that_goes_away_while_it_is_read(own):
+    dataset = Dataset(own)
+    os.truncate(own / "day_0-00001.rows", 1600)
+    with pytest.raises(DataError, match=r"day_0-00001.rows: truncated: it ends at byte 1600"):
+        dataset.take(0, 40)
+    (own / "day_0-00001.rows").unlink()
+    with pytest.raises(DataError, match=r"day_0-00001.rows: No such file"):
+        dataset.take(0, 40)

@@ -1,0 +1,219 @@
+"""The Predictor against the model it was made of."""
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from data.rows import Batch
+from dlrm import DLRM, DLRMConfig
+from dlrm.embeddings import build_embeddings
+from dlrm.inference import predictor as inference
+from dlrm.inference.predictor import DTYPES, Predictor, array_bytes, check_mlp_dtype, with_array_dtype
+from robe import Admission
+
+CONFIG = DLRMConfig(
+    embedding_dim=8, bottom_mlp=(40, 8), top_mlp=(70, 33, 1), table_rows=(9, 400, 5000, 3), num_dense=5, compression=3
+)
+HOTS = (3, 1, 2, 4)
+CONFIGS = {
+    "robe": CONFIG,
+    "robe, small blocks and signs": replace(CONFIG, block_size=3, sign=True),
+    "robe, long blocks": replace(CONFIG, block_size=20),
+    "robe, several ids": replace(CONFIG, hots=HOTS),
+    "robe, synthetic ids": replace(CONFIG, hots=HOTS, synthetic_hots=True),
+    "robe, admission": replace(CONFIG, admission_bytes=1536),
+    "robe, admission and small blocks": replace(CONFIG, admission_bytes=1536, block_size=3, hots=HOTS),
+    "full": replace(CONFIG, embedding="full", compression=None),
+    "full, several ids": replace(CONFIG, embedding="full", compression=None, hots=HOTS),
+    "hash": replace(CONFIG, embedding="hash"),
+    "cross": replace(CONFIG, interaction="cross", cross_layers=2, cross_rank=5),
+}
+# How far a probability may move.
+TOLERANCE = {"float32": 1e-6, "bfloat16": 0.01, "int8": 0.02}
+
+
+def usable(mlp_dtype):
+    try:
+        check_mlp_dtype(mlp_dtype)
+    except ValueError:
+        return False
+    return True
+
+
+MLP_DTYPES = [dtype for dtype in DTYPES if usable(dtype)]
+
+
+def make(config, seed=0):
+    torch.manual_seed(seed)
+    model = DLRM(config)
+    with torch.no_grad():
+        for p in model.embeddings.parameters():
+            p.normal_(std=0.3)
+    if config.admission_bytes:  # bits at random: two ids of five are in
+        some, others = torch.randint(-(2**63), 2**63 - 1, (2, config.admission_bytes // 8))
+        model.embeddings.admission.filter.copy_(some | others)
+    return model.eval()
+
+
+def rows_of(config, count, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    ids = sum(config.data_hots or (1,) * len(config.table_rows))
+    dense = torch.rand(count, config.num_dense, generator=generator) * 4
+    sparse = torch.randint(-(2**40), 2**40, (count, ids), generator=generator)
+    return dense, sparse
+
+
+def expected(model, dense, sparse):
+    with torch.no_grad():
+        return torch.sigmoid(model(dense, sparse))
+
+
+@pytest.mark.parametrize("mlp_dtype", MLP_DTYPES)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_predictions_are_those_of_the_model(name, mlp_dtype):
+    model = make(CONFIGS[name])
+    predictor = Predictor(model, mlp_dtype=mlp_dtype)
+    for count in (1, 3, 64, 1300):  # a batch of many is cut
+        dense, sparse = rows_of(model.config, count)
+        got, want = predictor(dense, sparse), expected(model, dense, sparse)
+        assert got.shape == (count,)
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got, want, rtol=0, atol=TOLERANCE[mlp_dtype])
+    assert want.std() > 0.02, "or constants would pass"
+    if model.config.admission_bytes:
+        inside = model.embeddings.admission.admits(sparse[:, :4], model.embeddings.table_keys)
+        assert 0.1 < inside.float().mean() < 0.9
+
+
+@pytest.mark.parametrize("name", ["robe", "cross"])
+def test_without_fast_kernels_the_predictions_are_the_same(monkeypatch, name):
+    model = make(CONFIGS[name])
+    dense, sparse = rows_of(CONFIG, 70)
+    monkeypatch.setattr(inference, "backend", lambda: {"cpu": "reference (not built)"})
+    monkeypatch.setattr(inference, "pack_linear", None)  # is not asked for
+    torch.testing.assert_close(
+        Predictor(model)(dense, sparse), expected(model, dense, sparse), rtol=0, atol=TOLERANCE["float32"]
+    )
+
+
+@pytest.mark.parametrize("array_dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize("name", [name for name in CONFIGS if "robe" in name or name == "cross"])
+def test_an_array_in_low_precision_is_read_as_the_numbers_it_stands_for(name, array_dtype):
+    model = make(CONFIGS[name])
+    weight = model.embeddings.array.weight.detach()
+    if array_dtype == "int8":
+        array = model.embeddings.array.quantized()
+        rounded = array.weight.float() * array.scale.repeat_interleave(64)[: len(weight)]
+    else:
+        rounded = weight.bfloat16().float()
+    assert not torch.equal(rounded, weight)
+    before = copy.deepcopy(model.state_dict())
+    dense, sparse = rows_of(model.config, 700)
+    got = Predictor(model, array_dtype=array_dtype)(dense, sparse)
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[key]), "the model is as it was"
+    with torch.no_grad():
+        model.embeddings.array.weight.copy_(rounded)
+    # In bfloat16, the sum of several ids is rounded too.
+    tolerance = 2e-3 if array_dtype == "bfloat16" and model.config.hots else 1e-6
+    torch.testing.assert_close(got, expected(model, dense, sparse), rtol=0, atol=tolerance)
+
+
+def test_bytes_of_the_array():
+    model = make(CONFIG)
+    size = model.embeddings.array.size
+    groups = -(-size // 64)
+    for dtype, want in {"float32": 4 * size, "bfloat16": 2 * size, "int8": size + 4 * groups}.items():
+        assert array_bytes(with_array_dtype(model.embeddings, dtype)) == want
+    admission = make(CONFIGS["robe, admission"]).embeddings
+    assert array_bytes(admission) == array_bytes(model.embeddings) == 4 * size, "the array is smaller by the filter"
+    admission.admission = Admission(80, threshold=2, counter_bytes=1 << 16)
+    assert array_bytes(admission) == 4 * admission.array.size + 80, "without the counters"
+    full = make(CONFIGS["full"])
+    assert array_bytes(full.embeddings) >= CONFIG.full_floats * 4
+
+
+def test_predictions_do_not_depend_on_how_rows_come_in_batches():
+    model = make(CONFIG)
+    predictor = Predictor(model)
+    dense, sparse = rows_of(CONFIG, 1500)
+    whole = predictor(dense, sparse)
+    pieces = [predictor(d, s) for d, s in zip(dense.split(77), sparse.split(77))]
+    # torch's sigmoid rounds the last few of a tensor otherwise than those before.
+    torch.testing.assert_close(torch.cat(pieces), whole, rtol=3e-7, atol=0)
+
+
+@pytest.mark.parametrize("array_dtype", DTYPES)
+def test_a_predictor_counts_no_ids(array_dtype):
+    model = make(CONFIG)
+    model.embeddings.admission = admission = Admission(64, threshold=1, counter_bytes=1 << 16)
+    model.train()
+    dense, sparse = rows_of(CONFIG, 10)
+    Predictor(model, array_dtype=array_dtype)(dense, sparse)
+    assert not admission.filter.any()
+    assert not admission.counter.counters.any()
+    assert model.embeddings.training
+    model(dense, sparse)
+    assert admission.filter.any()
+
+
+def test_results_stay_what_they_were():
+    predictor = Predictor(make(CONFIG))
+    first = predictor(*rows_of(CONFIG, 10, seed=1))
+    kept = first.clone()
+    predictor(*rows_of(CONFIG, 10, seed=2))
+    assert torch.equal(first, kept)
+
+
+def test_a_twin_shares_the_weights_and_no_buffer():
+    predictor = Predictor(make(CONFIG))
+    twin = predictor.twin()
+    assert twin.embeddings is predictor.embeddings
+    assert twin._rows.data_ptr() != predictor._rows.data_ptr()
+    dense, sparse = rows_of(CONFIG, 30)
+    assert torch.equal(twin(dense, sparse), predictor(dense, sparse))
+
+
+def test_the_clock_hears_of_every_stage():
+    heard = []
+    Predictor(make(CONFIG))(*rows_of(CONFIG, 1024), heard.append)
+    assert heard == ["mlp", "embedding", "interaction", "mlp"] * 2
+
+
+def test_predict_goes_through_batches_and_refuses_nan():
+    model = make(CONFIG)
+    dense, sparse = rows_of(CONFIG, 20)
+    batches = [Batch(d.numpy(), s.numpy(), None) for d, s in zip(dense.split(8), sparse.split(8))]
+    got = np.concatenate(list(Predictor(model).predict(batches)))
+    np.testing.assert_allclose(got, expected(model, dense, sparse).numpy(), atol=1e-6)
+    with torch.no_grad():
+        model.top[0].bias[3] = torch.nan
+    with pytest.raises(ValueError, match="the model predicts NaN"):
+        list(Predictor(model).predict(batches))
+
+
+def test_embeddings_may_be_any_module():
+    model = DLRM(CONFIG, build_embeddings(CONFIGS["hash"])).eval()
+    dense, sparse = rows_of(CONFIG, 20)
+    torch.testing.assert_close(Predictor(model)(dense, sparse), expected(model, dense, sparse), rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match="array_dtype: int8 needs a model with a ROBE array; this one has tables"):
+        Predictor(model, array_dtype="int8")
+
+
+def test_unknown_dtypes_are_refused():
+    model = make(CONFIG)
+    with pytest.raises(ValueError, match="array_dtype: expected one of float32, bfloat16, int8, got 'float16'"):
+        Predictor(model, array_dtype="float16")
+    with pytest.raises(ValueError, match="mlp_dtype: expected one of float32, bfloat16, int8, got 'half'"):
+        Predictor(model, mlp_dtype="half")
+
+
+@pytest.mark.parametrize(("mlp_dtype", "needs"), [("bfloat16", "AVX512-BF16 or AMX"), ("int8", "VNNI")])
+def test_a_cpu_without_the_instructions_is_told(monkeypatch, mlp_dtype, needs):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": False})
+    with pytest.raises(ValueError, match=f"mlp_dtype: {mlp_dtype} needs {needs} instructions, which this CPU lacks"):
+        Predictor(make(CONFIG), mlp_dtype=mlp_dtype)
+    assert inference.check_mlp_dtype("float32") is None
