@@ -1,96 +1,142 @@
-"""The kernels: found, loaded, and named.
+"""The kernel backends: found, loaded, registered over the reference bodies, and described.
 
-Importing this registers kernels over the reference bodies in robe/ops.py: the compiled ones for CPU tensors, where they
-were built, and those in Triton for CUDA tensors, where triton is installed.
+BACKENDS lists them all. Compiled kernels for CPU tensors lie in a library ``_cpu.so`` beside each package that has some
+(robe, dlrm); kernels in Triton for CUDA tensors in robe/triton_kernels. A new backend is an entry in BACKENDS and the
+module with its kernels.
+
+Environment variables: ROBE_KERNELS is "native" (the default), "reference" to leave all kernels out, or a folder that holds
+another build, robe/_cpu.so and dlrm/_cpu.so. ROBE_CUDA_KERNELS=reference leaves out those for CUDA.
 """
 
 import ctypes
 import importlib.metadata
 import importlib.util
 import os
-from importlib.machinery import EXTENSION_SUFFIXES
+import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
-_SWITCH = "ROBE_KERNELS"  # "native"; "reference" to leave all kernels out; or another build's file
-_CUDA_SWITCH = "ROBE_CUDA_KERNELS"  # "triton"; "reference" to leave those for CUDA out
-_ON_CUDA = [f"{what}{how}" for what in ("lookup", "bag") for how in ("", "_forward", "_out", "_backward")]
+LIBRARY = "_cpu.so"
+INSTRUCTION_SETS = ("plain", "avx2", "avx512")
+_SWITCH = "ROBE_KERNELS"
+_CUDA_SWITCH = "ROBE_CUDA_KERNELS"
+_ON_CUDA = [f"{operator}{form}" for operator in ("lookup", "bag") for form in ("", "_forward", "_out", "_backward")]
 _ON_CUDA += ["bag_weights_backward", "update_"]
-_library: ctypes.CDLL | None = None
-_reason = ""
-_cuda = ""
+
+
+class KernelsMissing(RuntimeWarning):
+    """Warns that the compiled kernels were not built, so that the reference runs, many times slower."""
+
+
+class Backend(NamedTuple):
+    """A set of kernels for one type of device.
+
+    Attributes:
+        device: its type in torch.
+        register: registers the kernels, called once at import; returns why there are none, or "".
+        describe: names the kernels in use, once they are registered.
+    """
+
+    device: str
+    register: Callable[[], str]
+    describe: Callable[[], str]
+
+
+_libraries: list[ctypes.CDLL] = []  # robe's first
+_reasons: dict[str, str] = {}  # by device: why its kernels are absent
 
 
 def backend() -> dict[str, str]:
-    """Which kernels run, by device type, and where the compiled ones do not, why.
+    """Name the kernels that run, by device type.
 
     Returns:
         {"cpu": ..., "cuda": ...}: "native (avx512)", with the instruction set in use, and "triton (3.6.0)", with its
         version; or "reference (the reason)", which is plain torch: right, but many times slower. Every other device
         runs the reference.
     """
-    cpu = f"reference ({_reason})" if _library is None else f"native ({_library.robe_isa().decode()})"
-    return {"cpu": cpu, "cuda": _cuda}
+    return {b.device: f"reference ({_reasons[b.device]})" if _reasons[b.device] else b.describe() for b in BACKENDS}
 
 
 def set_instruction_set(name: str) -> None:
     """Use the CPU kernels of another instruction set: "plain", "avx2" or "avx512". For tests and measurements.
 
     Raises:
-        ValueError: this machine lacks it, or the kernels are not loaded.
+        ValueError: this CPU lacks it, or the kernels are not loaded.
     """
-    if _library is None or not _library.robe_set_isa(name.encode()):
-        raise ValueError(f"instruction set: {name!r} is not to be had here; in use: {backend()['cpu']}")
+    if not _libraries or not all(library.robe_set_isa(name.encode()) for library in _libraries):
+        raise ValueError(f"instruction set: {name!r} is not available here; in use: {backend()['cpu']}")
 
 
-def _load() -> None:
-    global _library, _reason
+def load_library(package: Path) -> str:
+    """Load the compiled kernels of a package; loading registers them.
+
+    Args:
+        package: its folder.
+
+    Returns:
+        why there are none; "" if they were loaded.
+
+    Raises:
+        ValueError: ROBE_KERNELS names no folder with this library.
+    """
     wanted = os.environ.get(_SWITCH, "native")
     if wanted == "reference":
-        _reason = f"{_SWITCH}=reference"
-        return
-    folder = Path(__file__).parent
-    files = [path for suffix in EXTENSION_SUFFIXES if (path := folder / f"_cpu{suffix}").exists()]
-    if wanted != "native":
-        files = [Path(wanted)]
-        if not files[0].is_file():
-            raise ValueError(f"{_SWITCH}: expected native, reference or a library's file, got {wanted!r}")
-    if not files:
-        _reason = "the kernels were not built: install torch and a C++17 compiler, then install this package again"
-        return
+        return f"{_SWITCH}=reference"
+    file = package / LIBRARY if wanted == "native" else Path(wanted) / package.name / LIBRARY
+    if not file.is_file():
+        if wanted != "native":
+            raise ValueError(f"{_SWITCH}: expected native, reference or a folder with {package.name}/{LIBRARY}, got {wanted!r}")
+        reason = "the kernels were not built: install a C++17 compiler, then install this package again"
+        warnings.warn(
+            f"{package.name}: {reason}. Until then the reference in plain torch runs, many times slower",
+            KernelsMissing,
+            stacklevel=2,
+        )
+        return reason
     try:
-        library = ctypes.CDLL(str(files[0]))
+        library = ctypes.CDLL(str(file))
     except OSError as error:
-        _reason = f"{files[0].name} can't be loaded: {error}"
-        return
+        return f"{file.name} can't be loaded: {error}"
     library.robe_isa.restype = ctypes.c_char_p
     library.robe_set_isa.argtypes, library.robe_set_isa.restype = [ctypes.c_char_p], ctypes.c_bool
-    _library = library
+    _libraries.append(library)
+    return ""
 
 
-def _register_triton() -> None:
-    global _cuda
+def _register_native() -> str:
+    return load_library(Path(__file__).parent)
+
+
+def _describe_native() -> str:
+    return f"native ({_libraries[0].robe_isa().decode()})"
+
+
+def _register_triton() -> str:
     for switch in (_SWITCH, _CUDA_SWITCH):
         if os.environ.get(switch) == "reference":
-            _cuda = f"reference ({switch}=reference)"
-            return
+            return f"{switch}=reference"
     found = importlib.util.find_spec("triton")
     if found is None or found.origin is None:  # any folder of this name is found, too
-        _cuda = "reference (triton is not installed)"
-        return
-    try:
-        _cuda = f"triton ({importlib.metadata.version('triton')})"
-    except importlib.metadata.PackageNotFoundError:  # builds for other machines have other names
-        _cuda = "triton"
+        return "triton is not installed"
     for name in _ON_CUDA:
         torch.library.impl(f"robe::{name}", "CUDA", _on_first_call(name))
+    return ""
 
 
-def _on_first_call(name: str):
-    """A body from robe/triton_kernels.py, which is not imported before: that takes long, and most have no GPU."""
+def _describe_triton() -> str:
+    try:
+        return f"triton ({importlib.metadata.version('triton')})"
+    except importlib.metadata.PackageNotFoundError:  # builds for other machines have other names
+        return "triton"
 
-    def body(*arguments):
+
+def _on_first_call(name: str) -> Callable[..., Any]:
+    """A body that imports robe.triton_kernels when it is called: importing takes long, and most have no GPU."""
+
+    def body(*arguments: Any) -> Any:
         from robe.triton_kernels import KERNELS
 
         return KERNELS[name](*arguments)
@@ -98,5 +144,9 @@ def _on_first_call(name: str):
     return body
 
 
-_load()
-_register_triton()
+BACKENDS = (
+    Backend("cpu", _register_native, _describe_native),
+    Backend("cuda", _register_triton, _describe_triton),
+)
+for _backend in BACKENDS:
+    _reasons[_backend.device] = _backend.register()

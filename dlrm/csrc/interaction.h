@@ -1,5 +1,5 @@
 // The dot products of all pairs of N = F + 1 vectors of an example, and their gradient. Included once per instruction set,
-// as kernels.h.
+// as model_kernels.h.
 
 namespace robe {
 namespace ROBE_ISA {
@@ -20,7 +20,7 @@ ROBE_INLINE T multiply_add(T a, T b, T c) {
 template <class T>
 ROBE_INLINE void vectors_of(const Interaction& x, int64_t example, const T** vectors) {
   vectors[0] = static_cast<const T*>(x.dense) + example * x.dense_stride;
-  const T* const rows = static_cast<const T*>(x.rows) + example * x.example_stride;
+  const T* const rows = static_cast<const T*>(x.embeddings) + example * x.example_stride;
   for (int64_t f = 0; f < x.features; ++f) vectors[f + 1] = rows + f * x.feature_stride;
   for (int64_t i = x.features + 1; i % kRows; ++i) vectors[i] = vectors[x.features];
 }
@@ -78,7 +78,7 @@ void interact_grad_of(const Interaction& x, int64_t begin, int64_t end) {
     for (int64_t i = 1; i < count; ++i)
       for (int64_t j = 0; j < i; ++j) grads[i * count + j] = grads[j * count + i] = *pair++;
     T* const dense = static_cast<T*>(x.dense_grad) + b * dim;
-    T* const embeddings = static_cast<T*>(x.rows_grad) + b * x.features * dim;
+    T* const embeddings = static_cast<T*>(x.embeddings_grad) + b * x.features * dim;
     for (int64_t i = 0; i < count; i += kRows)
       for (int64_t d = 0; d < dim; d += kColumns) {
         const int64_t width = dim - d < kColumns ? dim - d : kColumns;

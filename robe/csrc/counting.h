@@ -1,4 +1,4 @@
-// Counting of ids in a count-min sketch (robe/admission.py), one id after another: what comes out does not depend on
+// Counting of ids in a count-min sketch (robe/sketches.py), one id after another: what comes out does not depend on
 // threads. The counters of an id lie all over hundreds of MB, so they are asked for some ids ahead of their turn.
 
 #pragma once

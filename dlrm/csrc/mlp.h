@@ -1,6 +1,6 @@
 // A chain of linear layers with ReLU between them, for inference: a few examples go through all layers before the next
 // ones, so that their activations stay in the second cache and threads meet once. Included once per instruction set, as
-// kernels.h.
+// model_kernels.h.
 
 namespace robe {
 namespace ROBE_ISA {

@@ -1,0 +1,139 @@
+// The model's kernels for CPUs: operators of dlrm/ops.py, registered with torch.
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <memory>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "calls.h"
+#define ROBE_KERNELS_OF_A_SET "model_kernels.h"
+#include "instruction_sets.h"
+
+#include "arguments.h"
+
+namespace robe {
+namespace {
+
+// dot_interaction(dense, embeddings) and its backward(grad, dense, embeddings).
+struct InteractionCall {
+  Tensor dense, embeddings, out;
+  ScalarType type;
+  Interaction x{};
+
+  static Tensor wide(const Tensor& t, bool keep) {
+    return dense_rows(keep || t.scalar_type() == ScalarType::Float ? t : convert(t, ScalarType::Float));
+  }
+
+  InteractionCall(const Tensor& d, const Tensor& e) : type(d.scalar_type()) {
+    EXPECT(d.dim() == 2 && e.dim() == 3 && d.size(0) == e.size(0) && d.size(1) == e.size(2),
+           "dense and embeddings: expected (B, D) and (B, F, D), got " + shape(d) + " and " + shape(e));
+    EXPECT(type == e.scalar_type() && (type == ScalarType::Float || type == ScalarType::Double ||
+                                       type == ScalarType::BFloat16 || type == ScalarType::Half),
+           "dense and embeddings: expected one floating-point dtype, got " + robe::type(d) + " and " + robe::type(e));
+    x.wide = type == ScalarType::Double;
+    dense = wide(d, x.wide);
+    embeddings = wide(e, x.wide);
+    x.batch = e.size(0), x.features = e.size(1), x.dim = e.size(2);
+    x.dense = dense.const_data_ptr(), x.embeddings = embeddings.const_data_ptr();
+    x.dense_stride = dense.stride(0), x.example_stride = embeddings.stride(0);
+    x.feature_stride = embeddings.stride(1);
+  }
+
+  ScalarType computed() const { return x.wide ? ScalarType::Double : ScalarType::Float; }
+  int64_t width() const { return x.dim + (x.features + 1) * x.features / 2; }
+  Tensor narrow(const Tensor& t) const { return type == computed() ? t : convert(t, type); }
+
+  void run(void (*kernel)(const Interaction&, int64_t, int64_t)) {
+    constexpr int64_t products = 1 << 17;  // multiplications that are worth a thread
+    const int64_t each = width() * x.dim;
+    parallel_for(0, x.batch, std::max<int64_t>(1, products / std::max<int64_t>(each, 1)),
+                                [&](int64_t begin, int64_t end) { kernel(x, begin, end); });
+  }
+};
+
+void dot_interaction(Value* stack, uint64_t, uint64_t) {
+  Arguments in{stack};
+  const Tensor dense = in.tensor(), embeddings = in.tensor();
+  InteractionCall call(dense, embeddings);
+  const int64_t sizes[2] = {call.x.batch, call.width()};
+  call.out = new_tensor(sizes, call.computed());
+  call.x.out = call.out.mutable_data_ptr();
+  call.x.out_stride = sizes[1];
+  call.run(kernels->interact);
+  stack[0] = value_of(call.narrow(call.out));
+}
+
+void dot_interaction_backward(Value* stack, uint64_t, uint64_t) {
+  Arguments in{stack};
+  const Tensor grad = in.tensor(), dense = in.tensor(), embeddings = in.tensor();
+  InteractionCall call(dense, embeddings);
+  EXPECT(grad.dim() == 2 && grad.size(0) == call.x.batch && grad.size(1) == call.width(),
+         "grad: expected shape (" + str(call.x.batch) + ", " + str(call.width()) + "), got " + shape(grad));
+  call.out = dense_rows(grad.scalar_type() == call.computed() ? grad : convert(grad, call.computed()));
+  call.x.out = const_cast<void*>(call.out.const_data_ptr());
+  call.x.out_stride = call.out.stride(0);
+  const int64_t sizes[3] = {call.x.batch, call.x.features, call.x.dim}, dense_sizes[2] = {call.x.batch, call.x.dim};
+  Tensor dense_grad = new_tensor(dense_sizes, call.computed());
+  Tensor embeddings_grad = new_tensor(sizes, call.computed());
+  call.x.dense_grad = dense_grad.mutable_data_ptr();
+  call.x.embeddings_grad = embeddings_grad.mutable_data_ptr();
+  call.run(kernels->interact_grad);
+  stack[0] = value_of(call.narrow(dense_grad));
+  stack[1] = value_of(call.narrow(embeddings_grad));
+}
+
+// mlp(x, weights, biases, width, relu_last): see dlrm/ops.py.
+void mlp(Value* stack, uint64_t, uint64_t) {
+  Arguments in{stack};
+  const Tensor given = in.tensor();
+  const auto weights = in.list<Tensor>(), biases = in.list<Tensor>();
+  Mlp x{};
+  x.width = in.integer();
+  const bool relu_last = in.boolean();
+  EXPECT(given.dim() == 2 && given.scalar_type() == ScalarType::Float,
+         "x: expected a float32 matrix (B, fan_in), got " + type(given) + " " + shape(given));
+  const Tensor input = dense_rows(given);
+  EXPECT(!weights.empty() && weights.size() == biases.size(), "weights and biases: expected one of each for each layer");
+  std::vector<Layer> layers(weights.size());
+  int64_t before = input.size(1), products = 0;  // outputs of the layer before
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const Tensor &w = weights[i], &b = biases[i];
+    EXPECT(w.dim() == 3 && w.size(2) == kPanel && w.scalar_type() == ScalarType::Float && w.is_contiguous() &&
+               (i ? w.size(1) <= before : w.size(1) == before),
+           "weights: expected contiguous float32 (panels, " + str(before) + ", " + str(kPanel) + "), got " + type(w) + " " +
+               shape(w));
+    EXPECT(b.dim() == 1 && b.numel() == w.size(0) * kPanel && b.scalar_type() == ScalarType::Float && b.is_contiguous(),
+           "biases: expected contiguous float32 (" + str(w.size(0) * kPanel) + ",), got " + type(b) + " " + shape(b));
+    layers[i] = {static_cast<const float*>(w.const_data_ptr()), static_cast<const float*>(b.const_data_ptr()), w.size(1),
+                 w.size(0), i + 1 < weights.size() || relu_last};
+    before = b.numel();
+    products += w.numel();
+  }
+  EXPECT(x.width >= 1 && x.width <= before, "width: expected 1 to " + str(before) + ", got " + str(x.width));
+  x.layer = layers.data();
+  x.layers = static_cast<int64_t>(layers.size());
+  x.batch = input.size(0);
+  x.in = static_cast<const float*>(input.const_data_ptr());
+  x.in_stride = input.stride(0);
+  const int64_t sizes[2] = {x.batch, x.width};
+  Tensor out = new_tensor(sizes, ScalarType::Float);
+  x.out = static_cast<float*>(out.mutable_data_ptr());
+  constexpr int64_t worth = 1 << 20;  // multiplications that are worth a thread
+  parallel_for(0, x.batch, std::max<int64_t>(1, worth / std::max<int64_t>(1, products)),
+                              [&](int64_t begin, int64_t end) { kernels->mlp(x, begin, end); });
+  stack[0] = value_of(out);
+}
+
+const Registration registration(
+    "dlrm", {
+        {"dot_interaction", &dot_interaction},
+        {"dot_interaction_backward", &dot_interaction_backward},
+        {"mlp", &mlp},
+    });
+
+}  // namespace
+}  // namespace robe

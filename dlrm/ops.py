@@ -1,0 +1,142 @@
+"""The model's own operators, ``torch.ops.dlrm.*``: schemas, fakes, autograd, and reference bodies in plain torch.
+
+    dot_interaction(dense (B, D), embeddings (B, F, D)) -> (B, D + (F + 1) * F / 2)    dot products of all pairs
+    dot_interaction_backward                                                           its gradients
+    mlp(x (B, fan_in)) -> (B, width)                           linear layers with ReLU between them, without autograd
+
+B examples, F features, D = embedding_dim. The kernels for CPUs are in dlrm/csrc; ``robe.backends`` loads them.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from robe import backends
+
+PANEL = 32  # outputs of a layer whose weights lie together
+
+for _schema in (
+    "dot_interaction(Tensor dense, Tensor embeddings) -> Tensor",
+    "dot_interaction_backward(Tensor grad, Tensor dense, Tensor embeddings) -> (Tensor, Tensor)",
+    "mlp(Tensor x, Tensor[] weights, Tensor[] biases, int width, bool relu_last) -> Tensor",
+):
+    _name, _signature = _schema.split("(", 1)
+    torch.library.define(f"dlrm::{_name}", f"({_signature}", tags=torch.Tag.pt2_compliant_tag)
+
+
+def _vectors(dense: Tensor, embeddings: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """All vectors (B, F + 1, D), and the two of each pair."""
+    if dense.dim() != 2 or embeddings.dim() != 3 or dense.shape != embeddings.select(1, 0).shape:
+        raise ValueError(
+            "dense and embeddings: expected (B, D) and (B, F, D), "
+            f"got {tuple(dense.shape)} and {tuple(embeddings.shape)}"
+        )
+    count = embeddings.shape[1] + 1
+    first, second = torch.tril_indices(count, count, offset=-1, device=dense.device)
+    return torch.cat([dense.unsqueeze(1), embeddings], dim=1), first, second  # (B, F + 1, D)
+
+
+def _dot_interaction(dense: Tensor, embeddings: Tensor) -> Tensor:
+    vectors, first, second = _vectors(dense, embeddings)
+    dots = torch.bmm(vectors, vectors.transpose(1, 2))
+    return torch.cat([dense, dots[:, first, second]], dim=1)
+
+
+def _dot_interaction_backward(grad: Tensor, dense: Tensor, embeddings: Tensor) -> tuple[Tensor, Tensor]:
+    vectors, first, second = _vectors(dense, embeddings)
+    dots = vectors.new_zeros(len(vectors), vectors.shape[1], vectors.shape[1])
+    dots[:, first, second] = grad[:, dense.shape[1] :]
+    grad_vectors = torch.bmm(dots + dots.transpose(1, 2), vectors)
+    return grad_vectors[:, 0] + grad[:, : dense.shape[1]], grad_vectors[:, 1:].contiguous()
+
+
+def pack_linear(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Lay out the weights of a linear layer as ``mlp`` takes them.
+
+    Args:
+        weight: (fan_out, fan_in) float32.
+        bias: (fan_out,) or None.
+
+    Returns:
+        (weights, bias): (panels, fan_in, PANEL) and (panels * PANEL,); outputs past fan_out have zeros.
+    """
+    fan_out, fan_in = weight.shape
+    more = -fan_out % PANEL
+    panels = torch.nn.functional.pad(weight, (0, 0, 0, more)).view(-1, PANEL, fan_in).transpose(1, 2).contiguous()
+    bias = weight.new_zeros(fan_out) if bias is None else bias
+    return panels, torch.nn.functional.pad(bias, (0, more)).contiguous()
+
+
+def _check_mlp(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], width: int) -> None:
+    if x.dim() != 2 or x.dtype != torch.float32:
+        raise ValueError(f"x: expected a float32 matrix (B, fan_in), got {x.dtype} {tuple(x.shape)}")
+    if not weights or len(weights) != len(biases):
+        raise ValueError("weights and biases: expected one of each for each layer")
+    before = x.shape[1]
+    for i, (w, b) in enumerate(zip(weights, biases)):
+        fits = w.dim() == 3 and (w.shape[1] <= before if i else w.shape[1] == before)
+        if not fits or w.shape[2] != PANEL or w.dtype != torch.float32 or not w.is_contiguous():
+            raise ValueError(
+                f"weights: expected contiguous float32 (panels, {before}, {PANEL}), got {w.dtype} {tuple(w.shape)}"
+            )
+        before = w.shape[0] * PANEL
+        if b.shape != (before,) or b.dtype != torch.float32 or not b.is_contiguous():
+            raise ValueError(f"biases: expected contiguous float32 ({before},), got {b.dtype} {tuple(b.shape)}")
+    if not 1 <= width <= before:
+        raise ValueError(f"width: expected 1 to {before}, got {width}")
+
+
+def _mlp(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], width: int, relu_last: bool) -> Tensor:
+    _check_mlp(x, weights, biases, width)
+    for i, (w, b) in enumerate(zip(weights, biases)):
+        x = torch.addmm(b, x[:, : w.shape[1]], w.transpose(0, 1).reshape(w.shape[1], -1))
+        if i + 1 < len(weights) or relu_last:
+            x = x.relu()
+    return x[:, :width].contiguous()
+
+
+REFERENCE: dict[str, Callable[..., Any]] = {
+    "dot_interaction": _dot_interaction,
+    "dot_interaction_backward": _dot_interaction_backward,
+    "mlp": _mlp,
+}
+for _name, _body in REFERENCE.items():
+    torch.library.impl(f"dlrm::{_name}", "CompositeExplicitAutograd", _body)
+
+
+@torch.library.register_fake("dlrm::dot_interaction")
+def _(dense, embeddings):
+    count = embeddings.shape[1] + 1
+    return dense.new_empty(dense.shape[0], dense.shape[1] + count * (count - 1) // 2)
+
+
+@torch.library.register_fake("dlrm::dot_interaction_backward")
+def _(grad, dense, embeddings):
+    return dense.new_empty(dense.shape), embeddings.new_empty(embeddings.shape)
+
+
+@torch.library.register_fake("dlrm::mlp")
+def _(x, weights, biases, width, relu_last):
+    _check_mlp(x, weights, biases, width)
+    return x.new_empty(x.shape[0], width)
+
+
+def _save_all(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _dot_interaction_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.ops.dlrm.dot_interaction_backward(grad, *ctx.saved_tensors)
+
+
+def _refuse_second_derivative(ctx: Any, *grads: Tensor) -> None:
+    raise RuntimeError("dlrm: second derivatives are not supported")
+
+
+torch.library.register_autograd("dlrm::dot_interaction_backward", _refuse_second_derivative)
+torch.library.register_autograd("dlrm::dot_interaction", _dot_interaction_autograd, setup_context=_save_all)
+
+backends.load_library(Path(__file__).parent)

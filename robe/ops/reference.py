@@ -1,0 +1,305 @@
+"""The reference bodies of lookups, bags and updates, in plain torch.
+
+They are the specification of every kernel, and what runs where there is no other. Each takes the operator's arguments in
+the order of its schema.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from robe.hashing import slots
+from robe.ops.layout import (
+    Bags,
+    Call,
+    Tables,
+    UpdateLists,
+    accumulation_dtype,
+    check_array,
+    check_out,
+    embedding_dtype,
+    group_bits,
+    take_out,
+    unpack_bag,
+    unpack_bag_backward,
+    unpack_lookup,
+    unpack_lookup_backward,
+)
+from robe.sketches import SHARED_ID, admits
+
+
+class Places(NamedTuple):
+    """The slots that the ids of a lookup read.
+
+    Attributes:
+        slots: (B, F, D).
+        signs: (B, F, D) of +1 and -1, or None for all +1.
+        kept: (B, F), False where the id is padding; None: all are kept.
+    """
+
+    slots: Tensor
+    signs: Tensor | None
+    kept: Tensor | None
+
+
+class OpenBags(NamedTuple):
+    """The ids of bags that count, n of them, padding left out.
+
+    Attributes:
+        position: (n,) in the values of the call.
+        bag: (n,) the bag of each.
+        slots, signs: (n, D), as in Places.
+        count: the number of bags.
+    """
+
+    position: Tensor
+    bag: Tensor
+    slots: Tensor
+    signs: Tensor | None
+    count: int
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From ids to slots
+
+
+def _check_range(ids: Tensor, features: Tensor, tables: Tables) -> None:
+    """Raise IndexError for the first id outside its table; ids and features have the same shape."""
+    bounds = tables.num_embeddings[features]
+    outside = ((ids < 0) | (ids >= bounds)) & (bounds > 0)
+    if tables.padding_idx is not None:
+        outside &= ids != tables.padding_idx
+    if outside.any():
+        where = tuple(outside.nonzero()[0].tolist())
+        feature = features[where].item()
+        raise IndexError(
+            f"index out of range: id {ids[where].item()} of feature {feature}, "
+            f"whose table has {tables.num_embeddings[feature].item()} rows"
+        )
+
+
+def _slots(weight: Tensor, ids: Tensor, keys: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
+    if call.filter is not None:
+        ids = ids.where(admits(call.filter, ids, keys), SHARED_ID)
+    _, _, embedding_dim, block_size, hash, sign, _ = call.tables
+    size = weight.shape[0]
+    return slots(ids, keys, size=size, embedding_dim=embedding_dim, block_size=block_size, hash=hash, sign=sign)
+
+
+def _places(weight: Tensor, call: Call) -> Places:
+    call.check(weight)
+    tables = call.tables
+    ids = call.ids.long()
+    _check_range(ids, torch.arange(ids.shape[1], device=ids.device).expand_as(ids), tables)
+    kept = None
+    if tables.padding_idx is not None:
+        kept = ids != tables.padding_idx
+        ids = ids.where(kept, 0)  # the padding row need not have slots of its own
+    return Places(*_slots(weight, ids, tables.table_keys, call), kept)
+
+
+def _open_bags(weight: Tensor, call: Call, bags: Bags) -> OpenBags:
+    call.check(weight)
+    tables, values = call.tables, call.ids
+    offsets = bags.offsets.long()
+    counts = offsets.diff()
+    if offsets[0] != 0 or (counts < 0).any() or offsets[-1] > values.shape[0]:
+        raise ValueError(
+            f"offsets: expected to rise from 0 to at most {values.shape[0]}, the number of values, "
+            f"got {offsets[0].item()} ... {offsets[-1].item()}" + " and a fall between" * bool((counts < 0).any())
+        )
+    values = values[: offsets[-1]].long()
+    bag = torch.repeat_interleave(torch.arange(counts.shape[0], device=values.device), counts)
+    batch_size = counts.shape[0] // tables.table_keys.shape[0]
+    feature = torch.div(bag, max(batch_size, 1), rounding_mode="floor")
+    _check_range(values, feature, tables)
+    position = torch.arange(values.shape[0], device=values.device)
+    if tables.padding_idx is not None:
+        position = (values != tables.padding_idx).nonzero().squeeze(-1)
+        values, bag, feature = values[position], bag[position], feature[position]
+    return OpenBags(position, bag, *_slots(weight, values, tables.table_keys[feature], call), counts.shape[0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Lookups and bags
+
+
+def _read(weight: Tensor, slot: Tensor, sign: Tensor | None, scale: Tensor | None = None) -> Tensor:
+    # Autograd would not let users change a view in place.
+    embeddings = torch.ops.aten._unsafe_view(weight.index_select(0, slot.flatten()), slot.shape)
+    if scale is not None:
+        embeddings = embeddings * scale[slot >> group_bits(weight, scale)]
+    return embeddings if sign is None else embeddings * sign
+
+
+def _lookup(weight: Tensor, *arguments: Any) -> Tensor:
+    call = unpack_lookup(arguments)
+    check_array(weight, call.scale)
+    places = _places(weight, call)
+    embeddings = _read(weight, places.slots, places.signs, call.scale)
+    return embeddings if places.kept is None else embeddings.where(places.kept.unsqueeze(-1), 0)
+
+
+def _pool(rows: Tensor, bag: Tensor, bags: int, per_sample_weights: Tensor | None, pooling: str) -> Tensor:
+    """(n, D) embeddings to (bags, D); an empty bag gives zeros."""
+    if pooling == "max":
+        lowest = torch.full((bags, rows.shape[1]), -torch.inf, dtype=rows.dtype, device=rows.device)
+        pooled = lowest.scatter_reduce(0, bag.unsqueeze(-1).expand_as(rows), rows, "amax")
+        return pooled.where(_count(bag, bags).unsqueeze(-1) > 0, 0)
+    if per_sample_weights is not None:
+        rows = rows * per_sample_weights.unsqueeze(-1)
+    pooled = torch.zeros(bags, rows.shape[1], dtype=rows.dtype, device=rows.device).index_add_(0, bag, rows)
+    return pooled / _count(bag, bags).clamp(min=1).unsqueeze(-1) if pooling == "mean" else pooled
+
+
+def _count(bag: Tensor, bags: int) -> Tensor:
+    return torch.bincount(bag, minlength=bags)
+
+
+def _bag(weight: Tensor, *arguments: Any) -> Tensor:
+    call = unpack_bag(arguments)
+    assert call.bags is not None
+    check_array(weight, call.scale)
+    opened = _open_bags(weight, call, call.bags)
+    dtype = embedding_dtype(weight)
+    rows = _read(weight, opened.slots, opened.signs, call.scale).to(accumulation_dtype(dtype))
+    factors = call.bags.per_sample_weights
+    factors = None if factors is None else factors[opened.position]
+    pooled = _pool(rows, opened.bag, opened.count, factors, call.bags.pooling).to(dtype)
+    features = call.tables.table_keys.shape[0]
+    pooled = pooled.view(features, opened.count // features, pooled.shape[1]).transpose(0, 1)
+    return torch.ops.aten._unsafe_view(pooled.contiguous(), pooled.shape)
+
+
+def _writes_out(body: Callable[..., Tensor], ids: int) -> Callable[..., None]:
+    def write(weight: Tensor, *arguments: Any) -> None:
+        arguments, out = take_out(arguments, ids)
+        embeddings = body(weight, *arguments)
+        check_out(out, embeddings.shape, embeddings.dtype)
+        out.copy_(embeddings)
+
+    return write
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Backward
+
+
+def _gradients(grad: Tensor, weight: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    """The slots that a call's gradient goes to and its values there, of equal shape."""
+    check_array(weight)
+    if call.bags is not None:
+        return _bag_gradients(grad, weight, call, call.bags)
+    places = _places(weight, call)
+    value = grad if places.signs is None else grad * places.signs
+    return (places.slots, value) if places.kept is None else (places.slots[places.kept], value[places.kept])
+
+
+def _bag_gradients(grad: Tensor, weight: Tensor, call: Call, bags: Bags) -> tuple[Tensor, Tensor]:
+    position, bag, slot, sign, count = _open_bags(weight, call, bags)
+    grad = grad.transpose(0, 1).flatten(0, 1).to(accumulation_dtype(weight.dtype))  # (B, F, D) -> (F * B, D)
+    value = grad[bag] if sign is None else grad[bag] * sign  # (n, D)
+    if bags.pooling == "max":
+        # The first of equal maxima takes the gradient, as in nn.EmbeddingBag.
+        rows = _read(weight, slot, sign).to(value.dtype)
+        n = bag.shape[0]
+        order = torch.arange(n, device=bag.device).unsqueeze(-1).expand_as(rows)
+        equal = rows == _pool(rows, bag, count, None, "max")[bag]
+        first = torch.full_like(grad, n, dtype=torch.long)
+        first = first.scatter_reduce(0, bag.unsqueeze(-1).expand_as(rows), order.where(equal, n), "amin")
+        won = order == first[bag]
+        return slot[won], value[won]
+    if bags.pooling == "mean":
+        value = value / _count(bag, count)[bag].unsqueeze(-1)
+    elif bags.per_sample_weights is not None:
+        value = value * bags.per_sample_weights[position].unsqueeze(-1)
+    return slot, value
+
+
+def _array_gradient(grad: Tensor, weight: Tensor, call: Call) -> Tensor:
+    """The dense gradient (m,) of the array."""
+    slot, value = _gradients(grad, weight, call)
+    total = torch.zeros(weight.shape, dtype=accumulation_dtype(weight.dtype), device=weight.device)
+    # On a CPU scatter_add_ runs in order over a vector: the same bits on every run.
+    return total.scatter_add_(0, slot.flatten(), value.to(total.dtype).flatten()).to(weight.dtype)
+
+
+def _lookup_backward(grad: Tensor, weight: Tensor, *arguments: Any) -> Tensor:
+    return _array_gradient(grad, weight, unpack_lookup_backward(arguments))
+
+
+def _bag_backward(grad: Tensor, weight: Tensor, *arguments: Any) -> Tensor:
+    return _array_gradient(grad, weight, unpack_bag_backward(arguments))
+
+
+def _bag_weights_backward(grad: Tensor, weight: Tensor, *arguments: Any) -> Tensor:
+    call = unpack_bag_backward(arguments)
+    bags = call.bags
+    check_array(weight)
+    if bags is None or bags.per_sample_weights is None:
+        raise ValueError("per_sample_weights: expected a tensor, got None")
+    opened = _open_bags(weight, call, bags)
+    rows = _read(weight, opened.slots, opened.signs).to(accumulation_dtype(weight.dtype))
+    grad = grad.transpose(0, 1).flatten(0, 1).to(rows.dtype)
+    result = torch.zeros_like(bags.per_sample_weights)
+    result[opened.position] = (grad[opened.bag] * rows).sum(-1).to(result.dtype)
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimizers
+
+
+def _update(weight: Tensor, state: Sequence[Tensor], rule: str, options: Sequence[float], *lists: Any) -> None:
+    slot, value = [], []
+    for grad, call in UpdateLists(*lists).unpack():
+        slots, values = _gradients(grad, weight, call)
+        slot.append(slots.flatten())
+        value.append(values.flatten())
+    if not slot:
+        return
+    dtype = accumulation_dtype(weight.dtype)
+    touched, inverse = torch.cat(slot).unique(return_inverse=True)
+    grad = torch.zeros(touched.shape, dtype=dtype, device=weight.device)
+    grad.index_add_(0, inverse, torch.cat(value).to(dtype))
+    before = [tensor[touched].to(dtype) for tensor in (weight, *state)]
+    for tensor, values in zip((weight, *state), _apply_rule(rule, options, grad, before)):
+        tensor[touched] = values.to(tensor.dtype)
+
+
+def _apply_rule(rule: str, options: Sequence[float], grad: Tensor, before: list[Tensor]) -> list[Tensor]:
+    """The weights and states of some slots after a step of a rule."""
+    w, *s = before
+    rate, decay, *own = options
+    grad = grad + decay * w
+    if rule == "sgd":
+        (momentum, *_) = own
+        if momentum:
+            grad = s[0] = momentum * s[0] + grad
+        return [w - rate * grad, *s]
+    if rule == "adagrad":
+        (eps, *_) = own
+        s[0] = s[0] + grad * grad
+        return [w - rate * grad / (s[0].sqrt() + eps), *s]
+    if rule == "adam":
+        beta1, beta2, eps = own
+        s[0] = beta1 * s[0] + (1 - beta1) * grad
+        s[1] = beta2 * s[1] + (1 - beta2) * grad * grad
+        return [w - rate * s[0] / (s[1].sqrt() + eps), *s]
+    raise ValueError(f"rule: expected one of sgd, adagrad, adam, got {rule!r}")
+
+
+BODIES: dict[str, Callable[..., Any]] = {
+    "lookup": _lookup,
+    "lookup_forward": _lookup,
+    "lookup_out": _writes_out(_lookup, 1),
+    "lookup_backward": _lookup_backward,
+    "bag": _bag,
+    "bag_forward": _bag,
+    "bag_out": _writes_out(_bag, 4),
+    "bag_backward": _bag_backward,
+    "bag_weights_backward": _bag_weights_backward,
+    "update_": _update,
+}

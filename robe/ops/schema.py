@@ -1,0 +1,162 @@
+"""Schemas, fakes and autograd of the operators ``torch.ops.robe.*``.
+
+    lookup(weight, ids (B, F)) -> (B, F, D)                    one id per feature
+    bag(weight, values (n,), offsets (F * B + 1,)) -> (B, F, D)  a bag of ids per feature, pooled
+    lookup_forward, bag_forward                                the same without autograd, quicker to call
+    lookup_out, bag_out                                        the same, written into a tensor
+    lookup_backward, bag_backward -> (m,)                      the dense gradient of the array
+    bag_weights_backward -> (n,)                               the gradient of per_sample_weights
+    update_(weight, ...)                                       an optimizer's rule on the slots that lookups touched
+    count_ids_, id_counts, frequent_rows_, observe_ids_        counting for an admission (robe/ops/counting.py)
+
+B examples, F features, D = embedding_dim, m = number of weights. Values are features major: feature f of example b is
+bag k = f * B + b, values[offsets[k] : offsets[k + 1]]. Both take, per feature, the table's hash key (``hashing.slots``)
+and its num_embeddings (0: unbounded), so that any number of tables costs one call.
+
+Autograd keeps ids and the weight, never an index: the backward operators hash again.
+
+weight is a vector (m,) of floats; or of int8 with ``scale``, float32, one factor for each group of weights. Groups are
+runs of G weights, G the smallest power of two with which the scales cover the array; the embeddings are then float32.
+
+filter, (W,) int64, with "mix" only, holds the ids that have an embedding of their own (robe/sketches.py); the others of
+a table read that of SHARED_ID. Bounds and padding_idx are about the ids as they are given.
+
+Bodies register themselves: those in plain torch here, kernels in robe/backends.py.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from robe.ops import counting, reference
+from robe.ops.layout import Call, UpdateLists, check_array, embedding_dtype, unpack_bag, unpack_lookup
+
+REFERENCE = {**reference.BODIES, **counting.BODIES}
+
+_LAYOUT = "int embedding_dim, int block_size, str hash, bool sign, int? padding_idx"
+_TABLES = f"Tensor table_keys, Tensor num_embeddings, {_LAYOUT}"
+_BAGS = "Tensor values, Tensor offsets, Tensor? per_sample_weights, str pooling"
+_FILTER = "Tensor? filter=None"
+_LISTS = ", ".join(f"Tensor[] {name}" for name in UpdateLists._fields if name != "layouts")
+SCHEMAS = (
+    f"lookup(Tensor weight, Tensor ids, {_TABLES}, Tensor? scale=None, {_FILTER}) -> Tensor",
+    f"lookup_forward(Tensor weight, Tensor ids, {_TABLES}, Tensor? scale=None, {_FILTER}) -> Tensor",
+    f"lookup_out(Tensor weight, Tensor ids, {_TABLES}, Tensor? scale, Tensor(a!) out, {_FILTER}) -> ()",
+    f"lookup_backward(Tensor grad, Tensor weight, Tensor ids, {_TABLES}, {_FILTER}) -> Tensor",
+    f"bag(Tensor weight, {_BAGS}, {_TABLES}, Tensor? scale=None, {_FILTER}) -> Tensor",
+    f"bag_forward(Tensor weight, {_BAGS}, {_TABLES}, Tensor? scale=None, {_FILTER}) -> Tensor",
+    f"bag_out(Tensor weight, {_BAGS}, {_TABLES}, Tensor? scale, Tensor(a!) out, {_FILTER}) -> ()",
+    f"bag_backward(Tensor grad, Tensor weight, {_BAGS}, {_TABLES}, {_FILTER}) -> Tensor",
+    f"bag_weights_backward(Tensor grad, Tensor weight, {_BAGS}, {_TABLES}, {_FILTER}) -> Tensor",
+    "count_ids_(Tensor(a!) counters, Tensor ids, Tensor keys, Tensor(b!)? clicks=None, Tensor? labels=None) -> ()",
+    "id_counts(Tensor counters, Tensor rows) -> Tensor",
+    "frequent_rows_(Tensor counters, Tensor ids, Tensor keys, int times, Tensor(a!) recent) -> Tensor",
+    "observe_ids_(Tensor(a!) counters, Tensor ids, Tensor keys, Tensor filter, int threshold) -> Tensor",
+    f"update_(Tensor(a!) weight, Tensor(b!)[] state, str rule, float[] options, {_LISTS}, int[] layouts) -> ()",
+)
+for _schema in SCHEMAS:
+    _name, _signature = _schema.split("(", 1)
+    torch.library.define(f"robe::{_name}", f"({_signature}", tags=torch.Tag.pt2_compliant_tag)
+for _name, _body in REFERENCE.items():
+    torch.library.impl(f"robe::{_name}", "CompositeExplicitAutograd", _body)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fakes: the shapes alone, for torch.compile and torch.export
+
+
+def _checked(weight: Tensor, call: Call) -> Call:
+    check_array(weight, call.scale)
+    call.check(weight)
+    return call
+
+
+@torch.library.register_fake("robe::lookup")
+@torch.library.register_fake("robe::lookup_forward")
+def _(weight, *arguments):
+    call = _checked(weight, unpack_lookup(arguments))
+    return weight.new_empty(*call.ids.shape, call.tables.embedding_dim, dtype=embedding_dtype(weight))
+
+
+@torch.library.register_fake("robe::bag")
+@torch.library.register_fake("robe::bag_forward")
+def _(weight, *arguments):
+    call = _checked(weight, unpack_bag(arguments))
+    features = call.tables.table_keys.shape[0]
+    shape = (call.bags.offsets.shape[0] - 1) // features, features, call.tables.embedding_dim
+    return weight.new_empty(shape, dtype=embedding_dtype(weight))
+
+
+@torch.library.register_fake("robe::lookup_backward")
+@torch.library.register_fake("robe::bag_backward")
+def _(grad, weight, *_):
+    return torch.empty_like(weight)
+
+
+@torch.library.register_fake("robe::bag_weights_backward")
+def _(grad, weight, values, offsets, per_sample_weights, *_):
+    return torch.empty_like(per_sample_weights)
+
+
+@torch.library.register_fake("robe::id_counts")
+def _(counters, rows):
+    return torch.empty_like(rows)
+
+
+@torch.library.register_fake("robe::frequent_rows_")
+@torch.library.register_fake("robe::observe_ids_")
+def _(counters, ids, *_):
+    return ids.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64)
+
+
+@torch.library.register_fake("robe::count_ids_")
+@torch.library.register_fake("robe::lookup_out")
+@torch.library.register_fake("robe::bag_out")
+@torch.library.register_fake("robe::update_")
+def _(*_, **__):
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Autograd
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)))
+    ctx.arguments = [None if isinstance(x, Tensor) else (x,) for x in inputs]
+
+
+def _arguments(ctx: Any) -> list[Any]:
+    saved = iter(ctx.saved_tensors)
+    return [next(saved) if constant is None else constant[0] for constant in ctx.arguments]
+
+
+def _lookup_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    *arguments, _scale, filter = _arguments(ctx)
+    return torch.ops.robe.lookup_backward(grad, *arguments, filter), *[None] * (len(arguments) + 1)
+
+
+def _bag_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    *arguments, _scale, filter = _arguments(ctx)
+    gradients: list[Tensor | None] = [None] * (len(arguments) + 2)
+    if ctx.needs_input_grad[0]:
+        gradients[0] = torch.ops.robe.bag_backward(grad, *arguments, filter)
+    if ctx.needs_input_grad[3]:
+        gradients[3] = torch.ops.robe.bag_weights_backward(grad, *arguments, filter)
+    return tuple(gradients)
+
+
+def refuse_second_derivative(ctx: Any, *grads: Tensor) -> None:
+    """The backward of a backward operator.
+
+    Raises:
+        RuntimeError: always.
+    """
+    raise RuntimeError("robe: second derivatives are not supported")
+
+
+for _name in ("lookup_backward", "bag_backward", "bag_weights_backward"):
+    torch.library.register_autograd(f"robe::{_name}", refuse_second_derivative)
+torch.library.register_autograd("robe::lookup", _lookup_autograd, setup_context=_save)
+torch.library.register_autograd("robe::bag", _bag_autograd, setup_context=_save)
