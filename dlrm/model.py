@@ -10,6 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+import dlrm.ops  # noqa: F401  (registers torch.ops.dlrm)
 from dlrm.config import DLRMConfig
 from dlrm.embeddings import bags, build_embeddings, synthetic_ids
 
@@ -42,7 +43,7 @@ class DotInteraction(nn.Module):
 
     def forward(self, dense: Tensor, embeddings: Tensor) -> Tensor:
         """dense (B, D) and embeddings (B, F, D) -> (B, D + N * (N - 1) / 2): dense, then the products."""
-        return torch.ops.robe.dot_interaction(dense, embeddings)
+        return torch.ops.dlrm.dot_interaction(dense, embeddings)
 
 
 class LowRankCrossNet(nn.Module):

@@ -1,6 +1,8 @@
 """ROBE embeddings: tables of any size on one small shared array of weights."""
 
-from robe import optim
+import sys
+
+from robe import layers, optim
 from robe.admission import Admission, IdCounter
 from robe.array import Int8RobeArray, RobeArray
 from robe.authors import load_authors_weights
@@ -29,3 +31,7 @@ __all__ = [
     "optim",
     "save",
 ]
+
+# Models that 0.8.0 pickled as a whole name these modules.
+for _name in ("collection", "embedding", "keyed", "tables"):
+    sys.modules[f"robe.{_name}"] = getattr(layers, _name)

@@ -1,6 +1,7 @@
 """RobeArray: the one array of weights behind any number of virtual tables; Int8RobeArray, its copy for inference."""
 
 import weakref
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +50,14 @@ class RobeArray(nn.Module):
     def reset_parameters(self) -> None:
         """Draw the initial values again."""
         nn.init.normal_(self.weight, std=self.init_std)
+
+    def optimizer(self) -> Any:
+        """Return the optimizer of robe.optim that takes this array's gradients, or None."""
+        return self._optimizer and self._optimizer()
+
+    def set_optimizer(self, optimizer: Any) -> None:
+        """Give the array's gradients to an optimizer of robe.optim, which calls this itself."""
+        self._optimizer = weakref.ref(optimizer)
 
     def read(self) -> tuple[Tensor, None]:
         """The weights and their scale, as the operators take them."""

@@ -88,7 +88,9 @@ def load_library(package: Path) -> str:
     file = package / LIBRARY if wanted == "native" else Path(wanted) / package.name / LIBRARY
     if not file.is_file():
         if wanted != "native":
-            raise ValueError(f"{_SWITCH}: expected native, reference or a folder with {package.name}/{LIBRARY}, got {wanted!r}")
+            raise ValueError(
+                f"{_SWITCH}: expected native, reference or a folder with {package.name}/{LIBRARY}, got {wanted!r}"
+            )
         reason = "the kernels were not built: install a C++17 compiler, then install this package again"
         warnings.warn(
             f"{package.name}: {reason}. Until then the reference in plain torch runs, many times slower",

@@ -28,40 +28,40 @@ see no gradient of these arrays. full_weight() is outside of all this: its gradi
 """
 
 import math
-import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-import robe.ops
 from robe.array import RobeArray
-from robe.hashing import HASHES
+from robe.ops.layout import Call, UpdateLists, unpack_bag_backward, unpack_lookup_backward
 
 
 class _Recorded(torch.autograd.Function):
     """A lookup or bag whose gradient goes to an optimizer, not to weight.grad."""
 
     @staticmethod
-    def forward(ctx, weight, per_sample_weights, optimizer, name, arguments):
-        ctx.parameter, ctx.optimizer, ctx.name = weight, optimizer, name
+    def forward(ctx, weight, per_sample_weights, optimizer, call):
+        ctx.parameter, ctx.optimizer, ctx.is_lookup = weight, optimizer, call.bags is None
+        arguments = (*call.pack(), call.filter)
         ctx.save_for_backward(weight, *(x for x in arguments if isinstance(x, Tensor)))
         ctx.arguments = [None if isinstance(x, Tensor) else (x,) for x in arguments]
-        *tables, filter = arguments
-        return getattr(torch.ops.robe, f"{name}_forward").default(weight, *tables, None, filter)
+        forward = torch.ops.robe.lookup_forward if ctx.is_lookup else torch.ops.robe.bag_forward
+        return forward.default(weight, *arguments[:-1], None, call.filter)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         weight, *saved = ctx.saved_tensors
         tensors = iter(saved)
-        arguments = tuple(next(tensors) if constant is None else constant[0] for constant in ctx.arguments)
-        ctx.optimizer._pending.setdefault(ctx.parameter, []).append((ctx.name, grad, arguments))
+        arguments = [next(tensors) if constant is None else constant[0] for constant in ctx.arguments]
+        call = unpack_lookup_backward(arguments) if ctx.is_lookup else unpack_bag_backward(arguments)
+        ctx.optimizer._pending.setdefault(ctx.parameter, []).append((grad, call))
         grad_weights = None
         if ctx.needs_input_grad[1]:
             grad_weights = torch.ops.robe.bag_weights_backward(grad, weight, *arguments)
-        return None, grad_weights, None, None, None
+        return None, grad_weights, None, None
 
 
 class _TouchedSlots(torch.optim.Optimizer):
@@ -74,7 +74,7 @@ class _TouchedSlots(torch.optim.Optimizer):
         for name in ("lr", "weight_decay", "eps", "momentum", "lr_decay", "initial_accumulator_value"):
             if not 0 <= defaults.get(name, 0) < math.inf:
                 raise ValueError(f"{name}: expected at least 0, got {defaults[name]}")
-        self._pending: dict[Tensor, list[tuple]] = {}
+        self._pending: dict[Tensor, list[tuple[Tensor, Call]]] = {}
         self._process_group = process_group
         # add_param_group takes the weights out of the modules.
         super().__init__([arrays] if isinstance(arrays, nn.Module) else arrays, defaults)  # type: ignore[arg-type]
@@ -100,7 +100,7 @@ class _TouchedSlots(torch.optim.Optimizer):
             raise ValueError("arrays: expected RobeArrays, or modules that hold some; there is none in what was given")
         super().add_param_group({**param_group, "params": [array.weight for array in arrays.values()]})
         for array in arrays.values():
-            array._optimizer = weakref.ref(self)
+            array.set_optimizer(self)
 
     def owns(self, weight: Tensor) -> bool:
         """Whether this is a weight to update."""
@@ -108,13 +108,17 @@ class _TouchedSlots(torch.optim.Optimizer):
 
     # torch.compile leaves this call out of its graphs; torch.compiler.disable would import the compiler to say so.
     @torch._disable_dynamo
-    def record(self, name: str, weight: Tensor, arguments: tuple) -> Tensor:
-        """The embeddings of a lookup or bag; their gradient will come to this optimizer. Called by the layers.
+    def record(self, weight: Tensor, call: Call) -> Tensor:
+        """Return the embeddings of a call, whose gradient will come to this optimizer. Layers call this.
 
         Args:
-            arguments: of the operator's backward, from the ids on.
+            weight: of the array, (m,).
+            call: a lookup or bag.
+
+        Returns:
+            (B, F, D).
         """
-        return _Recorded.apply(weight, arguments[2] if name == "bag" else None, self, name, arguments)
+        return _Recorded.apply(weight, None if call.bags is None else call.bags.per_sample_weights, self, call)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients since the last step."""
@@ -142,7 +146,7 @@ class _TouchedSlots(torch.optim.Optimizer):
                         state[name] = torch.full_like(weight, group.get("initial_accumulator_value", 0))
                 options = self._options(group, state["step"])
                 tensors = [state[name] for name in self._state_names]
-                torch.ops.robe.update_(weight, tensors, self._rule, options, *_lists(calls))
+                torch.ops.robe.update_(weight, tensors, self._rule, options, *UpdateLists.pack(calls))
         return loss
 
     def _options(self, group: dict[str, Any], step: int) -> list[float]:
@@ -150,43 +154,31 @@ class _TouchedSlots(torch.optim.Optimizer):
         raise NotImplementedError
 
 
-def _of_all_processes(calls: list[tuple], group) -> list[tuple]:
+def _of_all_processes(calls: list[tuple[Tensor, Call]], group) -> list[tuple[Tensor, Call]]:
     """The same calls of every process, with gradients whose sum is the average."""
     from robe.gather import gather  # torch.distributed is for those who use it
 
-    # ids, and of bags offsets and factors: before what belongs to the layer, which is the same everywhere.
-    counts = [1 if name == "lookup" else 3 for name, _, _ in calls]
-    tensors = [
-        x for (_, grad, arguments), count in zip(calls, counts) for x in (grad, *arguments[:count]) if x is not None
-    ]
+    own = [x for grad, call in calls for x in (grad, *_of_process(call))]
     together = []
-    for of_process in gather(tensors, group):
-        own = iter(of_process)
-        for (name, _, arguments), count in zip(calls, counts):
-            grad = next(own) / torch.distributed.get_world_size(group)
-            mine = tuple(None if x is None else next(own) for x in arguments[:count])
-            together.append((name, grad, mine + arguments[count:]))
+    for tensors in gather(own, group):
+        waiting = iter(tensors)
+        for _, call in calls:
+            grad = next(waiting) / torch.distributed.get_world_size(group)
+            ids, bags = next(waiting), call.bags
+            if bags is not None:
+                bags = bags._replace(offsets=next(waiting))
+                if bags.per_sample_weights is not None:
+                    bags = bags._replace(per_sample_weights=next(waiting))
+            together.append((grad, call._replace(ids=ids, bags=bags)))
     return together
 
 
-def _lists(calls: list[tuple]) -> tuple:
-    """The arguments of ``update_`` from (name, gradient, arguments of the operator)."""
-    grads, ids, offsets, factors, keys, rows, filters, layouts = [], [], [], [], [], [], [], []
-    for name, grad, arguments in calls:
-        count = 1 if name == "lookup" else 4
-        mode = 0 if name == "lookup" else 1 + robe.ops.MODES.index(arguments[3])
-        table_keys, num_embeddings, embedding_dim, block_size, hash, sign, padding_idx, filter = arguments[count:]
-        none = grad.new_empty(0)
-        grads.append(grad)
-        ids.append(arguments[0])
-        offsets.append(arguments[1] if mode else none)
-        factors.append(arguments[2] if mode and arguments[2] is not None else none)
-        keys.append(table_keys)
-        rows.append(num_embeddings)
-        filters.append(table_keys.new_empty(0) if filter is None else filter)
-        padded = padding_idx is not None
-        layouts += [mode, embedding_dim, block_size, HASHES.index(hash), int(sign), int(padded), padding_idx or 0]
-    return grads, ids, offsets, factors, keys, rows, filters, layouts
+def _of_process(call: Call) -> list[Tensor]:
+    """The tensors of a call that differ between processes; its tables and filter are the same everywhere."""
+    tensors = [call.ids]
+    if call.bags is not None:
+        tensors += [x for x in (call.bags.offsets, call.bags.per_sample_weights) if x is not None]
+    return tensors
 
 
 class SGD(_TouchedSlots):

@@ -18,7 +18,6 @@ import json
 import operator
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from torch import nn
 from robe.admission import Admission
 from robe.array import Int8RobeArray, RobeArray
 from robe.compress import reason_to_leave, tables_of
+from robe.files import whole_file
 from robe.layers.collection import EmbeddingBagConfig, RobeEmbeddingBagCollection, own_config
 from robe.layers.embedding import RobeEmbedding, RobeEmbeddingBag
 from robe.layers.keyed import RobeKeyedEmbeddingBagCollection
@@ -40,7 +40,7 @@ _LAYERS: dict[str, Any] = {
 }
 _TABLES: dict[str, Any] = {"RobeEmbedding": nn.Embedding, "RobeEmbeddingBag": nn.EmbeddingBag}
 _OF_TABLES = ("num_embeddings", "embedding_dim", "padding_idx", "mode", "include_last_offset")
-Layer = RobeEmbedding | RobeEmbeddingBag | RobeEmbeddingBagCollection | RobeKeyedEmbeddingBagCollection
+RobeLayer = RobeEmbedding | RobeEmbeddingBag | RobeEmbeddingBagCollection | RobeKeyedEmbeddingBagCollection
 
 
 def save(module: nn.Module, file: str | os.PathLike) -> None:
@@ -69,7 +69,7 @@ def save(module: nn.Module, file: str | os.PathLike) -> None:
             "type": _own_type(layer),
             "array": _place(layer.array, arrays),
             "admission": None if layer.admission is None else _place(layer.admission, admissions),
-            "config": layer._config(),
+            "config": layer.arguments(),
         }
         for name, layer in layers.items()
     }
@@ -182,7 +182,7 @@ def _load_into(module: nn.Module, about: dict[str, Any], opened, metadata: dict[
     for name, layer in new.items():
         if swapped[old[name]] is old[name]:
             for there, made in zip(_parts(old[name]), _parts(layer)):
-                there._keys, there.table_keys = made._keys, made.table_keys  # those of the array's seed
+                there.take_keys(made)
     module.load_state_dict(tensors)
 
 
@@ -206,7 +206,7 @@ def _tensors_for(module: nn.Module, opened, metadata: dict[str, str], file: str)
     return {name: read[kept] for name, kept in tensors.items()}
 
 
-def _layers_of(module: nn.Module, name: str = "") -> Iterator[tuple[str, Layer]]:
+def _layers_of(module: nn.Module, name: str = "") -> Iterator[tuple[str, RobeLayer]]:
     """The outermost ROBE layers, under every name they have."""
     if isinstance(module, tuple(_LAYERS.values())):
         yield name, module  # type: ignore[misc]
@@ -234,7 +234,7 @@ def _parts(layer: Any) -> list[Any]:
 
 def _reads(layer: Any) -> tuple:
     """What decides where a layer reads, and the names of its tensors."""
-    return [(part._keys, part._rows) for part in _parts(layer)], list(layer.state_dict())
+    return [part.keys_and_bounds() for part in _parts(layer)], list(layer.state_dict())
 
 
 def _place(one: Any, several: list) -> int:
@@ -314,7 +314,7 @@ def _checked(module: nn.Module, name: str, described: dict[str, Any], file: str)
         raise ValueError(f"{file}: has a layer {name!r}, and there is none in this {type(module).__name__}") from None
     reason, compared = None, ("tables", *_OF_TABLES)
     if isinstance(there, tuple(_LAYERS.values())):
-        own = _in_json(there._config())  # type: ignore[operator]
+        own = _in_json(there.arguments())  # type: ignore[operator]
         if not isinstance(there, _LAYERS[kind]) or _own_type(there) != described["type"]:
             reason = f"is a {described['type'] or kind} there"
         elif described["type"]:  # it stays as it is, so all has to be the same
@@ -340,27 +340,3 @@ def _checked(module: nn.Module, name: str, described: dict[str, Any], file: str)
 def _device(module: nn.Module) -> torch.device:
     device = next((x.device for x in (*module.parameters(), *module.buffers())), torch.device("cpu"))
     return torch.device("cpu") if device.type == "meta" else device
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Write the file that this yields; it takes the name ``path`` when all went well, else nothing is left of it.
-
-    Raises:
-        OSError: it can't be written; names ``path``.
-    """
-    from safetensors import SafetensorError
-
-    part = path.with_name(path.name + ".part")
-    try:
-        part.touch()
-        mode = part.stat().st_mode  # as the umask has it; safetensors makes files that only their owner reads
-        yield part
-        part.chmod(mode)
-        os.replace(part, path)
-    except (OSError, SafetensorError) as error:  # the latter also stands for a full disk
-        raise OSError(
-            getattr(error, "errno", None), getattr(error, "strerror", None) or str(error), str(path)
-        ) from None
-    finally:
-        part.unlink(missing_ok=True)

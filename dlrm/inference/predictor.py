@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dlrm.embeddings import bags, synthetic_ids
 from dlrm.model import DLRM, MLP, CrossInteraction
 from robe import RobeEmbeddingBagCollection, backend
-from robe.ops import pack_linear
+from dlrm.ops import pack_linear
 
 DTYPES = ("float32", "bfloat16", "int8")
 
@@ -201,7 +201,7 @@ def _chain(linears: Sequence[nn.Module], dtype: str, relu_last: bool) -> Layer:
     if dtype == "float32" and "avx" in backend()["cpu"]:  # elsewhere torch's own BLAS is faster
         packed, biases = map(list, zip(*(pack_linear(*layer) for layer in weights)))
         width = len(weights[-1][0])
-        return lambda x: torch.ops.robe.mlp(x, packed, biases, width, relu_last)
+        return lambda x: torch.ops.dlrm.mlp(x, packed, biases, width, relu_last)
     pack = {"float32": _float32_linear, "bfloat16": _bfloat16_linear, "int8": _int8_linear}[dtype]
     layers = [pack(*layer, relu=relu_last or i + 1 < len(weights)) for i, layer in enumerate(weights)]
 

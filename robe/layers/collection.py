@@ -3,14 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate
-from typing import Any
+from typing import Any, Unpack
 
 from torch import Tensor
 
-from robe.admission import Admission
-from robe.array import RobeArray
+from robe.layers.options import LayerOptions
 from robe.layers.tables import RobeTables
-from robe.ops import MODES
+from robe.ops import POOLINGS
 
 
 @dataclass
@@ -61,25 +60,17 @@ class RobeEmbeddingBagCollection(RobeTables):
         self,
         tables: Sequence[EmbeddingBagConfig],
         *,
-        array: RobeArray | None = None,
-        robe_size: int | None = None,
-        compression: float | None = None,
         table_ids: Sequence[int] | None = None,
-        block_size: int | None = None,
-        sign: bool = False,
-        hash: str = "mix",
-        admission: Admission | None = None,
-        seed: int | None = None,
-        init_std: float | None = None,
         device=None,
         dtype=None,
+        **options: Unpack[LayerOptions],
     ):
         tables = list(tables)
         _check_configs(tables)
         rows = [table.num_embeddings for table in tables]
         if table_ids is not None and len(table_ids) != len(tables):
             raise ValueError(f"table_ids: expected {len(tables)}, one a table, got {len(table_ids)}")
-        if hash == "linear" and None in rows:
+        if options.get("hash") == "linear" and None in rows:
             raise ValueError("hash='linear': lays tables one behind the other, so every table needs num_embeddings")
         super().__init__(
             rows,
@@ -87,25 +78,18 @@ class RobeEmbeddingBagCollection(RobeTables):
             table_of_feature=[k for k, table in enumerate(tables) for _ in (table.feature_names or [table.name])],
             table_ids=range(len(tables)) if table_ids is None else table_ids,
             first_rows=[0, *accumulate(n or 0 for n in rows)][:-1],
-            array=array,
-            robe_size=robe_size,
-            compression=compression,
-            block_size=block_size,
-            sign=sign,
-            hash=hash,
-            admission=admission,
-            seed=seed,
-            init_std=init_std,
             device=device,
             dtype=dtype,
+            **options,
         )
         self.tables = tables
         self.table_ids = list(range(len(tables)) if table_ids is None else table_ids)
         self.feature_names = [name for table in tables for name in (table.feature_names or [table.name])]
         self.pooling = tables[0].pooling
 
-    def _config(self) -> dict[str, Any]:
-        config = super()._config() | {"tables": [asdict(table) for table in self.tables], "table_ids": self.table_ids}
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments, in JSON's types, that make this layer again on the same array and admission."""
+        config = super().arguments() | {"tables": [asdict(table) for table in self.tables], "table_ids": self.table_ids}
         del config["embedding_dim"]  # of the tables
         return config
 
@@ -184,5 +168,5 @@ def _check_configs(tables: list[EmbeddingBagConfig]) -> None:
                     f"tables: all tables of a collection need the same {option}; {tables[0].name!r} has {expected!r}, "
                     f"{table.name!r} has {got!r}: RobeKeyedEmbeddingBagCollection takes several"
                 )
-    if tables[0].pooling not in MODES:
-        raise ValueError(f"pooling: expected one of {', '.join(MODES)}, got {tables[0].pooling!r}")
+    if tables[0].pooling not in POOLINGS:
+        raise ValueError(f"pooling: expected one of {', '.join(POOLINGS)}, got {tables[0].pooling!r}")

@@ -1,14 +1,13 @@
 """RobeEmbedding and RobeEmbeddingBag: nn.Embedding and nn.EmbeddingBag on a shared array."""
 
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
-from robe.admission import Admission
-from robe.array import RobeArray
+from robe.layers.options import LayerOptions
 from robe.layers.tables import RobeTables, project
-from robe.ops import MODES
+from robe.ops import POOLINGS
 
 _NO_WEIGHT = "{} has no weight: its parameter is array.weight, shared; full_weight() computes the virtual table"
 
@@ -38,17 +37,9 @@ class _RobeTable(RobeTables):
         device=None,
         dtype=None,
         *,
-        array: RobeArray | None = None,
-        robe_size: int | None = None,
-        compression: float | None = None,
-        block_size: int | None = None,
         table_id: int = 0,
-        sign: bool = False,
-        hash: str = "mix",
         first_row: int = 0,
-        admission: Admission | None = None,
-        seed: int | None = None,
-        init_std: float | None = None,
+        **options: Unpack[LayerOptions],
     ):
         # norm_type is there for torch's sake: it means nothing without max_norm.
         _refuse(max_norm, scale_grad_by_freq, sparse, _weight, _freeze)
@@ -58,17 +49,9 @@ class _RobeTable(RobeTables):
             table_of_feature=[0],
             table_ids=[table_id],
             first_rows=[first_row],
-            array=array,
-            robe_size=robe_size,
-            compression=compression,
-            block_size=block_size,
-            sign=sign,
-            hash=hash,
-            admission=admission,
-            seed=seed,
-            init_std=init_std,
             device=device,
             dtype=dtype,
+            **options,
         )
         if padding_idx is not None and num_embeddings is not None:
             if not -num_embeddings <= padding_idx < num_embeddings:
@@ -79,9 +62,10 @@ class _RobeTable(RobeTables):
         # A layer may have found room for every weight, and laid them out itself.
         self.first_row = self._keys[0] // embedding_dim if self.hash == "identity" else first_row
 
-    def _config(self) -> dict[str, Any]:
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments, in JSON's types, that make this layer again on the same array and admission."""
         own = {"num_embeddings": self.num_embeddings, "padding_idx": self.padding_idx}
-        return super()._config() | own | {"table_id": self.table_id, "first_row": self.first_row}
+        return super().arguments() | own | {"table_id": self.table_id, "first_row": self.first_row}
 
     @classmethod
     def _of_table(cls, embeddings: Tensor, freeze: bool, options: dict[str, Any]) -> "_RobeTable":
@@ -242,12 +226,17 @@ class RobeEmbeddingBag(_RobeTable):
         padding_idx: int | None = None,
         device=None,
         dtype=None,
-        **options,
+        *,
+        table_id: int = 0,
+        first_row: int = 0,
+        **options: Unpack[LayerOptions],
     ):
         of_torch = max_norm, norm_type, scale_grad_by_freq, sparse, _weight, False, device, dtype
-        super().__init__(num_embeddings, embedding_dim, padding_idx, *of_torch, **options)
-        if mode not in MODES:
-            raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
+        super().__init__(
+            num_embeddings, embedding_dim, padding_idx, *of_torch, table_id=table_id, first_row=first_row, **options
+        )
+        if mode not in POOLINGS:
+            raise ValueError(f"mode: expected one of {', '.join(POOLINGS)}, got {mode!r}")
         self.mode, self.include_last_offset = mode, include_last_offset
 
     @classmethod
@@ -305,8 +294,9 @@ class RobeEmbeddingBag(_RobeTable):
             offsets = torch.cat([offsets, offsets.new_full((1,), input.shape[0])])
         return self._bag(input, offsets, per_sample_weights, self.mode, self.padding_idx).squeeze(1)
 
-    def _config(self) -> dict[str, Any]:
-        return super()._config() | {"mode": self.mode, "include_last_offset": self.include_last_offset}
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments, in JSON's types, that make this layer again on the same array and admission."""
+        return super().arguments() | {"mode": self.mode, "include_last_offset": self.include_last_offset}
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, mode={self.mode!r}"

@@ -1,11 +1,10 @@
-"""RobeKeyedEmbeddingBagCollection: features by name, tables of any dimensions; torchrec's EmbeddingBagCollection on one
-array, without a need for torchrec."""
+"""RobeKeyedEmbeddingBagCollection: torchrec's EmbeddingBagCollection on one array, without a need for torchrec."""
 
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +12,14 @@ from torch import Tensor, nn
 from robe.admission import Admission
 from robe.array import RobeArray
 from robe.layers.collection import RobeEmbeddingBagCollection, own_config
+from robe.layers.options import SharedOptions, check_options
 from robe.layers.tables import resolve_array
+
+
+class _Column(NamedTuple):
+    name: str
+    feature: str
+    width: int
 
 
 class RobeKeyedEmbeddingBagCollection(nn.Module):
@@ -39,18 +45,12 @@ class RobeKeyedEmbeddingBagCollection(nn.Module):
         tables: Sequence[Any],
         *,
         is_weighted: bool = False,
-        array: RobeArray | None = None,
-        robe_size: int | None = None,
-        compression: float | None = None,
-        block_size: int | None = None,
-        sign: bool = False,
-        admission: Admission | None = None,
-        seed: int | None = None,
-        init_std: float | None = None,
         device=None,
         dtype=None,
+        **options: Unpack[SharedOptions],
     ):
         super().__init__()
+        check_options(type(self), options, SharedOptions.__annotations__)
         configs = [own_config(table) for table in tables]
         if not configs:
             raise ValueError("tables: expected at least one EmbeddingBagConfig")
@@ -58,21 +58,13 @@ class RobeKeyedEmbeddingBagCollection(nn.Module):
         if repeated:
             raise ValueError(f"tables: table names must be unique, {repeated[0]!r} is there twice")
         floats = [None if c.num_embeddings is None else c.num_embeddings * c.embedding_dim for c in configs]
-        array = resolve_array(
-            array,
-            robe_size,
-            compression,
-            table_weights=None if None in floats else sum(n or 0 for n in floats),
-            filter_bytes=0 if admission is None else admission.bytes,
-            seed=seed,
-            init_std=init_std,
-            dtype=dtype,
-            device=device,
-        )
+        table_weights = None if None in floats else sum(n or 0 for n in floats)
+        array = resolve_array(options, table_weights=table_weights, device=device, dtype=dtype)
+        block_size = options.get("block_size")
         self._configs, self._is_weighted = list(tables), is_weighted
         self._block_size = block_size
         uses = Counter(feature for config in configs for feature in config.feature_names)
-        self._columns: list[tuple[str, str, int]] = []  # of the output: name, feature, width; table by table
+        self._columns: list[_Column] = []  # of the output, table by table
         groups: dict[tuple[int, str], tuple[list[int], list[int]]] = {}  # their tables and columns
         for k, config in enumerate(configs):
             members, columns = groups.setdefault((config.embedding_dim, config.pooling), ([], []))
@@ -80,7 +72,7 @@ class RobeKeyedEmbeddingBagCollection(nn.Module):
             for feature in config.feature_names:
                 columns.append(len(self._columns))
                 name = f"{feature}@{config.name}" if uses[feature] > 1 else feature
-                self._columns.append((name, feature, config.embedding_dim))
+                self._columns.append(_Column(name, feature, config.embedding_dim))
         # In a collection of robe's a feature is in one table.
         configs = [replace(c, feature_names=[f"{feature}@{c.name}" for feature in c.feature_names]) for c in configs]
         self.collections = nn.ModuleList(
@@ -89,14 +81,15 @@ class RobeKeyedEmbeddingBagCollection(nn.Module):
                 array=array,
                 table_ids=members,
                 block_size=block_size,
-                sign=sign,
-                admission=admission,
+                sign=options.get("sign", False),
+                admission=options.get("admission"),
             )
             for members, _ in groups.values()
         )
         self._columns_of_collection = [columns for _, columns in groups.values()]
 
-    def _config(self) -> dict[str, Any]:
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments, in JSON's types, that make this layer again on the same array and admission."""
         tables, sign = [asdict(own_config(table)) for table in self._configs], self.collections[0].sign
         return {"tables": tables, "is_weighted": self._is_weighted, "block_size": self._block_size, "sign": sign}
 
@@ -141,7 +134,7 @@ class RobeKeyedEmbeddingBagCollection(nn.Module):
             TypeError: something that is no KeyedJaggedTensor and no dict.
             IndexError: an id outside its table; on CUDA, an assertion on the device.
         """
-        names = [name for name, _, _ in self._columns]
+        names = [column.name for column in self._columns]
         if isinstance(features, Mapping):
             self._check_keys(features)
             return dict(zip(names, self._pooled(lambda wanted: _of_mapping(features, wanted, self._is_weighted))))
@@ -154,12 +147,12 @@ class RobeKeyedEmbeddingBagCollection(nn.Module):
         values = torch.cat(columns, dim=1)
         return make(
             keys=names,
-            length_per_key=[width for _, _, width in self._columns],
+            length_per_key=[column.width for column in self._columns],
             values=values if values.dtype == torch.float64 else values.float(),
         )
 
     def _check_keys(self, keys: Mapping) -> None:
-        missing = [feature for _, feature, _ in self._columns if feature not in keys]
+        missing = [column.feature for column in self._columns if column.feature not in keys]
         if missing:
             raise ValueError(f"features: expected a key {missing[0]!r}, got {', '.join(keys) or 'none'}")
 
@@ -167,7 +160,7 @@ class RobeKeyedEmbeddingBagCollection(nn.Module):
         """The columns of the output, from the arguments that a collection takes of some features."""
         rows: dict[int, Tensor] = {}
         for collection, columns in zip(self.collections, self._columns_of_collection):
-            bags = bags_of([self._columns[c][1] for c in columns])
+            bags = bags_of([self._columns[c].feature for c in columns])
             rows |= zip(columns, collection(*bags).unbind(1))
         return [rows[column] for column in range(len(self._columns))]
 

@@ -1,35 +1,48 @@
-"""RobeTables: what the layers have in common, an array and the places of virtual tables in it."""
+"""RobeTables: an array, and the places of virtual tables in it. All layers stand on it."""
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 import robe.ops  # noqa: F401  (registers torch.ops.robe)
-from robe.admission import RARE, Admission
+from robe.admission import Admission
 from robe.array import Int8RobeArray, RobeArray
 from robe.hashing import HASHES, slots, table_key
+from robe.layers.options import LayerOptions, SharedOptions, check_options
+from robe.ops.layout import Bags, Call, Tables
+from robe.sketches import SHARED_ID
 
-COMPONENTS_AT_ONCE = 1 << 22  # of tables that are gone through
+COMPONENTS_AT_ONCE = 1 << 22  # of tables that are read in pieces
 _WITH_AUTOGRAD = {"lookup": torch.ops.robe.lookup.default, "bag": torch.ops.robe.bag.default}
 _FORWARD = {"lookup": torch.ops.robe.lookup_forward.default, "bag": torch.ops.robe.bag_forward.default}
 _OUT = {"lookup": torch.ops.robe.lookup_out.default, "bag": torch.ops.robe.bag_out.default}
 
 
 class RobeTables(nn.Module):
-    """An array, and where each feature's table lies in it. Subclasses pass ``*self._tables()`` on to an operator.
+    """An array, and the place of each feature's table in it.
 
     Args:
-        num_embeddings: rows of each table; None: unbounded.
+        num_embeddings: of each table; None: unbounded.
         embedding_dim: of all tables.
         table_of_feature: for each feature the index of its table.
         table_ids: of each table, for "mix".
         first_rows: of each table, for "linear" and "identity".
-        array, robe_size, compression, block_size, sign, hash, admission, seed, init_std, device, dtype: as in
-            RobeEmbedding.
+        device, dtype: of the layer's own array.
+        options: see LayerOptions.
+
+    Attributes:
+        array: the RobeArray, or its Int8RobeArray.
+        admission: the Admission, or None.
+        table_keys: buffer (F,) int64, the hash key of each feature's table.
+        num_embeddings_per_feature: buffer (F,) int64, 0 for an unbounded table.
+
+    Raises:
+        TypeError: an unknown keyword.
+        ValueError: an argument out of range.
     """
 
     table_keys: Tensor
@@ -43,55 +56,41 @@ class RobeTables(nn.Module):
         table_of_feature: Sequence[int],
         table_ids: Sequence[int],
         first_rows: Sequence[int],
-        array: RobeArray | None,
-        robe_size: int | None,
-        compression: float | None,
-        block_size: int | None,
-        sign: bool,
-        hash: str,
-        admission: Admission | None,
-        seed: int | None,
-        init_std: float | None,
-        device,
-        dtype,
+        device=None,
+        dtype=None,
+        **options: Unpack[LayerOptions],
     ):
         super().__init__()
+        check_options(type(self), options, LayerOptions.__annotations__)
+        block_size, hash, admission = options.get("block_size"), options.get("hash", "mix"), options.get("admission")
         block_size = embedding_dim if block_size is None else block_size
         _check(num_embeddings, embedding_dim, block_size, hash)
-        rows = [n or 0 for n in num_embeddings]  # 0 stands for unbounded in the operators
-        table_weights = None if 0 in rows else sum(rows) * embedding_dim
-        array = resolve_array(
-            array,
-            robe_size,
-            compression,
-            table_weights=table_weights,
-            filter_bytes=0 if admission is None else admission.bytes,
-            seed=seed,
-            init_std=init_std,
-            dtype=dtype,
-            device=device,
-        )
-        own = robe_size is not None or compression is not None
+        bounds = [n or 0 for n in num_embeddings]  # 0 stands for unbounded in the operators
+        table_weights = None if 0 in bounds else sum(bounds) * embedding_dim
+        array = resolve_array(options, table_weights=table_weights, device=device, dtype=dtype)
         if admission is not None and hash != "mix":
             raise ValueError(f"admission: expected hash='mix' with it, got {hash!r}")
+        own = options.get("array") is None
         if own and admission is None and hash == "mix" and table_weights is not None and array.size >= table_weights:
             # Room for every weight: no hash can do better than a slot for each.
-            hash, first_rows = "identity", [0, *accumulate(rows)][:-1]
+            hash, first_rows = "identity", [0, *accumulate(bounds)][:-1]
         if hash == "mix":
             keys = [table_key(array.seed, table_id) for table_id in table_ids]
         else:
             keys = [first * embedding_dim if hash == "identity" else first for first in first_rows]
-        _check_room(array, keys, rows, embedding_dim, block_size, hash)
+        _check_room(array, keys, bounds, embedding_dim, block_size, hash)
 
         self.array, self.admission = array, admission
-        self.embedding_dim, self.block_size, self.sign, self.hash = embedding_dim, block_size, sign, hash
+        self.embedding_dim, self.block_size, self.hash = embedding_dim, block_size, hash
+        self.sign = options.get("sign", False)
+        # Whole models that 0.8.0 pickled have these two names.
         self._keys = [keys[table] for table in table_of_feature]
-        self._rows = [rows[table] for table in table_of_feature]
+        self._rows = [bounds[table] for table in table_of_feature]
         for name, values in (("table_keys", self._keys), ("num_embeddings_per_feature", self._rows)):
             self.register_buffer(name, torch.tensor(values, device=array.weight.device), persistent=False)
 
-    def _config(self) -> dict[str, Any]:
-        """The arguments, in JSON's types, that make this layer again on the same array and admission."""
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments, in JSON's types, that make this layer again on the same array and admission."""
         return {
             "embedding_dim": self.embedding_dim,
             "block_size": self.block_size,
@@ -99,10 +98,19 @@ class RobeTables(nn.Module):
             "hash": self.hash,
         }
 
+    def keys_and_bounds(self) -> tuple[list[int], list[int]]:
+        """Return table_keys and num_embeddings_per_feature as they were made, whatever device the buffers are on."""
+        return self._keys, self._rows
+
+    def take_keys(self, other: "RobeTables") -> None:
+        """Read where another layer of the same tables reads: take the hash keys, which stand for its array's seed."""
+        self._keys, self.table_keys = other._keys, other.table_keys
+
     def _tables(self, padding_idx: int | None = None) -> tuple:
+        """The fields of ``layout.Tables``; a plain tuple, since making a NamedTuple takes as long as hashing a row."""
         buffers = self._buffers  # past nn.Module.__getattr__, which costs as much as reading a batch of one
-        keys, rows = buffers["table_keys"], buffers["num_embeddings_per_feature"]
-        return keys, rows, self.embedding_dim, self.block_size, self.hash, self.sign, padding_idx
+        keys, bounds = buffers["table_keys"], buffers["num_embeddings_per_feature"]
+        return keys, bounds, self.embedding_dim, self.block_size, self.hash, self.sign, padding_idx
 
     def _lookup(self, ids: Tensor, padding_idx: int | None = None, out: Tensor | None = None) -> Tensor:
         """(B, F) ids, one per feature, to (B, F, D)."""
@@ -113,12 +121,12 @@ class RobeTables(nn.Module):
         values: Tensor,
         offsets: Tensor,
         per_sample_weights: Tensor | None,
-        mode: str,
+        pooling: str,
         padding_idx: int | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
         """Bags of ids, features major, to (B, F, D)."""
-        return self._read("bag", (values, offsets, per_sample_weights, mode), padding_idx, out)
+        return self._read("bag", (values, offsets, per_sample_weights, pooling), padding_idx, out)
 
     def _read(self, name: str, ids: tuple, padding_idx: int | None, out: Tensor | None) -> Tensor:
         array: RobeArray | Int8RobeArray = self._modules["array"]  # type: ignore[assignment]
@@ -144,15 +152,16 @@ class RobeTables(nn.Module):
         if forward_ad._current_level >= 0:
             _refuse_tangents(weight, *ids)
         if graph and weight.requires_grad:
-            optimizer = array._optimizer and array._optimizer()
+            optimizer = array.optimizer()
             if optimizer and optimizer.owns(weight):
-                return optimizer.record(name, weight, (*arguments, filter))
+                bags = Bags(*ids[1:]) if name == "bag" else None
+                return optimizer.record(weight, Call(ids[0], bags, Tables(*tables), filter))
         whole = graph or torch.compiler.is_compiling() or torch.jit.is_tracing()
         read = (_WITH_AUTOGRAD if whole else _FORWARD)[name]
         return read(weight, *arguments, scale, filter)
 
     def _observe(self, ids: tuple, padding_idx: int | None, admission: Admission) -> None:
-        """Show the admission what is about to be read: (ids,), or (values, offsets, ...)."""
+        """Show the admission the ids that are about to be read: (ids,), or (values, offsets, ...)."""
         values, keys = ids[0], self.table_keys
         if len(ids) > 1:
             offsets = ids[1]
@@ -166,19 +175,19 @@ class RobeTables(nn.Module):
     def _feature_rows(self, feature: int, padding_idx: int | None = None) -> Tensor:
         """The virtual table of a feature, (num_embeddings, embedding_dim), with autograd."""
         if not self._rows[feature]:
-            raise ValueError("full_weight: a table without num_embeddings has no end")
+            raise ValueError("full_weight: expected a table with num_embeddings, got an unbounded one")
         weight, scale = self.array.read()
         ids = torch.arange(self._rows[feature], device=weight.device).unsqueeze(1)
-        keys, rows, *layout = self._tables(padding_idx)
+        keys, bounds, *layout = self._tables(padding_idx)
         table = slice(feature, feature + 1)
         filter = None if self.admission is None else self.admission.filter
-        return torch.ops.robe.lookup(weight, ids, keys[table], rows[table], *layout, scale, filter).squeeze(1)
+        return torch.ops.robe.lookup(weight, ids, keys[table], bounds[table], *layout, scale, filter).squeeze(1)
 
     def _slots(self, feature: int, ids: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What rows (n,) of a feature's table read, and their signs, (n, D) each; those of ids not let in too."""
+        """The slots that ids (n,) of a feature read, and their signs, (n, D) each."""
         key = self.table_keys[feature]
         if self.admission is not None:
-            ids = ids.where(self.admission.admits(ids, key), RARE)
+            ids = ids.where(self.admission.admits(ids, key), SHARED_ID)
         size, dim, block = self.array.size, self.embedding_dim, self.block_size
         return slots(ids, key, size=size, embedding_dim=dim, block_size=block, hash=self.hash, sign=self.sign)
 
@@ -196,10 +205,14 @@ class RobeTables(nn.Module):
 
 @torch.no_grad()
 def project(array: RobeArray, tables: Sequence[tuple[RobeTables, Tensor]]) -> None:
-    """Set an array to the least squares approximation of tables: of layers of one feature on it, each (rows, D).
+    """Set an array to the least squares approximation of tables.
 
     Each component of a row is one slot times its sign, so the sum of squares is least where each slot is the mean of
     the components (times sign) that it serves.
+
+    Args:
+        array: changed in place.
+        tables: layers of one feature on this array, each with the table (num_embeddings, D) to approximate.
     """
     total, load = torch.zeros(2, array.size, dtype=torch.float64, device=array.weight.device)
     for layer, weight in tables:
@@ -227,20 +240,20 @@ def _check(num_embeddings: Sequence[int | None], embedding_dim: int, block_size:
         raise ValueError(f"embedding_dim: expected at least 1, got {embedding_dim}")
     if block_size < 1:
         raise ValueError(f"block_size: expected at least 1, got {block_size}")
-    for rows in num_embeddings:
-        if rows is not None and rows < 1:
-            raise ValueError(f"num_embeddings: expected at least 1, or None for any int64 id, got {rows}")
+    for n in num_embeddings:
+        if n is not None and n < 1:
+            raise ValueError(f"num_embeddings: expected at least 1, or None for any int64 id, got {n}")
     if hash not in HASHES:
         raise ValueError(f"hash: expected one of {', '.join(HASHES)}, got {hash!r}")
     if hash == "identity" and None in num_embeddings:
-        raise ValueError("hash='identity': every table needs num_embeddings")
+        raise ValueError("num_embeddings: expected of every table with hash='identity', got None")
 
 
 def _check_room(
-    array: RobeArray, keys: list[int], rows: list[int], embedding_dim: int, block_size: int, hash: str
+    array: RobeArray, keys: list[int], bounds: list[int], embedding_dim: int, block_size: int, hash: str
 ) -> None:
     if hash == "identity":
-        last = max(key + n * embedding_dim for key, n in zip(keys, rows))
+        last = max(key + n * embedding_dim for key, n in zip(keys, bounds))
         if min(keys) < 0:
             raise ValueError(f"first_row: expected at least 0 with hash='identity', got {min(keys) // embedding_dim}")
         if last > array.size:
@@ -252,24 +265,19 @@ def _check_room(
         )
 
 
-def resolve_array(
-    array: RobeArray | None,
-    robe_size: int | None,
-    compression: float | None,
-    *,
-    table_weights: int | None,
-    filter_bytes: int,
-    seed: int | None,
-    init_std: float | None,
-    dtype,
-    device,
-) -> RobeArray:
-    """The array of a layer: exactly one of array, robe_size, compression is given.
+def resolve_array(options: SharedOptions, *, table_weights: int | None, device, dtype) -> RobeArray:
+    """Return the array that the options ask for.
 
     Args:
-        table_weights: weights that the layer's tables would have; None where a table is unbounded.
-        filter_bytes: of the memory that compression leaves, those of an admission.
+        options: exactly one of array, robe_size and compression is given.
+        table_weights: the number of weights in the layer's tables; None where a table is unbounded.
+        device, dtype: of the layer's own array.
+
+    Raises:
+        ValueError: none or several of the three, or options that don't fit together.
     """
+    array, robe_size, compression = options.get("array"), options.get("robe_size"), options.get("compression")
+    admission, seed, init_std = options.get("admission"), options.get("seed"), options.get("init_std")
     given = {"array": array, "robe_size": robe_size, "compression": compression}
     names = [name for name, value in given.items() if value is not None]
     if len(names) != 1:
@@ -290,6 +298,7 @@ def resolve_array(
             raise ValueError("compression: tables without num_embeddings have no size to compress; give robe_size=")
         # At compression 1 or below, more slots than weights would stay empty.
         robe_size = table_weights if compression <= 1 else int(table_weights / compression)
+        filter_bytes = 0 if admission is None else admission.bytes
         robe_size -= filter_bytes // (torch.empty(0, dtype=dtype).element_size())
         if robe_size < 1:
             beside = f" beside the {filter_bytes} bytes of the admission" if filter_bytes else ""

@@ -45,7 +45,7 @@ def test_values_and_gradients_equal_a_loop(shape, dtype):
     want = by_loop(*(x.double().numpy() for x in (dense, embeddings, grad)))
     dense.requires_grad_()
     embeddings.requires_grad_()
-    output = torch.ops.robe.dot_interaction(dense, embeddings)
+    output = torch.ops.dlrm.dot_interaction(dense, embeddings)
     output.backward(grad)
     for got, expected in zip((output.detach(), dense.grad, embeddings.grad), want):
         assert got.dtype == dtype
@@ -66,28 +66,28 @@ def test_reference_equals_a_loop():
 
 def test_strides_do_not_matter():
     dense, embeddings, grad = inputs(4, 5, 6)
-    want = torch.ops.robe.dot_interaction(dense, embeddings)
+    want = torch.ops.dlrm.dot_interaction(dense, embeddings)
     wide = torch.zeros(4, 9, 6, dtype=torch.float64)
     wide[:, 2:7], wide[:, 8] = embeddings, dense
     columns = embeddings.transpose(1, 2).contiguous().transpose(1, 2)  # last dimension not contiguous
-    assert torch.equal(torch.ops.robe.dot_interaction(wide[:, 8], wide[:, 2:7]), want)
-    assert torch.equal(torch.ops.robe.dot_interaction(dense, columns), want)
-    expected = torch.ops.robe.dot_interaction_backward(grad, dense, embeddings)
-    got = torch.ops.robe.dot_interaction_backward(grad.T.contiguous().T, wide[:, 8], columns)
+    assert torch.equal(torch.ops.dlrm.dot_interaction(wide[:, 8], wide[:, 2:7]), want)
+    assert torch.equal(torch.ops.dlrm.dot_interaction(dense, columns), want)
+    expected = torch.ops.dlrm.dot_interaction_backward(grad, dense, embeddings)
+    got = torch.ops.dlrm.dot_interaction_backward(grad.T.contiguous().T, wide[:, 8], columns)
     assert all(torch.equal(a, b) for a, b in zip(got, expected))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_opcheck(dtype):
     dense, embeddings, grad = inputs(3, 4, 5, dtype)
-    torch.library.opcheck(torch.ops.robe.dot_interaction, (dense.requires_grad_(), embeddings.requires_grad_()))
-    torch.library.opcheck(torch.ops.robe.dot_interaction_backward, (grad, dense.detach(), embeddings.detach()))
+    torch.library.opcheck(torch.ops.dlrm.dot_interaction, (dense.requires_grad_(), embeddings.requires_grad_()))
+    torch.library.opcheck(torch.ops.dlrm.dot_interaction_backward, (grad, dense.detach(), embeddings.detach()))
 
 
 @pytest.mark.parametrize(("dense", "embeddings"), [((2, 3), (2, 4, 5)), ((2, 3), (3, 4, 3)), ((2, 3), (2, 3))])
 def test_shapes_that_do_not_fit_are_refused(dense, embeddings):
     with pytest.raises(ValueError, match=r"dense and embeddings: expected \(B, D\) and \(B, F, D\), got"):
-        torch.ops.robe.dot_interaction(torch.ones(dense), torch.ones(embeddings))
+        torch.ops.dlrm.dot_interaction(torch.ones(dense), torch.ones(embeddings))
 
 
 def test_threads_do_not_change_a_bit():
@@ -97,8 +97,8 @@ def test_threads_do_not_change_a_bit():
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            output = torch.ops.robe.dot_interaction(dense, embeddings)
-            results.append((output, *torch.ops.robe.dot_interaction_backward(grad, dense, embeddings)))
+            output = torch.ops.dlrm.dot_interaction(dense, embeddings)
+            results.append((output, *torch.ops.dlrm.dot_interaction_backward(grad, dense, embeddings)))
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:

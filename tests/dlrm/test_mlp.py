@@ -39,7 +39,7 @@ def packed(layers, relu_last):
 
 
 def run(x, layers, relu_last):
-    return torch.ops.robe.mlp(float32(x), *packed(layers, relu_last))
+    return torch.ops.dlrm.mlp(float32(x), *packed(layers, relu_last))
 
 
 def assert_is(got, want):
@@ -90,17 +90,17 @@ def test_a_row_has_the_same_bits_whatever_is_beside_it(name):
 def test_without_bias():
     x, [(weight, _)] = make((20, 40), 6)
     weights, bias = pack_linear(float32(weight), None)
-    assert_is(torch.ops.robe.mlp(float32(x), [weights], [bias], 40, False), x @ weight.T)
+    assert_is(torch.ops.dlrm.mlp(float32(x), [weights], [bias], 40, False), x @ weight.T)
 
 
 def test_strides_do_not_matter():
     x, layers = make((30, 50, 4), 17)
     arguments = packed(layers, False)
-    want = torch.ops.robe.mlp(float32(x), *arguments)
+    want = torch.ops.dlrm.mlp(float32(x), *arguments)
     wide = float32(np.concatenate([np.full((17, 5), np.nan), x, np.full((17, 2), np.nan)], axis=1))
-    assert torch.equal(torch.ops.robe.mlp(wide[:, 5:-2], *arguments), want)
-    assert torch.equal(torch.ops.robe.mlp(float32(x.T).T, *arguments), want)
-    assert torch.equal(torch.ops.robe.mlp(float32(x)[:1].expand(4, -1), *arguments), want[:1].expand(4, -1))
+    assert torch.equal(torch.ops.dlrm.mlp(wide[:, 5:-2], *arguments), want)
+    assert torch.equal(torch.ops.dlrm.mlp(float32(x.T).T, *arguments), want)
+    assert torch.equal(torch.ops.dlrm.mlp(float32(x)[:1].expand(4, -1), *arguments), want[:1].expand(4, -1))
 
 
 def test_nan_and_infinity_are_not_lost():
@@ -135,14 +135,14 @@ def test_nan_and_infinity_are_not_lost():
 def test_what_does_not_fit_is_refused(changes, message, which):
     good = [torch.ones(2, 13), [torch.zeros(2, 13, 32), torch.zeros(1, 40, 32)], [torch.zeros(64), torch.zeros(32)], 5]
     arguments = [changes.get(i, x) for i, x in enumerate(good)]
-    function = torch.ops.robe.mlp if which == "operator" else REFERENCE["mlp"]
+    function = torch.ops.dlrm.mlp if which == "operator" else REFERENCE["mlp"]
     with pytest.raises(ValueError, match=message):
         function(*arguments, False)
 
 
 def test_opcheck():
     x, layers = make((6, 40, 3), 4)
-    torch.library.opcheck(torch.ops.robe.mlp, (float32(x), *packed(layers, True)))
+    torch.library.opcheck(torch.ops.dlrm.mlp, (float32(x), *packed(layers, True)))
 
 
 def test_panels_hold_the_weights():

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import robe
-from robe.admission import RARE
+from robe.sketches import SHARED_ID
 from robe.hashing import row_hash, signed, table_key
 from robe.ops import REFERENCE
 from tests.helpers.kernels import IS_NATIVE, needs_kernels
@@ -469,7 +469,7 @@ def test_what_is_chosen_does_not_depend_on_how_the_data_is_cut(rounds, most, mon
     assert len(set(want)) == most or 100 < len(set(want)) < most
     filter = robe.Admission(8 * max(-(-len(want) * 8 // 64), 1))
     filter._admit(torch.tensor(want))
-    monkeypatch.setattr("robe.admission._SAMPLES", 64)
+    monkeypatch.setattr("robe.admission.choice._SAMPLES", 64)
     for sizes, waiting, recent, few in (
         ([len(ids)], 1 << 20, 1 << 18, 1 << 20),
         ([len(ids)], 1, 2, 0),
@@ -477,9 +477,9 @@ def test_what_is_chosen_does_not_depend_on_how_the_data_is_cut(rounds, most, mon
         ([0, 100, 0, 17, 250, len(ids) - 367, 0], 20, 16, 0),
         ([len(ids) // 2, len(ids) - len(ids) // 2], 1, 1 << 10, 1 << 20),
     ):
-        monkeypatch.setattr("robe.admission._FEW", few)
-        monkeypatch.setattr("robe.admission._WAITING", waiting)
-        monkeypatch.setattr("robe.admission._RECENT", recent)
+        monkeypatch.setattr("robe.admission.choice._FEW", few)
+        monkeypatch.setattr("robe.admission.choice._WAITING", waiting)
+        monkeypatch.setattr("robe.admission.choice._RECENT", recent)
         batches = list(zip(ids.split(sizes), labels.split(sizes) if labelled else [None] * len(sizes)))
         admission = robe.Admission.choose(
             lambda batches=batches: batches, KEYS, most, times=3, bits=8, rounds=rounds, counter_bytes=1 << 22
@@ -581,7 +581,7 @@ def test_freeze():
     admission.freeze()
     assert list(admission.state_dict()) == ["filter"]
     assert admission.admits(torch.tensor([1, 2]), KEYS[0]).tolist() == [True, False]
-    with pytest.raises(ValueError, match="does not count; it was made without threshold, or is frozen"):
+    with pytest.raises(ValueError, match="does not count; it was made without a threshold, or is frozen"):
         admission.observe(torch.tensor([2, 2]), KEYS[0])
 
 
@@ -631,9 +631,9 @@ def test_ids_outside_read_the_row_of_one(block_size, sign):
     assert 30 < inside.sum() < inside.numel() - 30
     every = plain(BOUNDED)
     # The second table is bounded, so its layer would refuse the id; a row of it is a row of the same key unbounded.
-    rare = plain._lookup(torch.tensor([[RARE, 0, RARE]])).clone()
+    rare = plain._lookup(torch.tensor([[SHARED_ID, 0, SHARED_ID]])).clone()
     wide = robe.RobeEmbedding(None, 8, array=plain.array, table_id=1, block_size=block_size, sign=sign)
-    rare[:, 1] = wide(torch.tensor([RARE]))
+    rare[:, 1] = wide(torch.tensor([SHARED_ID]))
     assert torch.equal(layer(BOUNDED), torch.where(inside.unsqueeze(-1), every, rare))
     assert torch.equal(layer.full_weight("f1")[BOUNDED[:, 1]], layer(BOUNDED)[:, 1])
 
@@ -698,7 +698,7 @@ def test_padding_and_ranges_are_about_the_ids_given():
     with pytest.raises(IndexError, match="id 10 of feature 0, whose table has 10 rows"):
         layer(torch.tensor([10]))
     with pytest.raises(IndexError):
-        layer(torch.tensor([RARE]))
+        layer(torch.tensor([SHARED_ID]))
 
 
 def test_layers_count_while_they_train_only():

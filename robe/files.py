@@ -1,0 +1,56 @@
+"""Files that appear whole or not at all, and last through a power cut."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yield the path of a file to write. It becomes ``path`` if all goes well, and is removed otherwise.
+
+    Args:
+        path: replaced in one step, once the new file is whole and on the disk.
+
+    Raises:
+        OSError: it can't be written; names ``path``.
+    """
+    from safetensors import SafetensorError  # what its writers raise for a full disk
+
+    part = path.with_name(path.name + ".part")
+    try:
+        part.touch()
+        mode = part.stat().st_mode  # as the umask has it; safetensors makes files that only their owner can read
+        yield part
+        part.chmod(mode)
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())
+        rename(part, path)
+    except (OSError, SafetensorError) as error:
+        number, text = getattr(error, "errno", None), getattr(error, "strerror", None)
+        raise OSError(number, text or str(error), str(path)) from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write a JSON file, whole or not at all.
+
+    Raises:
+        OSError: it can't be written; names ``path``.
+    """
+    with whole_file(path) as part:
+        part.write_text(json.dumps(values, indent=2) + "\n")
+
+
+def rename(old: Path, new: Path) -> None:
+    """Rename a file or folder, safe against a power cut."""
+    os.replace(old, new)
+    folder = os.open(new.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
