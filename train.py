@@ -14,7 +14,6 @@ the last checkpoint after a kill, and ends with the same weights.
 """
 
 import argparse
-import os
 import shlex
 import signal
 import sys
@@ -38,7 +37,8 @@ from dlrm.checkpoint import WEIGHTS, Saved, TrainingCheckpoints
 from dlrm.config import EMBEDDINGS, MLPERF_HOTS, OPTIMIZERS, DLRMConfig, TrainingConfig
 from dlrm.distributed import PeerFailed, World
 from dlrm.embeddings import build_embeddings, synthetic_ids
-from dlrm.metrics import EVALUATION_BATCH, environment, evaluate, peak_rss_bytes
+from dlrm.machine import environment, peak_rss_bytes, total_memory
+from dlrm.metrics import EVALUATION_BATCH, evaluate
 from dlrm.plots import learning_curves
 from dlrm.training.journal import Journal
 from dlrm.training.mllog import MLLog
@@ -533,17 +533,12 @@ def require_memory(config: DLRMConfig, training: TrainingConfig) -> None:
     floats = config.robe_size or config.full_floats / (config.compression or 1)
     copies = {"sgd": 1, "adagrad": 2, "adam": 3}[training.optimizer] + (config.embedding == "robe")
     copies += training.averaging_steps > 0
-    needed, there = floats * 4 * copies, physical_memory()
+    needed, there = floats * 4 * copies, total_memory()
     if needed > there:
         raise MemoryError(
             f"the embeddings take {needed / 1e9:.1f} GB with their optimizer's state, this machine has "
             f"{there / 1e9:.1f} GB: compress them more, or with --embedding full try --table-rows data"
         )
-
-
-def physical_memory() -> float:
-    """Bytes."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,5 @@
 """How good a model's predictions are: AUC and log loss, by scikit-learn; of any number of rows by Scores."""
 
-import platform
-import resource
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -132,21 +129,3 @@ class Scores:
         clicks = self.rows - lower
         pairs = clicks * lower
         return {"auc": ordered / pairs if pairs else None, "log_loss": self._loss / self.rows, "rows": self.rows}
-
-
-def peak_rss_bytes() -> int:
-    """The most memory this process has held so far, bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def environment() -> dict[str, Any]:
-    """Machine, versions and command: what every reported number carries."""
-    return {
-        "command": " ".join(sys.argv),
-        "machine": f"{platform.machine()} {platform.system()}, {torch.get_num_threads()} threads",
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-    }
