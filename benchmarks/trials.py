@@ -21,11 +21,11 @@ from data.batches import split_rows
 from data.formats.opening import open_source
 from data.rows import Batch, to_batch
 from data.synthetic import Signal
-from dlrm.config import PRESETS
 from dlrm.embeddings import VocabularyTables
 from dlrm.inference.predictor import array_bytes
 from dlrm.metrics import evaluate
 from dlrm.model import DLRM
+from dlrm.presets import PRESETS
 from dlrm.training.trainer import Progress, Stopped, Trainer, make_optimizers
 from robe import Admission, EmbeddingBagConfig, RobeEmbeddingBagCollection
 from robe.array import INIT_STD

@@ -1,6 +1,6 @@
-"""The hyperparameters of a DLRM and of its training, with the presets of the benchmarks they come from."""
+"""The hyperparameters of a DLRM and of its training."""
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 EMBEDDINGS = ("robe", "full", "hash")
@@ -44,15 +44,14 @@ class DLRMConfig:
     vocabulary: bool = False  # full: rows belong to the ids of the training data, one more row a table to all others
 
     def __post_init__(self):
-        _check(self.embedding in EMBEDDINGS, "embedding", f"one of {', '.join(EMBEDDINGS)}", self.embedding)
+        self._check_layers()
+        self._check_ids()
+        self._check_embedding()
+        self._check_admission()
+
+    def _check_layers(self) -> None:
         _check(self.embedding_dim >= 1, "embedding_dim", "at least 1", self.embedding_dim)
         _check(self.num_dense >= 1, "num_dense", "at least 1", self.num_dense)
-        _check(
-            len(self.table_rows) >= 1 and min(self.table_rows) >= 1,
-            "table_rows",
-            "tables of 1 row or more",
-            self.table_rows,
-        )
         _check(
             len(self.bottom_mlp) >= 1 and self.bottom_mlp[-1] == self.embedding_dim,
             "bottom_mlp",
@@ -63,10 +62,16 @@ class DLRMConfig:
         _check(self.interaction in INTERACTIONS, "interaction", f"one of {', '.join(INTERACTIONS)}", self.interaction)
         for name in ("cross_layers", "cross_rank"):
             _check(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+
+    def _check_ids(self) -> None:
+        tables = len(self.table_rows)
         _check(
-            self.hots is None or (len(self.hots) == len(self.table_rows) and min(self.hots) >= 1),
+            tables >= 1 and min(self.table_rows) >= 1, "table_rows", "tables of at least 1 row each", self.table_rows
+        )
+        _check(
+            self.hots is None or (len(self.hots) == tables and min(self.hots) >= 1),
             "hots",
-            f"{len(self.table_rows)} numbers from 1",
+            f"{tables} numbers from 1",
             self.hots,
         )
         _check(
@@ -75,42 +80,34 @@ class DLRMConfig:
             "hots with it, and no vocabulary",
             self.hots,
         )
+
+    def _check_embedding(self) -> None:
+        robe = self.embedding == "robe"
+        _check(self.embedding in EMBEDDINGS, "embedding", f"one of {', '.join(EMBEDDINGS)}", self.embedding)
         if self.embedding != "full":
             sizes = (self.compression is not None) + (self.robe_size is not None)
             _check(sizes == 1, "compression and robe_size", "exactly one of them", sizes or "neither")
         _check(self.compression is None or self.compression > 0, "compression", "a positive number", self.compression)
         _check(
-            self.embedding != "robe" or self.compression is None or self.compression > 1,
+            not robe or self.compression is None or self.compression > 1,
             "compression",
             "more than 1 (at 1 ROBE is the full tables: embedding='full')",
             self.compression,
         )
         _check(self.robe_size is None or self.robe_size >= 1, "robe_size", "at least 1", self.robe_size)
-        _check(
-            self.admission_bytes >= 0 and self.admission_bytes % 8 == 0,
-            "admission_bytes",
-            "a multiple of 8",
-            self.admission_bytes,
-        )
-        _check(
-            self.embedding == "robe" or not self.admission_bytes,
-            "admission_bytes",
-            "embedding='robe' with it",
-            self.embedding,
-        )
-        if self.admission_bytes:
-            _check(
-                self.array_floats >= 1,
-                "admission_bytes",
-                f"less than the {int(self.full_floats / (self.compression or 1)) * 4} bytes that compression leaves",
-                self.admission_bytes,
-            )
-        _check(
-            self.embedding == "robe" or self.robe_size is None, "robe_size", "embedding='robe' with it", self.embedding
-        )
+        _check(robe or self.robe_size is None, "robe_size", "embedding='robe' with it", self.embedding)
         _check(
             not self.vocabulary or self.embedding == "full", "vocabulary", "embedding='full' with it", self.embedding
         )
+
+    def _check_admission(self) -> None:
+        count = self.admission_bytes
+        _check(count >= 0 and count % 8 == 0, "admission_bytes", "a multiple of 8", count)
+        _check(self.embedding == "robe" or not count, "admission_bytes", "embedding='robe' with it", self.embedding)
+        if count:
+            left = int(self.full_floats / (self.compression or 1)) * 4
+            expected = f"less than the {left} bytes that compression leaves"
+            _check(self.array_floats >= 1, "admission_bytes", expected, count)
 
     @property
     def data_hots(self) -> tuple[int, ...] | None:
@@ -225,99 +222,3 @@ def _from_dict(cls, values):
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
     except TypeError as error:
         raise ValueError(f"{cls.__name__}: {error}") from None
-
-
-@dataclass(frozen=True)
-class Preset:
-    """A model with the way it is trained."""
-
-    model: DLRMConfig
-    training: TrainingConfig
-
-
-# Criteo Kaggle: sizes of facebookresearch/dlrm's bench/dlrm_s_criteo_kaggle.sh, rows after its preprocessing. Trained
-# with Adam, which reaches a higher AUC than that script's SGD (lr 0.1, batch 128): see docs/accuracy.md.
-_KAGGLE = Preset(
-    DLRMConfig(
-        embedding_dim=16,
-        bottom_mlp=(512, 256, 64, 16),
-        top_mlp=(512, 256, 1),
-        table_rows=(
-            1460, 583, 10131227, 2202608, 305, 24, 12517, 633, 3, 93145, 5683, 8351593, 3194,
-            27, 14992, 5461306, 10, 5652, 2173, 4, 7046547, 18, 15, 286181, 105, 142572,
-        ),
-    ),
-    TrainingConfig(batch_size=256, learning_rate=1e-3, optimizer="adam", epochs=3),
-)  # fmt: skip
-
-# Criteo Terabyte: MLPerf Training's DLRM (v0.7 to v2.1), ids capped at 40 million rows a table. With full tables MLPerf
-# allows 1 epoch; ROBE reaches the target later, and its authors allow 10. Training ends at the target.
-_TERABYTE = Preset(
-    DLRMConfig(
-        embedding_dim=128,
-        bottom_mlp=(512, 256, 128),
-        top_mlp=(1024, 1024, 512, 256, 1),
-        table_rows=(
-            39884406, 39043, 17289, 7420, 20263, 3, 7120, 1543, 63, 38532951, 2953546, 403346, 10,
-            2208, 11938, 155, 4, 976, 14, 39979771, 25641295, 39664984, 585935, 12972, 108, 36,
-        ),
-    ),
-    TrainingConfig(
-        batch_size=2048, learning_rate=1.0, optimizer="sgd", epochs=10, evaluations_per_epoch=20, target_auc=0.8025
-    ),
-)  # fmt: skip
-
-# MLPerf Training's DLRM-DCNv2 (v3.0 on): the same MLPs, a cross net in place of the products, several ids a feature.
-# How many, the data says; --synthetic-hots makes MLPerf's of data with one each.
-_DCNV2 = Preset(
-    replace(
-        _TERABYTE.model,
-        interaction="cross",
-        cross_layers=3,
-        cross_rank=512,
-        table_rows=(
-            40000000, 39060, 17295, 7424, 20265, 3, 7122, 1543, 63, 40000000, 3067956, 405282, 10,
-            2209, 11938, 155, 4, 976, 14, 40000000, 40000000, 40000000, 590152, 12973, 108, 36,
-        ),
-    ),
-    TrainingConfig(
-        batch_size=65536,
-        learning_rate=0.005,
-        optimizer="adagrad",
-        adagrad_eps=1e-8,
-        epochs=10,
-        evaluations_per_epoch=20,
-        target_auc=0.80275,
-    ),
-)  # fmt: skip
-
-
-def _large_batch(batch_size: int, learning_rate: float, warmup: int, decay_start: int, decay_steps: int) -> Preset:
-    training = replace(
-        _TERABYTE.training,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        warmup_steps=warmup,
-        decay_start=decay_start,
-        decay_steps=decay_steps,
-    )
-    return replace(_TERABYTE, training=training)
-
-
-PRESETS = {
-    "kaggle": _KAGGLE,
-    "terabyte": _TERABYTE,
-    "terabyte-32768": _large_batch(32768, 18.0, 8000, 70000, 30000),  # MLPerf's recipes for large batches
-    "terabyte-55296": _large_batch(55296, 24.0, 2750, 49315, 27772),
-    "dcnv2": _DCNV2,
-}
-
-
-def preset(name: str, **changes: Any) -> Preset:
-    """A preset with some fields of its model changed.
-
-    Raises:
-        ValueError: unknown preset, or values that do not fit.
-    """
-    _check(name in PRESETS, "preset", f"one of {', '.join(PRESETS)}", name)
-    return replace(PRESETS[name], model=replace(PRESETS[name].model, **changes))
