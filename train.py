@@ -33,24 +33,19 @@ from data.parts import Part, check, halves, split
 from data.program import exit_code
 from data.rows import Batch, DataError, Layout
 from dlrm import DLRM, PRESETS, checkpoint
-from dlrm.checkpoint import WEIGHTS, Saved, TrainingCheckpoints
+from dlrm.checkpoint import WEIGHTS
 from dlrm.config import EMBEDDINGS, MLPERF_HOTS, OPTIMIZERS, DLRMConfig, TrainingConfig
 from dlrm.distributed import PeerFailed, World
 from dlrm.embeddings import build_embeddings, synthetic_ids
 from dlrm.machine import environment, peak_rss_bytes, total_memory
 from dlrm.metrics import EVALUATION_BATCH, evaluate
 from dlrm.plots import learning_curves
+from dlrm.training.averages import AveragedWeights
+from dlrm.training.checkpoint import Saved, TrainingCheckpoints
 from dlrm.training.journal import Journal
 from dlrm.training.mllog import MLLog
-from dlrm.training.trainer import (
-    CHECKPOINT_SECONDS,
-    AveragedWeights,
-    Progress,
-    Stopped,
-    Trainer,
-    TrainingError,
-    make_optimizers,
-)
+from dlrm.training.optimizers import make_optimizers
+from dlrm.training.trainer import CHECKPOINT_SECONDS, Progress, Stopped, Trainer, TrainingError
 from robe import Admission
 from robe.hashing import table_key
 

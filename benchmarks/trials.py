@@ -26,7 +26,8 @@ from dlrm.inference.predictor import array_bytes
 from dlrm.metrics import evaluate
 from dlrm.model import DLRM
 from dlrm.presets import PRESETS
-from dlrm.training.trainer import Progress, Stopped, Trainer, make_optimizers
+from dlrm.training.optimizers import make_optimizers
+from dlrm.training.trainer import Progress, Stopped, Trainer
 from robe import Admission, EmbeddingBagConfig, RobeEmbeddingBagCollection
 from robe.array import INIT_STD
 from robe.hashing import table_key

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 import dlrm.training.trainer
 import train
 from data.synthetic import write
-from dlrm.checkpoint import TrainingCheckpoints
+from dlrm.training.checkpoint import TrainingCheckpoints
 
 PROGRAM = str(Path(train.__file__))
 # 67 steps an epoch, evaluations after 34 and 67; a line of metrics.jsonl at 100.

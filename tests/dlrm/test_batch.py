@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from dlrm.training.optimizers import make_optimizers
 
 import data.rows
 from dlrm import TrainingConfig
 from dlrm.batch import Batch
 from dlrm.model import DLRM, DLRMConfig
+from dlrm.training.optimizers import make_optimizers
 from dlrm.training.trainer import train_step
 
 

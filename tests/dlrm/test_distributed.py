@@ -19,7 +19,8 @@ from data.rows import Batch
 from dlrm import DLRM, DLRMConfig, TrainingConfig
 from dlrm.distributed import PeerFailed, World
 from dlrm.metrics import evaluate
-from dlrm.training.trainer import Stopped, Trainer, make_optimizers, sends_touched_slots
+from dlrm.training.optimizers import make_optimizers, sends_touched_slots
+from dlrm.training.trainer import Stopped, Trainer
 from robe.gather import gather
 from tests.helpers.processes import in_processes
 
