@@ -77,7 +77,7 @@ def test_one_process_goes_on_where_two_were_stopped(rows, tmp_path):
         out, _ = two.communicate(timeout=60)
     finally:
         two.kill()
-    assert "all is saved" in out
+    assert "everything is saved" in out
     assert "torchrun --nproc-per-node 2" in out
     stopped = max(int(path.name.split("-")[1]) for path in (tmp_path / "checkpoints").glob("step-*"))
     assert not (tmp_path / "metrics.json").exists()
