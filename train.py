@@ -49,6 +49,7 @@ from dlrm.training.trainer import CHECKPOINT_SECONDS
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Add the options that say what is trained, and return their group."""
     group = parser.add_argument_group("data and model")
     group.add_argument("--data", type=Path, metavar="PATH", help="file or folder of rows; required unless resuming")
     group.add_argument(
@@ -113,6 +114,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
 
 
 def add_training_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Add the options that say how it is trained, and return their group."""
     group = parser.add_argument_group("training", "Defaults come from the preset.")
     group.add_argument("--epochs", type=int, metavar="N", help="passes over the training rows")
     group.add_argument("--target-auc", type=float, metavar="X", help="stop as soon as the validation AUC exceeds X")
@@ -136,6 +138,7 @@ def add_training_options(parser: argparse.ArgumentParser) -> argparse._ArgumentG
 
 
 def add_program_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Add the options that are not part of the run, and return their group."""
     group = parser.add_argument_group("output and checkpoints")
     group.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the run")
     group.add_argument(

@@ -1,4 +1,4 @@
-"""A DLRM with injected embeddings, its training, its checkpoints."""
+"""The deep learning recommendation model (DLRM): model, presets, training, inference."""
 
 from dlrm.config import DLRMConfig, TrainingConfig
 from dlrm.model import DLRM

@@ -14,34 +14,32 @@ _LEAST_RATE = 1e-7  # where the decay ends, as in facebookresearch/dlrm
 
 @dataclass(frozen=True)
 class DLRMConfig:
-    """A model: rebuilt from this alone, and saved with every checkpoint.
+    """The hyperparameters of a model, from which alone it is rebuilt; every checkpoint has them.
 
-    The weights of the full tables, sum(table_rows) * embedding_dim, are what ``compression`` refers to. "full" and
-    "hash" have a table per feature and read row ``id % rows``; "hash" caps the rows of all tables at one number, the
-    largest that compresses them so much.
+    ``compression`` is relative to the weights of the full tables, sum(table_rows) * embedding_dim. "full" and "hash"
+    have a table per feature, read at row ``id % rows``. "hash" caps the rows of all tables at one number, the largest
+    that reaches the compression.
     """
 
-    embedding_dim: int  # D; also the width of the bottom MLP's output, which takes part in the interaction
-    bottom_mlp: tuple[int, ...]  # widths after each layer
-    top_mlp: tuple[int, ...]  # likewise, the last one 1: the logit
+    embedding_dim: int  # D; also the width of the bottom MLP's output, which interacts with the embeddings
+    bottom_mlp: tuple[int, ...]  # width after each layer
+    top_mlp: tuple[int, ...]  # width after each layer; the last one is 1, the logit
     table_rows: tuple[int, ...]  # rows of the full table of each categorical feature
     num_dense: int = 13
     interaction: str = "dot"  # "dot": the products of all pairs; "cross": DCNv2's low-rank cross net
-    cross_layers: int = 3  # cross: its layers
+    cross_layers: int = 3  # cross: the number of layers
     cross_rank: int = 512  # cross: the rank of their matrices
     hots: tuple[int, ...] | None = None  # ids of each feature in a row, whose embeddings are summed; None: one each
-    synthetic_hots: bool = (
-        False  # the data has one id each; the model makes the others of it, as MLPerf's data has them
-    )
+    synthetic_hots: bool = False  # the data has one id a feature, and the model makes the others from it
     embedding: str = "robe"  # "robe", "full" or "hash"
-    compression: float | None = 1000.0  # robe, hash: full weights over weights kept; None where robe_size says it
-    robe_size: int | None = None  # robe: number of weights in the array, instead of compression
-    block_size: int | None = None  # robe: Z; None: embedding_dim, one read per row
+    compression: float | None = 1000.0  # robe, hash: full weights over weights kept; None with robe_size
+    robe_size: int | None = None  # robe: weights in the array, instead of compression
+    block_size: int | None = None  # robe: Z; None: embedding_dim, so that an id is one read
     sign: bool = False  # robe: hashed signs
     hash_seed: int = 0  # robe: seed of the hash
-    admission_bytes: int = 0  # robe: of the filter of the ids with a row of their own (robe.Admission); 0: all have
-    init_std: float | None = None  # robe: scale of the initial weights; None: RobeArray's default
-    vocabulary: bool = False  # full: rows belong to the ids of the training data, one more row a table to all others
+    admission_bytes: int = 0  # robe: size of the admission's filter (robe.Admission); 0: no admission
+    init_std: float | None = None  # robe: standard deviation of the initial weights; None: RobeArray's default
+    vocabulary: bool = False  # full: a row for each id in the training data, and one for all other ids
 
     def __post_init__(self):
         self._check_layers()
@@ -121,7 +119,7 @@ class DLRMConfig:
 
     @property
     def feature_of_id(self) -> list[int]:
-        """The feature of each id of a row that is embedded, those of one feature one behind the other."""
+        """The feature of each id that is embedded in a row, in the order of the ids."""
         hots = self.hots or (1,) * len(self.table_rows)
         return [feature for feature, hot in enumerate(hots) for _ in range(hot)]
 
@@ -132,40 +130,41 @@ class DLRMConfig:
 
     @property
     def array_floats(self) -> int:
-        """robe: weights in the array; what compression leaves is shared with the filter."""
+        """robe: weights in the array. The array and the filter share what compression leaves."""
         if self.robe_size is not None:
             return self.robe_size
         return int(self.full_floats / (self.compression or 1)) - self.admission_bytes // 4
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the fields, for JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "DLRMConfig":
-        """The inverse of to_dict, also after JSON.
+        """Return the config of ``to_dict``, also after JSON.
 
         Raises:
-            ValueError: unknown, missing or impossible values.
+            ValueError: values are unknown, missing or impossible.
         """
         return _from_dict(cls, values)
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """A training run."""
+    """How a model is trained."""
 
-    batch_size: int  # rows of a step, those of all processes together
+    batch_size: int  # rows of a step, in all processes together
     learning_rate: float
     optimizer: str  # "sgd", "adagrad" or "adam"
-    epochs: int  # the evaluation with the best validation AUC is kept, so one too many does no harm
+    epochs: int  # one too many does no harm: the weights with the best validation AUC are kept
     evaluations_per_epoch: int = 4
     target_auc: float | None = None  # training ends with the first evaluation above it
-    warmup_steps: int = 0  # over which the rate grows linearly
-    decay_start: int = 0  # step after which the rate falls with the square of what is left
-    decay_steps: int = 0  # over how many; 0: it does not fall
+    warmup_steps: int = 0  # steps over which the learning rate grows linearly
+    decay_start: int = 0  # step after which the learning rate falls quadratically
+    decay_steps: int = 0  # steps over which it falls; 0: it stays constant
     adagrad_eps: float = 1e-10  # torch's; MLPerf's DCNv2 has 1e-8
     seed: int = 0  # of initial values and shuffling
-    averaging_steps: int = 0  # what is evaluated and kept is an average of the weights over about so many; 0: the last
+    averaging_steps: int = 0  # steps over which the weights are averaged to evaluate and keep them; 0: the last weights
 
     def __post_init__(self):
         _check(self.optimizer in OPTIMIZERS, "optimizer", f"one of {', '.join(OPTIMIZERS)}", self.optimizer)
@@ -184,11 +183,13 @@ class TrainingConfig:
         _check(self.target_auc is None or 0 < self.target_auc < 1, "target_auc", "between 0 and 1", self.target_auc)
 
     def rate(self, step: int) -> float:
-        """The learning rate of a step, counted from 1.
+        """Return the learning rate of a step.
 
-        Linear warm-up, a plateau, and a decay with power 2, as MLPerf's large-batch DLRM: learning_rate times
-        step / warmup_steps, then 1, then ((decay_start + decay_steps - step) / decay_steps) ** 2, from whose last
-        value above zero on it stays as it is.
+        The schedule of MLPerf's large-batch DLRM: learning_rate times step / warmup_steps, then times 1, then times
+        ((decay_start + decay_steps - step) / decay_steps) ** 2. It stays at the last value above zero.
+
+        Args:
+            step: counted from 1.
         """
         if step < self.warmup_steps:
             return self.learning_rate * step / self.warmup_steps
@@ -198,11 +199,16 @@ class TrainingConfig:
         return self.learning_rate
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the fields, for JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "TrainingConfig":
-        """The inverse of to_dict, also after JSON."""
+        """Return the config of ``to_dict``, also after JSON.
+
+        Raises:
+            ValueError: values are unknown, missing or impossible.
+        """
         return _from_dict(cls, values)
 
 
