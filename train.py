@@ -36,6 +36,7 @@ a second Ctrl-C.
 import argparse
 import shlex
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 from data.program import exit_code
@@ -43,14 +44,15 @@ from data.training_rows import TrainingRows
 from dlrm import PRESETS
 from dlrm.config import EMBEDDINGS, OPTIMIZERS
 from dlrm.distributed import World
+from dlrm.training.options import RunOptions
 from dlrm.training.plan import LAST, Request
 from dlrm.training.run import run
 from dlrm.training.trainer import CHECKPOINT_SECONDS
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """Add the options that say what is trained, and return their group."""
-    group = parser.add_argument_group("data and model")
+def add_data_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say which rows are used."""
+    group = parser.add_argument_group("data")
     group.add_argument("--data", type=Path, metavar="PATH", help="file or folder of rows; required unless resuming")
     group.add_argument(
         "--eval-data",
@@ -58,6 +60,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
         metavar="PATH",
         help="rows for validation (first half) and test (second half); --data is then used for training only",
     )
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say what is trained."""
+    group = parser.add_argument_group("model")
     group.add_argument("--preset", choices=PRESETS, help="model sizes and training recipe (default: kaggle)")
     group.add_argument(
         "--embedding",
@@ -110,11 +117,10 @@ def add_model_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
     group.add_argument(
         "--seed", type=int, metavar="N", help="seed of initial weights, hashing and shuffling (default: 0)"
     )
-    return group
 
 
-def add_training_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """Add the options that say how it is trained, and return their group."""
+def add_training_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say how it is trained."""
     group = parser.add_argument_group("training", "Defaults come from the preset.")
     group.add_argument("--epochs", type=int, metavar="N", help="passes over the training rows")
     group.add_argument("--target-auc", type=float, metavar="X", help="stop as soon as the validation AUC exceeds X")
@@ -134,11 +140,10 @@ def add_training_options(parser: argparse.ArgumentParser) -> argparse._ArgumentG
     )
     group.add_argument("--evaluations-per-epoch", type=int, metavar="N", help="evaluations in an epoch, evenly spaced")
     group.add_argument("--mllog", type=Path, metavar="FILE", help="also write a log in MLPerf's format")
-    return group
 
 
-def add_program_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """Add the options that are not part of the run, and return their group."""
+def add_program_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that are not part of the run."""
     group = parser.add_argument_group("output and checkpoints")
     group.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the run")
     group.add_argument(
@@ -166,7 +171,6 @@ def add_program_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGr
         help="checkpoints to keep (default: %(default)s)",
     )
     group.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if available, else cpu")
-    return group
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -176,18 +180,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         device, and request: what ``dlrm.training.run`` is asked for.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    of_run = [*add_model_options(parser)._group_actions, *add_training_options(parser)._group_actions]
-    of_program = add_program_options(parser)._group_actions
+    for add in (add_data_options, add_model_options, add_training_options, add_program_options):
+        add(parser)
     args = parser.parse_args(arguments)
-    repeated = [
-        word
-        for action in of_program
-        if action.dest not in ("output", "resume") and getattr(args, action.dest) != action.default
-        for word in (action.option_strings[0], str(getattr(args, action.dest)))
-    ]
+    repeated = []  # a resumed run does not remember these
+    for name in ("checkpoint_minutes", "keep_checkpoints", "device"):
+        if getattr(args, name) != parser.get_default(name):
+            repeated += ["--" + name.replace("_", "-"), str(getattr(args, name))]
     args.request = Request(
         output=args.output,
-        given={action.dest: getattr(args, action.dest) for action in of_run},
+        given={field.name: getattr(args, field.name) for field in fields(RunOptions)},
         command=shlex.join(sys.argv),
         resume_command=shlex.join([sys.argv[0], "--resume", "--output", str(args.output), *repeated]),
         resume=args.resume,
