@@ -112,7 +112,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--synthetic-hots",
         action="store_true",
         default=None,
-        help="turn each id into several, 214 a row, as in MLPerf's DLRM-DCNv2",
+        help="make several ids a feature from one, 214 a row in all, as in MLPerf's DLRM-DCNv2",
     )
     group.add_argument(
         "--seed", type=int, metavar="N", help="seed of initial weights, hashing and shuffling (default: 0)"

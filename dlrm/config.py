@@ -151,7 +151,7 @@ class DLRMConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How a model is trained."""
+    """The hyperparameters of training."""
 
     batch_size: int  # rows of a step, in all processes together
     learning_rate: float

@@ -63,16 +63,16 @@ OpenData = Callable[[Path, Path | None, dict[str, range] | None], RunData]
 
 @dataclass(frozen=True)
 class Request:
-    """What a program asks of ``dlrm.training.run``.
+    """The request of a program to ``dlrm.training.run.run``.
 
     Attributes:
         output: the folder of the run.
         given: the options of the run that were given, by their names in RunOptions.
-        command: that started this process.
-        resume_command: program and options that resume the run, without the word that starts a process.
-        resume: step of the checkpoint to go on from; LAST: the last one, or start where there is none; None: start.
-        checkpoint_seconds: between checkpoints, at most.
-        keep_checkpoints: how many to keep.
+        command: the command line of this process.
+        resume_command: the script with the options that resume the run; "python" or "torchrun" is put in front.
+        resume: step of the checkpoint to resume from. LAST: the last one; without any, start a run. None: start a run.
+        checkpoint_seconds: longest time between two checkpoints.
+        keep_checkpoints: the number of checkpoints to keep.
     """
 
     output: Path
@@ -89,12 +89,12 @@ class Plan:
     """All that is decided before a run is built, the same in every process.
 
     Attributes:
-        step: of the checkpoint that the run goes on from; None: a new run.
+        step: of the checkpoint that the run is resumed from; None: a new run.
         options: of the run.
         training: how it is trained.
         model: what is trained.
         ranges: the rows of each part.
-        command: that started the run.
+        command: the command line that started the run.
         vocabulary: of a new model with config.vocabulary: the known ids of each feature.
         filter: of a new model with an admission: (W,) int64; None where it fills while the model trains.
     """
@@ -120,14 +120,14 @@ class Built(NamedTuple):
     model: DLRM
     optimizers: list[torch.optim.Optimizer]
     data: RunData
-    saved: Saved | None  # the checkpoint that it goes on from
+    saved: Saved | None  # the checkpoint that it is resumed from
 
 
 class Builder:
     """Plans and builds a run.
 
     Args:
-        request: what is asked.
+        request: of the program.
         world: the processes.
         open_data: opens the rows.
     """
@@ -201,7 +201,7 @@ class Builder:
 
 
 def find_checkpoint(request: Request) -> Saved | None:
-    """Return the checkpoint to go on from; None for a new run.
+    """Return the checkpoint to resume from; None for a new run.
 
     Raises:
         ValueError: --output is a file, or has an unfinished run that a new one would overwrite.

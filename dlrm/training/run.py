@@ -2,7 +2,8 @@
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from typing import NamedTuple
 
 from dlrm import checkpoint
@@ -42,8 +43,9 @@ def run(request: Request, world: World, open_data: OpenData, say: Callable[[str]
     start = _Start(time.perf_counter(), int(time.time() * 1e3))
     builder = Builder(request, world, open_data)
     plan = world.first(builder.plan)
-    built = world.each(lambda: builder.build(plan))
+    built = world.each(partial(builder.build, plan))
     world.same_weights(built.model)
+    plan = replace(plan, vocabulary=None, filter=None)  # the model has them now, and they may be large
     _Run(request, world, plan, built, start, say if world.is_first else lambda line: None).run()
 
 

@@ -1,4 +1,4 @@
-"""What a training run reports: lines for the terminal, and the figures of metrics.json."""
+"""The report of a training run: lines for the terminal, and the figures of metrics.json."""
 
 from collections.abc import Mapping
 from typing import Any

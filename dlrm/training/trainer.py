@@ -42,7 +42,7 @@ class Stopped(Exception):
 
 @dataclass
 class Progress:
-    """How far a run has come: what a resumed run needs beside weights, averages and optimizers.
+    """The state of a run that a resumed run needs beside weights, averages and optimizers.
 
     Attributes:
         step: steps done.
@@ -126,7 +126,7 @@ class Trainer:
         wants_to_stop: asked after each step.
         optimizers: empty: those of the config.
         averages: of the weights, with config.averaging_steps; None: they start here.
-        progress: where to go on.
+        progress: of the run that is resumed.
         world: the processes.
         journal, mllog: logs to write; None: none.
         checkpoint_seconds: the longest time between two checkpoints.
