@@ -51,7 +51,8 @@ from dlrm.inference import loadgen, loadgen_logs
 from dlrm.inference.export.formats import FORMATS, export
 from dlrm.inference.predictor import DTYPES, Predictor
 from dlrm.inference.throughput import BATCH_SIZES, STAGES, cut, make_candidates, measure, report, score_all
-from dlrm.metrics import EVALUATION_BATCH, Scores, environment
+from dlrm.machine import environment
+from dlrm.metrics import EVALUATION_BATCH, Scores
 from robe import backend
 
 TIMED_ROWS = 1 << 16

@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from benchmarks.trials import ADMISSION, EPOCHS, FULL, METHODS, Rows, Trial, run
 from dlrm.checkpoint import write_json
-from dlrm.metrics import environment
+from dlrm.machine import environment
 from robe.saving import whole_file
 
 SEARCH_SEED = 1000  # and on; those of tests are 0 and on

@@ -39,7 +39,8 @@ from data.formats import criteo_tsv as tsv
 from data.formats.prepared import Dataset
 from data.rows import DENSE_NAMES, SPARSE_NAMES, Batch
 from dlrm import DLRM, PRESETS
-from dlrm.training.trainer import make_optimizers, train_step
+from dlrm.training.optimizers import make_optimizers
+from dlrm.training.trainer import train_step
 
 # Preset, optimizer, rows. SGD on the slots that were read is the fastest step, which data has to keep up with.
 STEPS = (("kaggle", "adam", 256), ("kaggle", "sgd", 256), ("kaggle", "sgd", 2048), ("terabyte", "sgd", 2048))

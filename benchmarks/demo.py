@@ -19,7 +19,7 @@ from data.formats.criteo_tsv import CriteoTSV
 from data.rows import Batch
 from data.synthetic import Signal, write
 from dlrm.checkpoint import write_json
-from dlrm.metrics import environment
+from dlrm.machine import environment
 from dlrm.plots import learning_curves
 
 COMPRESSIONS = (10, 100, 1000)

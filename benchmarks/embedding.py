@@ -34,7 +34,7 @@ from benchmarks.timing import (
     side_by_side,
     times_without_admission,
 )
-from dlrm.config import PRESETS
+from dlrm.presets import PRESETS
 
 BATCHES = {"cpu": (1, 64, 2048), "cuda": (64, 2048, 65536)}
 INFERENCE_ROWS = 300_000  # of a table of fbgemm's inference kernel

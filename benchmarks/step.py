@@ -31,8 +31,9 @@ from benchmarks.timing import (
     times_without_admission,
 )
 from dlrm import DLRM
-from dlrm.config import PRESETS, DLRMConfig
+from dlrm.config import DLRMConfig
 from dlrm.embeddings import EmbeddingBags
+from dlrm.presets import PRESETS
 
 STEP_BATCHES, FORWARD_BATCHES = (256, 2048), (1, 64, 2048)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import robe
 from dlrm.checkpoint import write_json
-from dlrm.metrics import environment
+from dlrm.machine import environment
 
 COPIES_OF_IDS = {
     1: 256,

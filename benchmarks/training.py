@@ -34,7 +34,8 @@ from data.batches import epoch_batches
 from data.formats.prepared import Dataset
 from dlrm import DLRM, PRESETS
 from dlrm.training.journal import Journal
-from dlrm.training.trainer import Trainer, make_optimizers
+from dlrm.training.optimizers import make_optimizers
+from dlrm.training.trainer import Trainer
 
 STEPS = (("kaggle", 256), ("kaggle", 2048), ("terabyte", 256))
 PROCESSES = (("kaggle", "sgd", 256), ("kaggle", "sgd", 2048), ("kaggle", "adam", 2048))

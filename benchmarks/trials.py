@@ -21,12 +21,13 @@ from data.batches import split_rows
 from data.formats.opening import open_source
 from data.rows import Batch, to_batch
 from data.synthetic import Signal
-from dlrm.config import PRESETS
 from dlrm.embeddings import VocabularyTables
 from dlrm.inference.predictor import array_bytes
 from dlrm.metrics import evaluate
 from dlrm.model import DLRM
-from dlrm.training.trainer import Progress, Stopped, Trainer, make_optimizers
+from dlrm.presets import PRESETS
+from dlrm.training.optimizers import make_optimizers
+from dlrm.training.trainer import Progress, Stopped, Trainer
 from robe import Admission, EmbeddingBagConfig, RobeEmbeddingBagCollection
 from robe.array import INIT_STD
 from robe.hashing import table_key

@@ -1,6 +1,6 @@
-"""The hyperparameters of a DLRM and of its training, with the presets of the benchmarks they come from."""
+"""The hyperparameters of a DLRM and of its training."""
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 EMBEDDINGS = ("robe", "full", "hash")
@@ -14,45 +14,42 @@ _LEAST_RATE = 1e-7  # where the decay ends, as in facebookresearch/dlrm
 
 @dataclass(frozen=True)
 class DLRMConfig:
-    """A model: rebuilt from this alone, and saved with every checkpoint.
+    """The hyperparameters of a model, from which alone it is rebuilt; every checkpoint has them.
 
-    The weights of the full tables, sum(table_rows) * embedding_dim, are what ``compression`` refers to. "full" and
-    "hash" have a table per feature and read row ``id % rows``; "hash" caps the rows of all tables at one number, the
-    largest that compresses them so much.
+    ``compression`` is relative to the weights of the full tables, sum(table_rows) * embedding_dim. "full" and "hash"
+    have a table per feature, read at row ``id % rows``. "hash" caps the rows of all tables at one number, the largest
+    that reaches the compression.
     """
 
-    embedding_dim: int  # D; also the width of the bottom MLP's output, which takes part in the interaction
-    bottom_mlp: tuple[int, ...]  # widths after each layer
-    top_mlp: tuple[int, ...]  # likewise, the last one 1: the logit
+    embedding_dim: int  # D; also the width of the bottom MLP's output, which interacts with the embeddings
+    bottom_mlp: tuple[int, ...]  # width after each layer
+    top_mlp: tuple[int, ...]  # width after each layer; the last one is 1, the logit
     table_rows: tuple[int, ...]  # rows of the full table of each categorical feature
     num_dense: int = 13
     interaction: str = "dot"  # "dot": the products of all pairs; "cross": DCNv2's low-rank cross net
-    cross_layers: int = 3  # cross: its layers
+    cross_layers: int = 3  # cross: the number of layers
     cross_rank: int = 512  # cross: the rank of their matrices
     hots: tuple[int, ...] | None = None  # ids of each feature in a row, whose embeddings are summed; None: one each
-    synthetic_hots: bool = (
-        False  # the data has one id each; the model makes the others of it, as MLPerf's data has them
-    )
+    synthetic_hots: bool = False  # the data has one id a feature, and the model makes the others from it
     embedding: str = "robe"  # "robe", "full" or "hash"
-    compression: float | None = 1000.0  # robe, hash: full weights over weights kept; None where robe_size says it
-    robe_size: int | None = None  # robe: number of weights in the array, instead of compression
-    block_size: int | None = None  # robe: Z; None: embedding_dim, one read per row
+    compression: float | None = 1000.0  # robe, hash: full weights over weights kept; None with robe_size
+    robe_size: int | None = None  # robe: weights in the array, instead of compression
+    block_size: int | None = None  # robe: Z; None: embedding_dim, so that an id is one read
     sign: bool = False  # robe: hashed signs
     hash_seed: int = 0  # robe: seed of the hash
-    admission_bytes: int = 0  # robe: of the filter of the ids with a row of their own (robe.Admission); 0: all have
-    init_std: float | None = None  # robe: scale of the initial weights; None: RobeArray's default
-    vocabulary: bool = False  # full: rows belong to the ids of the training data, one more row a table to all others
+    admission_bytes: int = 0  # robe: size of the admission's filter (robe.Admission); 0: no admission
+    init_std: float | None = None  # robe: standard deviation of the initial weights; None: RobeArray's default
+    vocabulary: bool = False  # full: a row for each id in the training data, and one for all other ids
 
     def __post_init__(self):
-        _check(self.embedding in EMBEDDINGS, "embedding", f"one of {', '.join(EMBEDDINGS)}", self.embedding)
+        self._check_layers()
+        self._check_ids()
+        self._check_embedding()
+        self._check_admission()
+
+    def _check_layers(self) -> None:
         _check(self.embedding_dim >= 1, "embedding_dim", "at least 1", self.embedding_dim)
         _check(self.num_dense >= 1, "num_dense", "at least 1", self.num_dense)
-        _check(
-            len(self.table_rows) >= 1 and min(self.table_rows) >= 1,
-            "table_rows",
-            "tables of 1 row or more",
-            self.table_rows,
-        )
         _check(
             len(self.bottom_mlp) >= 1 and self.bottom_mlp[-1] == self.embedding_dim,
             "bottom_mlp",
@@ -63,10 +60,16 @@ class DLRMConfig:
         _check(self.interaction in INTERACTIONS, "interaction", f"one of {', '.join(INTERACTIONS)}", self.interaction)
         for name in ("cross_layers", "cross_rank"):
             _check(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+
+    def _check_ids(self) -> None:
+        tables = len(self.table_rows)
         _check(
-            self.hots is None or (len(self.hots) == len(self.table_rows) and min(self.hots) >= 1),
+            tables >= 1 and min(self.table_rows) >= 1, "table_rows", "tables of at least 1 row each", self.table_rows
+        )
+        _check(
+            self.hots is None or (len(self.hots) == tables and min(self.hots) >= 1),
             "hots",
-            f"{len(self.table_rows)} numbers from 1",
+            f"{tables} numbers from 1",
             self.hots,
         )
         _check(
@@ -75,42 +78,34 @@ class DLRMConfig:
             "hots with it, and no vocabulary",
             self.hots,
         )
+
+    def _check_embedding(self) -> None:
+        robe = self.embedding == "robe"
+        _check(self.embedding in EMBEDDINGS, "embedding", f"one of {', '.join(EMBEDDINGS)}", self.embedding)
         if self.embedding != "full":
             sizes = (self.compression is not None) + (self.robe_size is not None)
             _check(sizes == 1, "compression and robe_size", "exactly one of them", sizes or "neither")
         _check(self.compression is None or self.compression > 0, "compression", "a positive number", self.compression)
         _check(
-            self.embedding != "robe" or self.compression is None or self.compression > 1,
+            not robe or self.compression is None or self.compression > 1,
             "compression",
             "more than 1 (at 1 ROBE is the full tables: embedding='full')",
             self.compression,
         )
         _check(self.robe_size is None or self.robe_size >= 1, "robe_size", "at least 1", self.robe_size)
-        _check(
-            self.admission_bytes >= 0 and self.admission_bytes % 8 == 0,
-            "admission_bytes",
-            "a multiple of 8",
-            self.admission_bytes,
-        )
-        _check(
-            self.embedding == "robe" or not self.admission_bytes,
-            "admission_bytes",
-            "embedding='robe' with it",
-            self.embedding,
-        )
-        if self.admission_bytes:
-            _check(
-                self.array_floats >= 1,
-                "admission_bytes",
-                f"less than the {int(self.full_floats / (self.compression or 1)) * 4} bytes that compression leaves",
-                self.admission_bytes,
-            )
-        _check(
-            self.embedding == "robe" or self.robe_size is None, "robe_size", "embedding='robe' with it", self.embedding
-        )
+        _check(robe or self.robe_size is None, "robe_size", "embedding='robe' with it", self.embedding)
         _check(
             not self.vocabulary or self.embedding == "full", "vocabulary", "embedding='full' with it", self.embedding
         )
+
+    def _check_admission(self) -> None:
+        count = self.admission_bytes
+        _check(count >= 0 and count % 8 == 0, "admission_bytes", "a multiple of 8", count)
+        _check(self.embedding == "robe" or not count, "admission_bytes", "embedding='robe' with it", self.embedding)
+        if count:
+            left = int(self.full_floats / (self.compression or 1)) * 4
+            expected = f"less than the {left} bytes that compression leaves"
+            _check(self.array_floats >= 1, "admission_bytes", expected, count)
 
     @property
     def data_hots(self) -> tuple[int, ...] | None:
@@ -124,7 +119,7 @@ class DLRMConfig:
 
     @property
     def feature_of_id(self) -> list[int]:
-        """The feature of each id of a row that is embedded, those of one feature one behind the other."""
+        """The feature of each id that is embedded in a row, in the order of the ids."""
         hots = self.hots or (1,) * len(self.table_rows)
         return [feature for feature, hot in enumerate(hots) for _ in range(hot)]
 
@@ -135,40 +130,41 @@ class DLRMConfig:
 
     @property
     def array_floats(self) -> int:
-        """robe: weights in the array; what compression leaves is shared with the filter."""
+        """robe: weights in the array. The array and the filter share what compression leaves."""
         if self.robe_size is not None:
             return self.robe_size
         return int(self.full_floats / (self.compression or 1)) - self.admission_bytes // 4
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the fields, for JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "DLRMConfig":
-        """The inverse of to_dict, also after JSON.
+        """Return the config of ``to_dict``, also after JSON.
 
         Raises:
-            ValueError: unknown, missing or impossible values.
+            ValueError: values are unknown, missing or impossible.
         """
         return _from_dict(cls, values)
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """A training run."""
+    """The hyperparameters of training."""
 
-    batch_size: int  # rows of a step, those of all processes together
+    batch_size: int  # rows of a step, in all processes together
     learning_rate: float
     optimizer: str  # "sgd", "adagrad" or "adam"
-    epochs: int  # the evaluation with the best validation AUC is kept, so one too many does no harm
+    epochs: int  # one too many does no harm: the weights with the best validation AUC are kept
     evaluations_per_epoch: int = 4
     target_auc: float | None = None  # training ends with the first evaluation above it
-    warmup_steps: int = 0  # over which the rate grows linearly
-    decay_start: int = 0  # step after which the rate falls with the square of what is left
-    decay_steps: int = 0  # over how many; 0: it does not fall
+    warmup_steps: int = 0  # steps over which the learning rate grows linearly
+    decay_start: int = 0  # step after which the learning rate falls quadratically
+    decay_steps: int = 0  # steps over which it falls; 0: it stays constant
     adagrad_eps: float = 1e-10  # torch's; MLPerf's DCNv2 has 1e-8
     seed: int = 0  # of initial values and shuffling
-    averaging_steps: int = 0  # what is evaluated and kept is an average of the weights over about so many; 0: the last
+    averaging_steps: int = 0  # steps over which the weights are averaged to evaluate and keep them; 0: the last weights
 
     def __post_init__(self):
         _check(self.optimizer in OPTIMIZERS, "optimizer", f"one of {', '.join(OPTIMIZERS)}", self.optimizer)
@@ -187,11 +183,13 @@ class TrainingConfig:
         _check(self.target_auc is None or 0 < self.target_auc < 1, "target_auc", "between 0 and 1", self.target_auc)
 
     def rate(self, step: int) -> float:
-        """The learning rate of a step, counted from 1.
+        """Return the learning rate of a step.
 
-        Linear warm-up, a plateau, and a decay with power 2, as MLPerf's large-batch DLRM: learning_rate times
-        step / warmup_steps, then 1, then ((decay_start + decay_steps - step) / decay_steps) ** 2, from whose last
-        value above zero on it stays as it is.
+        The schedule of MLPerf's large-batch DLRM: learning_rate times step / warmup_steps, then times 1, then times
+        ((decay_start + decay_steps - step) / decay_steps) ** 2. It stays at the last value above zero.
+
+        Args:
+            step: counted from 1.
         """
         if step < self.warmup_steps:
             return self.learning_rate * step / self.warmup_steps
@@ -201,11 +199,16 @@ class TrainingConfig:
         return self.learning_rate
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the fields, for JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "TrainingConfig":
-        """The inverse of to_dict, also after JSON."""
+        """Return the config of ``to_dict``, also after JSON.
+
+        Raises:
+            ValueError: values are unknown, missing or impossible.
+        """
         return _from_dict(cls, values)
 
 
@@ -225,99 +228,3 @@ def _from_dict(cls, values):
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
     except TypeError as error:
         raise ValueError(f"{cls.__name__}: {error}") from None
-
-
-@dataclass(frozen=True)
-class Preset:
-    """A model with the way it is trained."""
-
-    model: DLRMConfig
-    training: TrainingConfig
-
-
-# Criteo Kaggle: sizes of facebookresearch/dlrm's bench/dlrm_s_criteo_kaggle.sh, rows after its preprocessing. Trained
-# with Adam, which reaches a higher AUC than that script's SGD (lr 0.1, batch 128): see docs/accuracy.md.
-_KAGGLE = Preset(
-    DLRMConfig(
-        embedding_dim=16,
-        bottom_mlp=(512, 256, 64, 16),
-        top_mlp=(512, 256, 1),
-        table_rows=(
-            1460, 583, 10131227, 2202608, 305, 24, 12517, 633, 3, 93145, 5683, 8351593, 3194,
-            27, 14992, 5461306, 10, 5652, 2173, 4, 7046547, 18, 15, 286181, 105, 142572,
-        ),
-    ),
-    TrainingConfig(batch_size=256, learning_rate=1e-3, optimizer="adam", epochs=3),
-)  # fmt: skip
-
-# Criteo Terabyte: MLPerf Training's DLRM (v0.7 to v2.1), ids capped at 40 million rows a table. With full tables MLPerf
-# allows 1 epoch; ROBE reaches the target later, and its authors allow 10. Training ends at the target.
-_TERABYTE = Preset(
-    DLRMConfig(
-        embedding_dim=128,
-        bottom_mlp=(512, 256, 128),
-        top_mlp=(1024, 1024, 512, 256, 1),
-        table_rows=(
-            39884406, 39043, 17289, 7420, 20263, 3, 7120, 1543, 63, 38532951, 2953546, 403346, 10,
-            2208, 11938, 155, 4, 976, 14, 39979771, 25641295, 39664984, 585935, 12972, 108, 36,
-        ),
-    ),
-    TrainingConfig(
-        batch_size=2048, learning_rate=1.0, optimizer="sgd", epochs=10, evaluations_per_epoch=20, target_auc=0.8025
-    ),
-)  # fmt: skip
-
-# MLPerf Training's DLRM-DCNv2 (v3.0 on): the same MLPs, a cross net in place of the products, several ids a feature.
-# How many, the data says; --synthetic-hots makes MLPerf's of data with one each.
-_DCNV2 = Preset(
-    replace(
-        _TERABYTE.model,
-        interaction="cross",
-        cross_layers=3,
-        cross_rank=512,
-        table_rows=(
-            40000000, 39060, 17295, 7424, 20265, 3, 7122, 1543, 63, 40000000, 3067956, 405282, 10,
-            2209, 11938, 155, 4, 976, 14, 40000000, 40000000, 40000000, 590152, 12973, 108, 36,
-        ),
-    ),
-    TrainingConfig(
-        batch_size=65536,
-        learning_rate=0.005,
-        optimizer="adagrad",
-        adagrad_eps=1e-8,
-        epochs=10,
-        evaluations_per_epoch=20,
-        target_auc=0.80275,
-    ),
-)  # fmt: skip
-
-
-def _large_batch(batch_size: int, learning_rate: float, warmup: int, decay_start: int, decay_steps: int) -> Preset:
-    training = replace(
-        _TERABYTE.training,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        warmup_steps=warmup,
-        decay_start=decay_start,
-        decay_steps=decay_steps,
-    )
-    return replace(_TERABYTE, training=training)
-
-
-PRESETS = {
-    "kaggle": _KAGGLE,
-    "terabyte": _TERABYTE,
-    "terabyte-32768": _large_batch(32768, 18.0, 8000, 70000, 30000),  # MLPerf's recipes for large batches
-    "terabyte-55296": _large_batch(55296, 24.0, 2750, 49315, 27772),
-    "dcnv2": _DCNV2,
-}
-
-
-def preset(name: str, **changes: Any) -> Preset:
-    """A preset with some fields of its model changed.
-
-    Raises:
-        ValueError: unknown preset, or values that do not fit.
-    """
-    _check(name in PRESETS, "preset", f"one of {', '.join(PRESETS)}", name)
-    return replace(PRESETS[name], model=replace(PRESETS[name].model, **changes))

@@ -1,9 +1,9 @@
-"""Several processes that train one model, each on its part of every batch.
+"""Data-parallel training: several processes train one model, each on its part of every batch.
 
     torchrun --nproc-per-node 2 train.py ...
 
-ROBE's array is small, so every process holds the whole model: after the backward, gradients are averaged, and all make
-the same step. A program without torchrun is a world of one process, where all of this does nothing.
+ROBE's array is small, so every process holds the whole model. After the backward pass gradients are averaged, and all
+processes make the same step. Without torchrun the world is one process, and nothing here has an effect.
 """
 
 import os
@@ -20,7 +20,11 @@ T = TypeVar("T")
 
 
 class PeerFailed(RuntimeError):
-    """The first process can't go on; it has said why itself."""
+    """The first process failed, and has reported the error itself.
+
+    Args:
+        exit_code: with which that process ends, and so should this one.
+    """
 
     def __init__(self, exit_code: int):
         super().__init__("")
@@ -31,8 +35,9 @@ class World:
     """The processes of a run.
 
     Args:
-        device: of this process's model.
-        rank, size: which of the processes this is, and how many there are.
+        device: where this process has its model.
+        rank: the number of this process, from 0.
+        size: the number of processes.
         group: for collectives; None in a world of one.
     """
 
@@ -41,17 +46,17 @@ class World:
 
     @staticmethod
     def join(device: str | None = None) -> "World":
-        """The world that torchrun has started this process in, or a world of one.
+        """Return the world in which torchrun started this process, or a world of one.
 
         Args:
-            device: "cpu" or "cuda"; None: CUDA if there is one. A process has the CUDA device of its local rank.
+            device: "cpu" or "cuda"; None: CUDA if available. A process gets the CUDA device of its local rank.
 
         Raises:
-            ValueError: no such device.
+            ValueError: there is no such device.
         """
         kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
         if kind == "cuda" and not torch.cuda.is_available():
-            raise ValueError("--device: expected cpu, torch finds no CUDA device here")
+            raise ValueError("--device: expected cpu, since torch finds no CUDA device; got cuda")
         if kind == "cuda":
             kind = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
             torch.cuda.set_device(kind)
@@ -67,15 +72,19 @@ class World:
         return self.rank == 0
 
     def close(self) -> None:
+        """Leave the process group."""
         if self.group is not None:
             dist.destroy_process_group()
             self.group = None
 
     def first(self, make: Callable[[], T]) -> T:
-        """What the first process makes of a call, in all of them.
+        """Call a function in the first process, and return its result in all of them.
+
+        Args:
+            make: the function; the result is pickled.
 
         Raises:
-            PeerFailed: in the others, if it failed; there, the error itself.
+            PeerFailed: in the other processes, if it failed. The first one raises the error itself.
         """
         if self.group is None:
             return make()
@@ -92,17 +101,27 @@ class World:
         return result[0]
 
     def each(self, make: Callable[[], T]) -> T:
-        """A call in all of them; in the others once it has gone well in the first.
+        """Call a function in every process, in the others once it has succeeded in the first; return its result.
+
+        Args:
+            make: the function; results stay in their processes.
 
         Raises:
-            PeerFailed: as ``first``.
+            PeerFailed: as in ``first``.
         """
         made: list[T] = []
         self.first(lambda: made.append(make()))
         return made[0] if made else make()
 
     def gather_in_first(self, tensor: Tensor) -> Tensor | None:
-        """The tensors (n, ...) of all processes, one behind the other, in the first process; None in the others."""
+        """Concatenate the tensors (n, ...) of all processes, in the first one.
+
+        Args:
+            tensor: of this process; n may differ between processes.
+
+        Returns:
+            all of them in the order of ranks; None in the other processes.
+        """
         if self.group is None:
             return tensor
         own = torch.tensor([len(tensor)], device=self.device)
@@ -115,19 +134,27 @@ class World:
         return None if parts is None else torch.cat([part[:n] for part, n in zip(parts, rows.flatten().tolist())])
 
     def same_weights(self, model: nn.Module) -> None:
-        """Give every process the first one's parameters and buffers."""
+        """Copy the parameters and buffers of the first process to all others.
+
+        Args:
+            model: the same in all processes but for its values.
+        """
         if self.group is not None:
             for tensor in (*model.parameters(), *model.buffers()):
                 dist.broadcast(tensor.detach(), 0)
 
     def average_gradients(self, parameters: Iterable[nn.Parameter], numbers: Tensor) -> Tensor:
-        """Average gradients over the processes, each of which has the same ones; also sum a few numbers, (n,).
+        """Average gradients over the processes, and sum a few numbers in the same message.
 
-        Dense gradients go in one message. Of sparse ones, each process gets the rows of all. The gradients that wait in
-        optimizers of robe.optim are those' own business.
+        Dense gradients are reduced in one message. Of sparse gradients, each process gets the rows of all. Optimizers
+        of robe.optim exchange the gradients of their arrays themselves.
+
+        Args:
+            parameters: the same in all processes, with gradients of the same ones.
+            numbers: (n,), to be summed.
 
         Returns:
-            the sums.
+            (n,): the sums.
         """
         if self.group is None:
             return numbers

@@ -1,7 +1,7 @@
-"""The embeddings a DLRM can be given: ROBE, or the tables it is compared with.
+"""The embeddings of a DLRM: ROBE, or the tables it is compared with.
 
-Each is a module with forward(sparse (B, F) int64) -> (B, F, D), and with forward(values, offsets) for sums of several
-ids, features major. ROBE's is robe.RobeEmbeddingBagCollection.
+Each is a module with forward(ids (B, F) int64) -> (B, F, D), and forward(values, offsets) -> (B, F, D), which sums
+several ids of a feature; the ids of the first feature come first. ROBE's module is robe.RobeEmbeddingBagCollection.
 """
 
 from collections.abc import Sequence
@@ -15,18 +15,19 @@ from robe import Admission, EmbeddingBagConfig, RobeEmbeddingBagCollection
 from robe.hashing import mix64, multiply_high, table_key
 
 _ID_BITS = 32
-SYNTHETIC = 0x484F5453  # the seed of synthetic ids, so that they are not the hashes an array is read at
+SYNTHETIC = 0x484F5453  # seed of synthetic ids, which should not be the hashes that ROBE reads at
 
 
 class Tables(nn.Module):
-    """A table per feature, one behind the other in one weight; row ``id % rows`` of each. Gradients are sparse.
+    """A table per feature, read at row ``id % rows``. Gradients are sparse.
 
     Args:
         table_rows: rows of each feature's table.
         embedding_dim: D.
 
     Attributes:
-        weight: (sum(table_rows), D), initially uniform within +-1/sqrt(rows) of a table, as in facebookresearch/dlrm.
+        weight: (sum(table_rows), D), the tables one after the other. Initially uniform within +-1/sqrt(rows) of a
+            table, as in facebookresearch/dlrm.
     """
 
     table_rows: Tensor
@@ -43,10 +44,21 @@ class Tables(nn.Module):
                 table.uniform_(-(len(table) ** -0.5), len(table) ** -0.5)
 
     def rows(self, ids: Tensor, feature: Tensor | slice = slice(None)) -> Tensor:
-        """Each id's row in its table; feature: of each id, by default one id for each in the last dimension."""
+        """Return the row of each id in its table.
+
+        Args:
+            ids: (..., F) int64; any shape with ``feature``.
+            feature: the feature of each id; by default the last dimension of ids has one id of each.
+        """
         return torch.remainder(ids, self.table_rows[feature])
 
     def forward(self, sparse: Tensor, offsets: Tensor | None = None) -> Tensor:
+        """Look up the embeddings, (B, F, D).
+
+        Args:
+            sparse: (B, F) int64 ids; with offsets, the values of ``bags``.
+            offsets: (F * B + 1,), as ``bags`` returns them.
+        """
         if offsets is None:
             return functional.embedding(self.rows(sparse) + self.first_rows, self.weight, sparse=True)
         features = len(self.table_rows)
@@ -60,11 +72,11 @@ class Tables(nn.Module):
 
 
 class EmbeddingBags(nn.Module):
-    """An nn.EmbeddingBag for each feature, as facebookresearch/dlrm has them: what ROBE is timed against.
+    """An nn.EmbeddingBag for each feature, as in facebookresearch/dlrm. ROBE is timed against it.
 
     Args:
         weights: of each table, (rows, D).
-        sparse: whether gradients are.
+        sparse: whether gradients are sparse.
     """
 
     def __init__(self, weights: Sequence[Tensor], sparse: bool = False):
@@ -74,6 +86,7 @@ class EmbeddingBags(nn.Module):
         )
 
     def forward(self, sparse: Tensor, offsets: Tensor | None = None) -> Tensor:
+        """Look up the embeddings, (B, F, D); arguments as in Tables.forward."""
         if offsets is None:
             starts = torch.arange(len(sparse))
             return torch.stack([bag(ids, starts) for bag, ids in zip(self.bags, sparse.T)], dim=1)
@@ -87,12 +100,12 @@ class EmbeddingBags(nn.Module):
 
 
 class VocabularyTables(Tables):
-    """Tables with a row for each id of the training data, and one more, the last, for all other ids.
+    """Tables with a row for each id in the training data. The last row of a table is for all other ids.
 
     Args:
-        table_rows: number of known ids of each feature, plus one.
+        table_rows: the number of known ids of each feature, plus one.
         embedding_dim: D.
-        vocabulary: the known ids of each feature, ascending, in [0, 2**32); None: to be loaded from a state_dict.
+        vocabulary: the known ids of each feature, ascending, in [0, 2**32); None: they come from a state_dict.
     """
 
     features: Tensor
@@ -109,25 +122,25 @@ class VocabularyTables(Tables):
         self.register_buffer("keys", keys)  # feature << 32 | id, ascending over all features
 
     def rows(self, ids: Tensor, feature: Tensor | slice = slice(None)) -> Tensor:
+        """Return the row of each id in its table; arguments as in Tables.rows."""
         keys = self.features[feature] | (ids & ((1 << _ID_BITS) - 1))
         place = torch.searchsorted(self.keys, keys)
         known = self.keys[place.clamp(max=len(self.keys) - 1)] == keys
         known &= ids >> _ID_BITS == 0
-        before = self.first_rows - torch.arange(
-            len(self.table_rows), device=ids.device
-        )  # known ids of earlier features
+        # Known ids of earlier features.
+        before = self.first_rows - torch.arange(len(self.table_rows), device=ids.device)
         return torch.where(known, place - before[feature], self.table_rows[feature] - 1)
 
 
 def bags(sparse: Tensor, hots: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Several ids a feature as (values, offsets), features major.
+    """Return several ids a feature as bags.
 
     Args:
         sparse: (B, sum(hots)) int64, the ids of the first feature first.
         hots: ids of each feature.
 
     Returns:
-        values (B * sum(hots),), offsets (F * B + 1,): bag f * B + b has the ids of feature f of example b.
+        values (B * sum(hots),) and offsets (F * B + 1,): bag f * B + b has the ids of feature f of example b.
     """
     values = torch.cat([ids.reshape(-1) for ids in sparse.split(list(hots), dim=1)])
     lengths = torch.tensor(hots, device=sparse.device).repeat_interleave(len(sparse))
@@ -135,15 +148,15 @@ def bags(sparse: Tensor, hots: Sequence[int]) -> tuple[Tensor, Tensor]:
 
 
 def synthetic_ids(sparse: Tensor, hots: Sequence[int], table_rows: Sequence[int]) -> Tensor:
-    """Several ids a feature, of one each: the first is the id itself, the others depend on it and are uniform.
+    """Make several ids a feature from one each: the id itself, and others that depend on it and are uniform.
 
-    So is the data of MLPerf's DLRM-DCNv2, whose other ids come from one random table for each feature, with a row for
-    each id. Here they are hashes of the id, which need no table; they are not the same numbers.
+    MLPerf's data for DLRM-DCNv2 is made likewise, but takes the other ids from a random table with a row for each id.
+    Here they are hashes of the id, which need no table; they are other numbers.
 
     Args:
         sparse: (B, F) int64.
         hots: ids of each feature, from 1.
-        table_rows: of each feature; its other ids are in [0, table_rows).
+        table_rows: of each feature; the ids that are made are in [0, table_rows).
 
     Returns:
         (B, sum(hots)) int64.
@@ -158,9 +171,11 @@ def synthetic_ids(sparse: Tensor, hots: Sequence[int], table_rows: Sequence[int]
 
 
 def capped_rows(table_rows: Sequence[int], compression: float) -> list[int]:
-    """The rows of hash-trick tables: min(rows, cap), with the largest cap that compresses all tables together so much.
+    """Return the rows of hash-trick tables: min(rows, cap), with the largest cap that reaches a compression.
 
-    At least one row a table, so that tables of few rows can't be compressed further.
+    Args:
+        table_rows: of the full tables.
+        compression: rows of all full tables together over rows kept. Each table keeps at least one row.
     """
     budget = sum(table_rows) / compression
     low, high = 1, max(table_rows)
@@ -171,13 +186,14 @@ def capped_rows(table_rows: Sequence[int], compression: float) -> list[int]:
 
 
 def build_embeddings(config: DLRMConfig, vocabulary: Sequence[Tensor] | None = None) -> nn.Module:
-    """The embeddings that a config asks for.
+    """Build the embeddings of a config.
 
     Args:
-        vocabulary: with config.vocabulary: the known ids of each feature, or None before loading a state_dict.
+        config: of the model.
+        vocabulary: with config.vocabulary, the known ids of each feature; None: they come from a state_dict.
     """
     if config.embedding == "robe":
-        # Ids go in as they are: no dictionary, no modulo, so the tables have no end.
+        # Any id is legal, without a dictionary or a modulo, so the tables have no bounds.
         tables = [EmbeddingBagConfig(f"cat_{i}", None, config.embedding_dim) for i in range(len(config.table_rows))]
         return RobeEmbeddingBagCollection(
             tables,

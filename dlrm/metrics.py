@@ -1,8 +1,5 @@
-"""How good a model's predictions are: AUC and log loss, by scikit-learn; of any number of rows by Scores."""
+"""Predictions and their quality: AUC and log loss, exact by scikit-learn, or in bounded memory by Scores."""
 
-import platform
-import resource
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -12,6 +9,7 @@ import torch
 from sklearn.metrics import log_loss, roc_auc_score
 from torch import nn
 
+from dlrm.batch import Batch
 from dlrm.distributed import World
 
 EVALUATION_BATCH = 2048  # rows; large enough for the full speed of the MLPs
@@ -21,8 +19,13 @@ _BITS_IGNORED = 6
 _BINS_AT_ONCE = 1 << 20
 
 
-def predict(model: nn.Module, batches: Iterable) -> Iterator[np.ndarray]:
-    """Click probabilities, float32 (B,) for each batch; batches have ``dense`` and ``sparse`` as data.rows.Batch."""
+def predict(model: nn.Module, batches: Iterable[Batch]) -> Iterator[np.ndarray]:
+    """Yield click probabilities, (B,) float32 for each batch.
+
+    Args:
+        model: (dense, sparse) -> logits; it is put into evaluation mode.
+        batches: labels are not used.
+    """
     model.eval()
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     with torch.inference_mode():
@@ -31,22 +34,27 @@ def predict(model: nn.Module, batches: Iterable) -> Iterator[np.ndarray]:
             yield torch.sigmoid(logits).cpu().numpy()
 
 
-def evaluate(model: nn.Module, batches: Iterable, world: World | None = None) -> dict[str, float]:
+def evaluate(model: nn.Module, batches: Iterable[Batch], world: World | None = None) -> dict[str, float]:
     """Score a model on labelled batches.
 
     Args:
-        world: of several processes, each scores its own rows: the result is that of all rows, exact, in all of them.
+        model: (dense, sparse) -> logits.
+        batches: this process's rows.
+        world: the processes. Each gets the exact scores of the rows of all; None: this one alone.
 
     Returns:
         auc, log_loss (natural logarithm), rows, seconds.
 
     Raises:
-        ValueError: no rows, labels of one kind only (AUC is then undefined), or predictions that are not finite.
+        ValueError: there are no rows or no labels, all labels are the same (AUC is then undefined), or the model
+            predicts NaN.
     """
     labels: list[np.ndarray] = []
 
-    def remember(batches):
+    def remember(batches: Iterable[Batch]) -> Iterator[Batch]:
         for batch in batches:
+            if batch.labels is None:
+                raise ValueError("labels: expected to evaluate a model, got none")
             labels.append(batch.labels)
             yield batch
 
@@ -67,7 +75,15 @@ def evaluate(model: nn.Module, batches: Iterable, world: World | None = None) ->
 
 
 def score(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, float]:
-    """auc, log_loss and rows of predictions; Raises ValueError as evaluate."""
+    """Return auc, log_loss (natural logarithm) and rows of predictions.
+
+    Args:
+        labels: (n,), 0 or 1.
+        probabilities: (n,).
+
+    Raises:
+        ValueError: as in ``evaluate``.
+    """
     if not np.isfinite(probabilities).all():
         raise ValueError("the model predicts NaN")
     if labels.min() == labels.max():
@@ -82,13 +98,16 @@ def score(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, float]:
 class Scores:
     """AUC and log loss of any number of predictions, in bounded memory.
 
-    Labels are counted by probability, in bins of a width of 2**-17 of it (the probability's bits as float32, but for
-    the last 6): pairs within a bin count as ties. What that can change in the AUC is below 1e-6 unless a great part of
-    all predictions is nearly the same. Sums are in float64.
+    Labels are counted in bins of probability, each 2**-17 of the probability wide: the float32 bits without the last 6.
+    Pairs within a bin count as ties. This changes the AUC by less than 1e-6, unless a large part of all predictions is
+    nearly the same. Sums are in float64.
+
+    Attributes:
+        rows: predictions so far.
     """
 
     def __init__(self) -> None:
-        # Untouched memory is not taken: the bins in use are some of 2**17 for each halving of the probability.
+        # Only pages that are written to take memory: 2**17 bins for each halving of the probability.
         self._counts = np.zeros((2, (_ONE >> _BITS_IGNORED) + 1), np.uint32)
         self._loss = 0.0
         self.rows = 0
@@ -101,11 +120,11 @@ class Scores:
             probabilities: (B,) float32.
 
         Raises:
-            ValueError: a probability that is none.
+            ValueError: a probability is not within 0 and 1.
         """
         if not ((probabilities >= 0) & (probabilities <= 1)).all():
             raise ValueError("probabilities: expected numbers from 0 to 1")
-        # Floats from 0 to 1 are in the order of their bits.
+        # Floats from 0 to 1 have the same order as their bits.
         bins = np.maximum(probabilities, np.float32(0)).view(np.uint32) >> _BITS_IGNORED
         clicked = labels > 0.5
         for label, chosen in enumerate((~clicked, clicked)):
@@ -116,14 +135,14 @@ class Scores:
         self.rows += len(labels)
 
     def result(self) -> dict[str, Any]:
-        """auc, None where all labels are the same; log_loss (natural logarithm), rows.
+        """Return auc (None where all labels are the same), log_loss (natural logarithm) and rows.
 
         Raises:
-            ValueError: no rows.
+            ValueError: there are no rows.
         """
         if not self.rows:
             raise ValueError("no rows to evaluate")
-        lower, ordered = 0, 0.0  # negatives in the bins before; pairs in order, ties counting one half
+        lower, ordered = 0, 0.0  # negatives in the bins so far; pairs in the right order, where ties count one half
         for start in range(0, self._counts.shape[1], _BINS_AT_ONCE):
             negatives, positives = self._counts[:, start : start + _BINS_AT_ONCE].astype(np.int64)
             before = lower + negatives.cumsum() - negatives
@@ -132,21 +151,3 @@ class Scores:
         clicks = self.rows - lower
         pairs = clicks * lower
         return {"auc": ordered / pairs if pairs else None, "log_loss": self._loss / self.rows, "rows": self.rows}
-
-
-def peak_rss_bytes() -> int:
-    """The most memory this process has held so far, bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def environment() -> dict[str, Any]:
-    """Machine, versions and command: what every reported number carries."""
-    return {
-        "command": " ".join(sys.argv),
-        "machine": f"{platform.machine()} {platform.system()}, {torch.get_num_threads()} threads",
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-    }

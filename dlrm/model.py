@@ -1,6 +1,6 @@
 """The deep learning recommendation model (Naumov et al. 2019): bottom MLP, embeddings, interaction, top MLP.
 
-B examples, F categorical features, D embedding_dim, N = F + 1 vectors that interact.
+Shapes: B examples, F categorical features, D = embedding_dim, N = F + 1 vectors that interact.
 """
 
 import math
@@ -18,11 +18,11 @@ from dlrm.embeddings import bags, build_embeddings, synthetic_ids
 class MLP(nn.Sequential):
     """Linear layers with ReLU between them.
 
-    Initial values as in facebookresearch/dlrm: W ~ N(0, 2 / (fan_in + fan_out)), b ~ N(0, 1 / fan_out).
+    Initial values are those of facebookresearch/dlrm: W ~ N(0, 2 / (fan_in + fan_out)), b ~ N(0, 1 / fan_out).
 
     Args:
         widths: of the input and after each layer.
-        relu_last: whether the last layer has a ReLU too.
+        relu_last: whether a ReLU follows the last layer too.
     """
 
     def __init__(self, widths: Sequence[int], relu_last: bool):
@@ -38,23 +38,28 @@ class MLP(nn.Sequential):
 class DotInteraction(nn.Module):
     """The dot products of all pairs of N = F + 1 vectors.
 
-    Strictly lower triangle, row by row, as in facebookresearch/dlrm.
+    Their order is the strictly lower triangle, row by row, as in facebookresearch/dlrm.
     """
 
     def forward(self, dense: Tensor, embeddings: Tensor) -> Tensor:
-        """dense (B, D) and embeddings (B, F, D) -> (B, D + N * (N - 1) / 2): dense, then the products."""
+        """Return the dense vector followed by the products, (B, D + N * (N - 1) / 2).
+
+        Args:
+            dense: (B, D).
+            embeddings: (B, F, D).
+        """
         return torch.ops.dlrm.dot_interaction(dense, embeddings)
 
 
 class LowRankCrossNet(nn.Module):
-    """DCNv2's cross net with matrices of low rank (Wang et al. 2021): x' = x0 * (W (V x) + b) + x, layer by layer.
+    """DCNv2's cross net with matrices of low rank (Wang et al. 2021): x' = x0 * (W (V x) + b) + x in each layer.
 
-    Initial values as in torchrec: W, V ~ Xavier's normal distribution, b = 0.
+    Initial values are those of torchrec: W and V from Xavier's normal distribution, b = 0.
 
     Args:
         width: of the input and of the output.
-        layers: how many.
-        rank: V is (rank, width), W (width, rank).
+        layers: the number of layers.
+        rank: V is (rank, width), W is (width, rank).
     """
 
     def __init__(self, width: int, layers: int, rank: int):
@@ -65,7 +70,14 @@ class LowRankCrossNet(nn.Module):
             nn.init.zeros_(parameter) if name.endswith("bias") else nn.init.xavier_normal_(parameter)
 
     def forward(self, x0: Tensor) -> Tensor:
-        """(B, width) -> (B, width)."""
+        """Apply all layers.
+
+        Args:
+            x0: (B, width).
+
+        Returns:
+            (B, width).
+        """
         x = x0
         for v, w in zip(self.v, self.w):
             x = torch.addcmul(x, x0, w(v(x)))
@@ -73,23 +85,37 @@ class LowRankCrossNet(nn.Module):
 
 
 class CrossInteraction(nn.Module):
-    """The cross net over all N = F + 1 vectors, one behind the other."""
+    """The cross net over the concatenation of all N = F + 1 vectors.
+
+    Args:
+        width: N * D.
+        layers: of the cross net.
+        rank: of its matrices.
+    """
 
     def __init__(self, width: int, layers: int, rank: int):
         super().__init__()
         self.net = LowRankCrossNet(width, layers, rank)
 
     def forward(self, dense: Tensor, embeddings: Tensor) -> Tensor:
-        """dense (B, D) and embeddings (B, F, D) -> (B, N * D)."""
+        """Return the crossed vectors, (B, N * D).
+
+        Args:
+            dense: (B, D).
+            embeddings: (B, F, D).
+        """
         return self.net(torch.cat([dense, embeddings.flatten(1)], dim=1))
 
 
 class DLRM(nn.Module):
-    """A DLRM; the loss and the sigmoid lie outside.
+    """A DLRM that returns logits.
+
+        model = DLRM(PRESETS["kaggle"].model)
+        logits = model(torch.randn(2, 13), torch.randint(0, 2**32, (2, 26)))  # (2,)
 
     Args:
-        config: its hyperparameters.
-        embeddings: a module (B, F) int64 -> (B, F, D), such as RobeEmbeddingBagCollection; None: the config's.
+        config: the hyperparameters.
+        embeddings: a module (B, F) int64 -> (B, F, D), such as robe.RobeEmbeddingBagCollection; None: the config's.
     """
 
     def __init__(self, config: DLRMConfig, embeddings: nn.Module | None = None):
@@ -107,22 +133,19 @@ class DLRM(nn.Module):
         self.top = MLP((width, *config.top_mlp), relu_last=False)
 
     def forward(self, dense: Tensor, sparse: Tensor) -> Tensor:
-        """The logits of clicks.
+        """Return the logits of clicks, (B,) float.
 
         Args:
             dense: (B, num_dense) float.
-            sparse: (B, F) int64 ids; (B, sum(config.hots)) with several ids a feature, whose embeddings are summed, but
-                for config.synthetic_hots, with which the model makes those of (B, F).
-
-        Returns:
-            (B,) float.
+            sparse: (B, F) int64 ids. With config.hots, (B, sum(hots)), and the embeddings of a feature are summed; with
+                config.synthetic_hots the model makes these ids from (B, F).
         """
         x = self.bottom(dense)  # (B, D)
         config = self.config
         if config.hots is None:
-            rows = self.embeddings(sparse)
+            embeddings = self.embeddings(sparse)
         else:
             if config.synthetic_hots:
                 sparse = synthetic_ids(sparse, config.hots, config.table_rows)
-            rows = self.embeddings(*bags(sparse, config.hots))
-        return self.top(self.interaction(x, rows)).squeeze(1)
+            embeddings = self.embeddings(*bags(sparse, config.hots))
+        return self.top(self.interaction(x, embeddings)).squeeze(1)

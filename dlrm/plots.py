@@ -1,4 +1,4 @@
-"""Pictures of training runs and of measurements."""
+"""Plots of training runs and of measurements."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,14 +8,14 @@ from typing import Any
 def learning_curves(
     path: Path, runs: Mapping[str, Sequence[dict[str, float]]], best_possible: float | None = None
 ) -> None:
-    """Draw validation AUC, and the loss in training and validation, against epochs.
+    """Plot validation AUC, and the loss in training and validation, against epochs.
 
     Args:
-        path: of the PNG.
+        path: of the PNG file.
         runs: label -> history, as in dlrm.training.trainer.Progress.
-        best_possible: the AUC of the true probabilities on the test rows, to draw as a line.
+        best_possible: the AUC of the true probabilities on the test rows, drawn as a line.
     """
-    import matplotlib  # imported where it is used: it takes half a second
+    import matplotlib  # here, since it takes half a second
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -39,10 +39,10 @@ def learning_curves(
 
 
 def throughput(path: Path, results: Sequence[dict[str, Any]], stages: Sequence[str]) -> None:
-    """Draw rows a second against the batch size, and the time of each stage for a row.
+    """Plot rows per second against the batch size, and the share of time that each stage takes.
 
     Args:
-        path: of the PNG.
+        path: of the PNG file.
         results: as in dlrm.inference.throughput.report.
         stages: in the order in which they are stacked.
     """

@@ -16,10 +16,11 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+import dlrm.training.run
 import dlrm.training.trainer
 import train
 from data.synthetic import write
-from dlrm.checkpoint import TrainingCheckpoints
+from dlrm.training.checkpoint import TrainingCheckpoints
 
 PROGRAM = str(Path(train.__file__))
 # 67 steps an epoch, evaluations after 34 and 67; a line of metrics.jsonl at 100.
@@ -146,7 +147,7 @@ def test_a_signal_stops_a_run_and_the_command_that_is_printed_goes_on(
     process.join()
     assert process.exitcode == 0, (tmp_path / "stderr").read_text()
     said = (tmp_path / "stdout").read_text().splitlines()
-    step = int(re.fullmatch(r"stopped at step (\d+), all is saved; to go on:", said[-2])[1])
+    step = int(re.fullmatch(r"stopped at step (\d+); everything is saved. To resume:", said[-2])[1])
     assert after <= step < 134
     assert TrainingCheckpoints(tmp_path / "run").steps()[-1] == step
     assert not (tmp_path / "run" / "metrics.json").exists()
@@ -155,7 +156,7 @@ def test_a_signal_stops_a_run_and_the_command_that_is_printed_goes_on(
         command = said[-1].strip().replace("python", shlex.quote(sys.executable), 1)
         done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, check=False)
         assert (done.returncode, done.stderr.count("Traceback")) == (0, 0), done.stderr
-        assert f"going on at step {step}" in done.stdout
+        assert f"resuming at step {step}" in done.stdout
     else:
         process = start(tmp_path, *shlex.split(said[-1])[2:])
         process.join()
@@ -218,9 +219,9 @@ def test_stopped_in_an_evaluation_and_in_the_test(rows, tmp_path, finished, monk
             return original(*args)
 
         with monkeypatch.context() as patch:
-            patch.setattr(train, "evaluate", evaluate)
+            patch.setattr(dlrm.training.run, "evaluate", evaluate)
             assert run("--data", rows, "--output", folder, *OPTIONS) == 0
-        assert f"stopped at step {step}, all is saved" in capsys.readouterr().out
+        assert f"stopped at step {step}; everything is saved" in capsys.readouterr().out
         assert not (folder / "metrics.json").exists()
         assert run("--resume", "--output", folder) == 0
         assert outcome(folder) == outcome(finished)
@@ -282,9 +283,9 @@ def test_going_on_for_more_epochs(rows, tmp_path, finished, capsys, at_step):
     shutil.copytree(finished, tmp_path / "run")
     at_step(20, terminate)
     assert run("--resume", "--output", tmp_path / "run", "--epochs", 3, "--preset", "kaggle") == 0
-    assert "going on at step 134" in capsys.readouterr().out
+    assert "resuming at step 134" in capsys.readouterr().out
     assert run("--data", rows, "--output", tmp_path / "run", *OPTIONS) == 2, "is not finished any more"
-    assert "has a run that is not finished, with a checkpoint of step 155" in last_error(capsys)
+    assert "has an unfinished run with a checkpoint of step 155" in last_error(capsys)
     assert run("--resume", "--output", tmp_path / "run") == 0
     assert run("--data", rows, "--output", tmp_path / "whole", *OPTIONS, "--epochs", 3) == 0
     (metrics, *others), (expected, *of_whole) = outcome(tmp_path / "run"), outcome(tmp_path / "whole")
@@ -319,7 +320,7 @@ def test_the_best_weights_are_those_of_the_run_that_goes_on(rows, tmp_path, monk
     aucs = iter([0.6, 0.5, 0.7, 0.5, 0.5])
     fake = lambda *_: {"auc": next(aucs), "log_loss": 1.0}  # noqa: E731
     with monkeypatch.context() as patch:
-        patch.setattr(train, "evaluate", fake)
+        patch.setattr(dlrm.training.run, "evaluate", fake)
         assert run(*options) == 0
         aucs = iter([0.5, 0.5, 0.5])
         assert (
@@ -346,7 +347,7 @@ def test_data_may_move_but_not_change(rows, tmp_path, finished, capsys):
 
 def test_nothing_to_go_on_from(rows, tmp_path, finished, capsys):
     assert run("--resume", "--output", tmp_path / "run") == 2
-    assert last_error(capsys) == "error: --data: is needed to start a run (there is no checkpoint to go on from)"
+    assert last_error(capsys) == "error: --data: expected to start a run, and there is no checkpoint to resume from"
     assert run("--resume", "7", "--data", rows, "--output", tmp_path / "run") == 2
     assert last_error(capsys).endswith("no checkpoint of step 7: there are none")
     assert not (tmp_path / "run").exists()
@@ -361,8 +362,8 @@ def test_an_unfinished_run_is_not_overwritten_a_finished_one_is(rows, tmp_path, 
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     assert run("--data", rows, "--output", tmp_path / "run", *OPTIONS) == 2
     assert last_error(capsys) == (
-        f"error: --output: {tmp_path / 'run'} has a run that is not finished, with a checkpoint of step 34: go on with "
-        "it (--resume), or give a new name"
+        f"error: --output: {tmp_path / 'run'} has an unfinished run with a checkpoint of step 34; resume it "
+        "(--resume), or choose another folder"
     )
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
     assert run("--resume", "--output", tmp_path / "run") == 0
@@ -426,7 +427,8 @@ def test_diverging_training_exits_3_and_names_what_is_good(rows, tmp_path, finis
     found = re.search(r"is .* at step (\d+) \(batch (\d+) of epoch 1\); a lower learning rate than (\S+) may", error)
     assert found, error
     assert (found[1], float(found[3])) == (found[2], float(rate))
-    last = int(re.search(r"Good until step (\d+): python .* --resume --output \S+ --learning-rate X$", error)[1])
+    advice = r"The checkpoint of step (\d+) is good: python .* --resume --output \S+ --learning-rate X$"
+    last = int(re.search(advice, error)[1])
     checkpoints = TrainingCheckpoints(tmp_path / "run")
     assert last == checkpoints.steps()[-1] < int(found[1])
     assert all(bool(p.isfinite().all()) for p in checkpoints.load().model.parameters())

@@ -77,7 +77,7 @@ def test_one_process_goes_on_where_two_were_stopped(rows, tmp_path):
         out, _ = two.communicate(timeout=60)
     finally:
         two.kill()
-    assert "all is saved" in out
+    assert "everything is saved" in out
     assert "torchrun --nproc-per-node 2" in out
     stopped = max(int(path.name.split("-")[1]) for path in (tmp_path / "checkpoints").glob("step-*"))
     assert not (tmp_path / "metrics.json").exists()
@@ -89,18 +89,22 @@ def test_one_process_goes_on_where_two_were_stopped(rows, tmp_path):
     assert [point["step"] for point in metrics["history"]] == list(range(10, 10 * last + 1, 10))
 
 
-@pytest.mark.parametrize("case", ["bad line", "impossible model"])
+@pytest.mark.parametrize("case", ["bad line", "impossible model", "impossible layer"])
 def test_what_is_wrong_is_said_once(rows, tmp_path, case):
     if case == "bad line":
         lines = rows.read_text().splitlines()
         (tmp_path / "rows.tsv").write_text("\n".join([*lines[:20], "1\t2", *lines[20:]]) + "\n")
         two = start("--data", tmp_path / "rows.tsv", "--output", tmp_path / "run", *OPTIONS)
         message = "rows.tsv:21: expected 40"
-    else:
+    elif case == "impossible model":
         two = start("--data", rows, "--output", tmp_path / "run", "--embedding", "hash", "--robe-size", "5")
         message = "robe_size: expected embedding='robe' with it, got hash"
+    else:  # which is found when the plan is made, and the model is built
+        two = start("--data", rows, "--output", tmp_path / "run", "--robe-size", "5")
+        message = "an array of 5 weights does not hold one block of 16"
     _, error = two.communicate(timeout=60)
     assert two.returncode != 0
+    assert "exitcode  : 2" in error, "torchrun's report of the first process that failed"
     said = [line for line in error.splitlines() if line.startswith("error: ")]
     assert len(said) == 1, error
     assert message in said[0]

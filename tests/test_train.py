@@ -10,6 +10,7 @@ import pytest
 import torch
 from sklearn.metrics import log_loss, roc_auc_score
 
+import dlrm.training.plan
 import infer
 import train
 from data import prepare
@@ -179,7 +180,7 @@ def test_bad_data_is_one_line_and_leaves_nothing(tmp_path, case, capsys):
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_impossible_options_are_refused(rows, tmp_path, options, message, capsys, monkeypatch):
-    monkeypatch.setattr(train, "physical_memory", lambda: 24e9)
+    monkeypatch.setattr(dlrm.training.plan, "total_memory", lambda: 24e9)
     assert run("--data", rows, "--output", tmp_path / "run", *options) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -22,7 +22,8 @@ from tqdm import tqdm
 from dlrm.checkpoint import write_json
 from dlrm.inference.loadgen_logs import SAMPLES_A_QUERY, SIZES, read_accuracy, read_speed, sample_bounds, trace
 from dlrm.inference.predictor import Predictor
-from dlrm.metrics import Scores, environment, score
+from dlrm.machine import environment
+from dlrm.metrics import Scores, score
 
 SCENARIOS = ("Offline", "Server", "SingleStream", "MultiStream")
 MODEL = "dlrm-v2"  # LoadGen silently ignores names it doesn't know

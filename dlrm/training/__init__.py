@@ -1,1 +1,1 @@
-"""Training a DLRM: the loop, optimizers, checkpoints, logs."""
+"""Training of a DLRM: a run from its options to its report, the loop, optimizers, checkpoints, logs."""

@@ -1,6 +1,7 @@
-"""MLPerf's training log of a run, in the Open division: ROBE changes the model.
+"""The log of a run in MLPerf's format, in the Open division, since ROBE changes the model.
 
-Made for the compliance checker of the mlperf-logging package, rulesets 2.1.0 (benchmark dlrm) and 5.1.0 (dlrm_dcnv2):
+It passes the compliance checker of the mlperf-logging package, with rulesets 2.1.0 (benchmark dlrm) and 5.1.0
+(dlrm_dcnv2):
 
     python -m mlperf_logging.compliance_checker --usage training --ruleset 2.1.0 FILE
 """
@@ -16,16 +17,16 @@ from dlrm.training.journal import open_at
 
 
 class MLLog:
-    """The events of a run, in the order in which the methods are to be called.
+    """Writes the events of a run. Methods are called in the order in which they are defined, from ``begin`` on.
 
     Args:
         path: of the file.
-        size: of the file, ``position`` of the checkpoint from which the run goes on: what was written after it is taken
-            out. 0: a new run.
+        size: what ``position`` returned for the checkpoint that the run is resumed from; what was written after it is
+            removed. 0: a new run.
 
     Raises:
-        OSError: it can't be written.
-        ValueError: it is not the log of that run.
+        OSError: the file can't be written.
+        ValueError: the file is not the log of that run.
     """
 
     def __init__(self, path: Path, size: int = 0):
@@ -35,28 +36,33 @@ class MLLog:
         path.parent.mkdir(parents=True, exist_ok=True)
         found = path.stat().st_size if path.exists() else 0
         if found < size:
-            raise ValueError(f"{path}: not the log of this run, which had {size} bytes already; this has {found}")
+            raise ValueError(f"{path}: not the log of this run: expected at least {size} bytes, got {found}")
         self._file = open_at(path, size)
-        logger = logging.Logger(__name__, logging.INFO)  # of its own: getLogger's would outlive the file
+        logger = logging.Logger(__name__, logging.INFO)  # not getLogger's, which would outlive the file
         logger.addHandler(logging.StreamHandler(self._file))
         self._log, self._names = MLLogger(logger, root_dir=str(Path(__file__).parents[2])), constants
         self._goes_on = size > 0
 
     def position(self) -> int:
-        """Write what was said to the disk, and return the size of the file."""
+        """Flush everything to the disk, and return the size of the file in bytes."""
         os.fsync(self._file.fileno())
         return self._file.tell()
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
     def begin(
         self, model: DLRMConfig, training: TrainingConfig, train_samples: int, eval_samples: int, init_start_ms: int
     ) -> None:
-        """Model and data are ready, training starts; nothing is written of a run that goes on.
+        """Log that model and data are ready, and training starts. A resumed run writes nothing.
 
         Args:
-            init_start_ms: when the program began, before it read any data; milliseconds since 1970.
+            model: what is trained.
+            training: how.
+            train_samples: training rows.
+            eval_samples: validation rows.
+            init_start_ms: when the program started, before it read any data; milliseconds since 1970.
         """
         if self._goes_on:
             return
@@ -108,23 +114,41 @@ class MLLog:
         }
 
     def epoch_start(self, epoch: int) -> None:
-        """Before its first step; epochs are counted from 1."""
+        """Log the start of an epoch.
+
+        Args:
+            epoch: counted from 1.
+        """
         names = self._names
         self._log.start(names.BLOCK_START, None, {names.FIRST_EPOCH_NUM: epoch, names.EPOCH_COUNT: 1})
         self._log.start(names.EPOCH_START, None, {names.EPOCH_NUM: epoch})
 
     def evaluation(self, epoch: float, auc: float, start_ms: int) -> None:
-        """After it: of one that is broken off nothing is written, as it is made anew when the run goes on."""
+        """Log an evaluation once it is done. One that was interrupted is not logged: a resumed run repeats it.
+
+        Args:
+            epoch: epochs done, with a fraction.
+            auc: on the validation rows.
+            start_ms: when it started; milliseconds since 1970.
+        """
         self._log.start(self._names.EVAL_START, None, {self._names.EPOCH_NUM: epoch}, time_ms=start_ms)
         self._log.event(self._names.EVAL_ACCURACY, auc, {self._names.EPOCH_NUM: epoch})
         self._log.end(self._names.EVAL_STOP, None, {self._names.EPOCH_NUM: epoch})
 
     def epoch_stop(self, epoch: int) -> None:
-        """After its last step, or where the run ends within it."""
+        """Log the end of an epoch, after its last step or where the run ends.
+
+        Args:
+            epoch: counted from 1.
+        """
         self._log.end(self._names.EPOCH_STOP, None, {self._names.EPOCH_NUM: epoch})
         self._log.end(self._names.BLOCK_STOP, None, {self._names.FIRST_EPOCH_NUM: epoch})
 
     def run_stop(self, success: bool) -> None:
-        """The run is over; success: the target was reached, or there was none."""
+        """Log the end of the run.
+
+        Args:
+            success: whether the target was reached, or there was none.
+        """
         names = self._names
         self._log.end(names.RUN_STOP, None, {names.STATUS: names.SUCCESS if success else names.ABORTED})

@@ -1,121 +1,95 @@
-"""The training loop: steps, evaluations, and where a run can go on.
+"""The training loop: steps, evaluations, and the moments at which a run can be resumed.
 
-Everything that the next step depends on is in the model, the optimizers and ``Progress``; the order of the rows and the
-learning rate are functions of the step. So a run that goes on from a checkpoint ends with the same weights.
+Everything that the next step depends on is in the model, the optimizers, the averages and ``Progress``; the order of
+the rows and the learning rate are functions of the step. That is why a resumed run ends with the same weights.
 """
 
 import math
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Callable, Generator, Iterable
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-import robe.optim
+from dlrm.batch import Batch
 from dlrm.config import TrainingConfig
 from dlrm.distributed import World
-from dlrm.embeddings import Tables
 from dlrm.model import DLRM
+from dlrm.training.averages import AveragedWeights
 from dlrm.training.journal import Journal
 from dlrm.training.mllog import MLLog
-from robe import RobeArray
+from dlrm.training.optimizers import make_optimizers
 
-# Adam goes on moving a row by its momentum in the steps after it was read; SparseAdam does not, and needs larger steps
-# to get as far: see docs/accuracy.md.
-SPARSE_ADAM_RATE = 3
 CHECKPOINT_SECONDS = 600.0
-_AVERAGED_STEPS = 8  # between updates of averaged weights: each goes through all of them
-_JOURNAL_STEPS = 100  # steps whose mean loss is a line of the journal
-_CUDA_LOOK = 20  # steps between readings of the loss there, each of which waits for the device
+
+_JOURNAL_STEPS = 100  # steps whose mean loss makes a line of the journal
+_CUDA_LOOK = 20  # steps between two looks at the loss on a GPU: each look waits for it
 
 
 class TrainingError(RuntimeError):
-    """Training can't go on; what was kept so far is still good."""
+    """Training diverged. What was saved before is still good."""
 
     exit_code = 3  # of a program that ends with it
 
 
 class Stopped(Exception):
-    """Training was asked to stop; a checkpoint has been saved."""
+    """Training was asked to stop, and has saved a checkpoint."""
 
 
 @dataclass
 class Progress:
-    """How far a run has come. Beside weights and optimizers, all there is to go on from."""
+    """The state of a run that a resumed run needs beside weights, averages and optimizers.
+
+    Attributes:
+        step: steps done.
+        loss_sum: of the losses of this epoch's steps.
+        recent_sum: of the losses since the last line of the journal.
+        history: of each evaluation: step, epoch, train_loss, auc, log_loss.
+        seconds: spent in steps.
+    """
 
     step: int = 0
-    loss_sum: float = 0.0  # of the steps of this epoch
-    recent_sum: float = 0.0  # of the steps since the last line of the journal
-    history: list[dict[str, float]] = field(default_factory=list)  # evaluations: step, epoch, train_loss, auc, log_loss
-    seconds: float = 0.0  # of the steps alone
+    loss_sum: float = 0.0
+    recent_sum: float = 0.0
+    history: list[dict[str, float]] = field(default_factory=list)
+    seconds: float = 0.0
 
     @property
     def best(self) -> dict[str, float]:
-        """The first of the evaluations with the best AUC."""
+        """The evaluation with the best AUC; the first of equal ones."""
         return max(self.history, key=lambda point: point["auc"])
-
-
-def make_optimizers(model: DLRM, config: TrainingConfig, world: World | None = None) -> list[torch.optim.Optimizer]:
-    """The optimizers of a config.
-
-    Tables have sparse gradients, for which Adam is a class of its own (SparseAdam). ROBE arrays are updated by
-    robe.optim, which never builds their dense gradient; but by torch's with Adam, whose moments go on moving weights
-    that are not read, and where several processes have less to send to each other with the dense gradient.
-    """
-    world = world or World()
-    tables = [p for module in model.modules() if isinstance(module, Tables) for p in module.parameters()]
-    arrays = [m for m in model.modules() if isinstance(m, RobeArray)] if config.optimizer != "adam" else []
-    if world.size > 1 and not sends_touched_slots(model, config.batch_size):
-        arrays = []
-    apart = tables + [array.weight for array in arrays]
-    rest = [p for p in model.parameters() if all(p is not other for other in apart)]
-    if tables:
-        # torch asks for a decision before its optimizers build sparse tensors; they build valid ones.
-        torch.sparse.check_sparse_tensor_invariants.disable()
-    lr = config.learning_rate
-    if config.optimizer == "adam":
-        dense: list[torch.optim.Optimizer] = [torch.optim.Adam(rest, lr=lr)]
-        return dense + [torch.optim.SparseAdam(tables, lr=SPARSE_ADAM_RATE * lr)] if tables else dense
-    if config.optimizer == "adagrad":
-        eps = config.adagrad_eps
-        dense = [torch.optim.Adagrad(rest + tables, lr=lr, eps=eps)]
-        return dense + [robe.optim.Adagrad(arrays, lr=lr, eps=eps, process_group=world.group)] if arrays else dense
-    dense = [torch.optim.SGD(rest + tables, lr=lr)]
-    return dense + [robe.optim.SGD(arrays, lr=lr, process_group=world.group)] if arrays else dense
-
-
-def sends_touched_slots(model: DLRM, batch_size: int) -> bool:
-    """Whether the gradients of what a batch reads, with the ids, are fewer numbers than the arrays have."""
-    config = model.config
-    ids = sum(config.hots) if config.hots else len(config.table_rows)
-    touched = batch_size * (len(config.table_rows) * config.embedding_dim + 2 * ids)  # in units of 4 bytes
-    arrays = sum(m.size for m in model.modules() if isinstance(m, RobeArray))
-    return touched < arrays
 
 
 def train_step(
     model: nn.Module,
     optimizers: list[torch.optim.Optimizer],
-    batch: Any,
+    batch: Batch,
     world: World | None = None,
     rows: int | None = None,
     stop: bool = False,
 ) -> Tensor:
-    """One step of gradient descent on the mean binary cross-entropy.
+    """Make one step of gradient descent on the mean binary cross-entropy.
 
     Args:
-        batch: dense, sparse and labels as data.rows.Batch: this process's part.
-        rows: of the parts of all processes together; None: this is all.
+        model: (dense, sparse) -> logits.
+        optimizers: of its parameters.
+        batch: this process's part of the batch, with labels.
+        world: the processes; None: this one alone.
+        rows: in the parts of all processes together; None: this part is all.
         stop: whether this process wants to stop training.
 
     Returns:
-        (2,): the loss over all rows, and how many processes want to stop.
+        (2,): the loss over all rows, and the number of processes that want to stop.
+
+    Raises:
+        ValueError: the batch has no labels.
     """
+    if batch.labels is None:
+        raise ValueError("labels: expected for training, got none")
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
     dense, sparse, labels = (torch.from_numpy(x) for x in (batch.dense, batch.sparse, batch.labels))
@@ -134,66 +108,34 @@ def train_step(
     return numbers
 
 
-class AveragedWeights:
-    """Exponential moving averages of a model's weights: average += (weight - average) / n, n = steps at first.
-
-    Each step moves weights that rows share for the sake of the batch's rows; in the average, what these do to others
-    cancels out. So it does the more for ROBE the more rows share a weight: docs/accuracy.md.
-
-    Args:
-        steps: n at the most; the number of steps that the average reaches back, about.
-        tensors: of each parameter, where to go on; None: from the weights as they are.
-    """
-
-    def __init__(self, model: nn.Module, steps: int, tensors: dict[str, Tensor] | None = None):
-        self._parameters = dict(model.named_parameters())
-        self._steps = steps
-        tensors = tensors or {name: p.detach().clone() for name, p in self._parameters.items()}
-        self.tensors = {name: tensors[name] for name in self._parameters}  # in the order of the parameters
-
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Take in the weights after a step, counted from 1. Not all are looked at."""
-        if step % _AVERAGED_STEPS == 0:
-            weight = min(_AVERAGED_STEPS / min(step, self._steps), 1.0)
-            torch._foreach_lerp_(list(self.tensors.values()), list(self._parameters.values()), weight)
-
-    @contextmanager
-    def in_the_model(self) -> Iterator[None]:
-        """Within, the model's weights are the averages."""
-        self._exchange()
-        try:
-            yield
-        finally:
-            self._exchange()
-
-    def _exchange(self) -> None:
-        for name, parameter in self._parameters.items():
-            self.tensors[name], parameter.data = parameter.data, self.tensors[name]
-
-
 @dataclass
 class Trainer:
-    """A training run.
+    """The loop of a training run.
 
     Args:
         model: (dense, sparse) -> logits.
-        make_batches: (epoch, start) -> its batches (dense, sparse, labels as data.rows.Batch), this process's part of
-            each, from number ``start`` on; of config.batch_size rows in all processes together.
+        config: how to train it.
+        make_batches: (epoch, start) -> the batches of an epoch from number ``start`` on. Each has config.batch_size
+            rows in all processes together; this process gets its part.
         rows: in an epoch.
-        evaluate: the validation scores of the model as it is now, with "auc" and "log_loss"; the same in all processes.
-        keep: called in the first process when those are the best so far.
-        save: called there with the progress when a checkpoint is due: before the first step, after each evaluation,
-            when ``checkpoint_seconds`` have passed, and before the run stops.
+        evaluate: returns the validation scores of the model as it is now, "auc" and "log_loss" among them; the same in
+            all processes.
+        keep: called in the first process when these are the best so far.
+        save: called there when a checkpoint is due: before the first step, after each evaluation, when
+            ``checkpoint_seconds`` have passed, and before the run stops.
         wants_to_stop: asked after each step.
-        optimizers: none: those of the config.
-        averages: of the weights, with config.averaging_steps; None: they begin here.
-        progress: where to go on.
+        optimizers: empty: those of the config.
+        averages: of the weights, with config.averaging_steps; None: they start here.
+        progress: of the run that is resumed.
+        world: the processes.
+        journal, mllog: logs to write; None: none.
+        checkpoint_seconds: the longest time between two checkpoints.
+        show: whether to show a progress bar.
     """
 
     model: DLRM
     config: TrainingConfig
-    make_batches: Callable[[int, int], Iterable]
+    make_batches: Callable[[int, int], Iterable[Batch]]
     rows: int
     evaluate: Callable[[], dict[str, float]]
     keep: Callable[[], None] = lambda: None
@@ -206,7 +148,7 @@ class Trainer:
     journal: Journal | None = None
     mllog: MLLog | None = None
     checkpoint_seconds: float = CHECKPOINT_SECONDS
-    show: bool = True  # a progress bar
+    show: bool = True
 
     def __post_init__(self):
         self.optimizers = self.optimizers or make_optimizers(self.model, self.config, self.world)
@@ -215,35 +157,36 @@ class Trainer:
         self.steps = math.ceil(self.rows / self.config.batch_size)  # in an epoch
         count = self.config.evaluations_per_epoch
         self._evaluate_at = {math.ceil(self.steps * k / count) for k in range(1, count + 1)}
-        # Of each parameter group, where others have 1.
+        # Learning rate of each parameter group, in multiples of the config's.
         self._rates = [[g["lr"] / self.config.learning_rate for g in o.param_groups] for o in self.optimizers]
         self._shown: dict[str, str] = {}
 
     @property
     def place(self) -> tuple[int, int]:
-        """The epoch, counted from 0, and the number of its steps that are done: at its end, all of them."""
+        """The epoch, counted from 0, and how many of its steps are done: all of them at its end."""
         step = self.progress.step
         epoch = max(step - 1, 0) // self.steps
         return epoch, step - epoch * self.steps
 
     @property
     def epoch(self) -> float:
-        """How many are done."""
+        """The epochs done, with a fraction."""
         return self.progress.step / self.steps
 
     @property
     def reached(self) -> dict[str, float] | None:
-        """The first evaluation above the target."""
+        """The first evaluation above the target; None where there is none."""
         target = self.config.target_auc
         return next((p for p in self.progress.history if target is not None and p["auc"] > target), None)
 
     @property
     def finished(self) -> bool:
+        """Whether the last epoch is done, or the target is reached."""
         return self.reached is not None or self.progress.step >= self.steps * self.config.epochs
 
     @property
     def trained_rows(self) -> int:
-        """Rows the steps so far have gone through."""
+        """Rows in the steps so far; rows of several epochs count several times."""
         epoch, done = self.place
         return epoch * self.rows + min(done * self.config.batch_size, self.rows)
 
@@ -252,81 +195,84 @@ class Trainer:
 
         Raises:
             TrainingError: the loss or a weight is NaN or infinite.
-            Stopped: it was asked to.
-            ValueError: the batches of an epoch are fewer than its rows make.
+            Stopped: training was asked to stop.
+            ValueError: an epoch has fewer batches than its rows should make.
         """
         self._saved_at, self._saved_step = time.perf_counter(), -1
-        self._clock: float | None = None  # since when steps are made that ``seconds`` does not have
+        self._clock: float | None = None  # start of the steps that progress.seconds does not include yet
         total = self.rows * self.config.epochs
         self.model.train()
         with tqdm(total=total, initial=self.trained_rows, unit="row", unit_scale=True, disable=not self.show) as bar:
             self._bar = bar
             if not self.progress.step:
-                self._save()  # a run that diverges has where to go on from
-            if self._evaluation_is_due():  # the run was stopped while it was at it
+                self._save()  # so that a run that diverges at once can be resumed
+            if self._evaluation_is_due():  # the run was stopped during an evaluation
                 self._evaluate()
             while not self.finished:
                 self._train_epoch()
 
     def _train_epoch(self) -> None:
-        progress, config, batch_size = self.progress, self.config, self.config.batch_size
-        epoch, done = divmod(progress.step, self.steps)
-        self._bar.set_description(f"epoch {epoch + 1}/{config.epochs}")
+        epoch, done = divmod(self.progress.step, self.steps)
+        self._bar.set_description(f"epoch {epoch + 1}/{self.config.epochs}")
         if not done:
-            progress.loss_sum = 0.0
+            self.progress.loss_sum = 0.0
             if self.mllog:
                 self.mllog.epoch_start(epoch + 1)
-        look = 1 if self.world.device.type == "cpu" else _CUDA_LOOK
-        self._unread: list[Tensor] = []
-        self._clock = time.perf_counter()
-        self._line_clock, self._line_rows = self._clock, self.trained_rows
+        self._unread: list[Tensor] = []  # numbers of train_step
+        self._start_clock()
         batches = self.make_batches(epoch, done)
         with closing(batches) if isinstance(batches, Generator) else nullcontext():
             for batch in batches:
-                progress.step += 1
                 done += 1
-                rows = min(batch_size, self.rows - (done - 1) * batch_size)
-                self._set_rate(config.rate(progress.step))
-                numbers = train_step(self.model, self.optimizers, batch, self.world, rows, self.wants_to_stop())
-                if self.averages:
-                    self.averages.update(progress.step)
-                self._unread.append(numbers)
-                self._bar.update(rows)
-                due = done in self._evaluate_at
-                if len(self._unread) < look and not due and progress.step % _JOURNAL_STEPS:
-                    continue
-                stop = self._read_losses()
-                if progress.step % _JOURNAL_STEPS == 0:
-                    self._write_line()
-                if due:
-                    self._evaluate()
-                if stop:
-                    if self._saved_step != progress.step:
-                        self._save()
-                    raise Stopped
-                if self.reached:
-                    return
-                if time.perf_counter() - self._saved_at > self.checkpoint_seconds:
-                    self._save()
-                if self._clock is None:
-                    self._clock = time.perf_counter()
-                    self._line_clock, self._line_rows = self._clock, self.trained_rows
+                self._step(batch, min(self.config.batch_size, self.rows - (done - 1) * self.config.batch_size))
+                if self._is_time_to_look(done):
+                    self._look(done)
+                    if self.reached:
+                        return
         if done < self.steps:
             raise ValueError(f"expected {self.steps} batches of {self.rows} rows in epoch {epoch + 1}, got {done}")
 
-    def _set_rate(self, rate: float) -> None:
+    def _step(self, batch: Batch, rows: int) -> None:
+        self.progress.step += 1
+        rate = self.config.rate(self.progress.step)
         for optimizer, rates in zip(self.optimizers, self._rates):
-            for group, of_group in zip(optimizer.param_groups, rates):
-                group["lr"] = rate * of_group
+            for group, multiple in zip(optimizer.param_groups, rates):
+                group["lr"] = rate * multiple
+        self._unread.append(train_step(self.model, self.optimizers, batch, self.world, rows, self.wants_to_stop()))
+        if self.averages:
+            self.averages.update(self.progress.step)
+        self._bar.update(rows)
+
+    def _is_time_to_look(self, done: int) -> bool:
+        often = 1 if self.world.device.type == "cpu" else _CUDA_LOOK
+        return len(self._unread) >= often or done in self._evaluate_at or self.progress.step % _JOURNAL_STEPS == 0
+
+    def _look(self, done: int) -> None:
+        """Look at the losses, and do what is due after this step of the epoch."""
+        stop = self._read_losses()
+        if self.progress.step % _JOURNAL_STEPS == 0:
+            self._write_line()
+        if done in self._evaluate_at:
+            self._evaluate()
+        if stop:
+            if self._saved_step != self.progress.step:
+                self._save()
+            raise Stopped
+        if self.reached:
+            return
+        if time.perf_counter() - self._saved_at > self.checkpoint_seconds:
+            self._save()
+        if self._clock is None:
+            self._start_clock()
 
     def _read_losses(self) -> bool:
-        """Look at the losses since the last look; whether a process wants to stop."""
+        """Add up the losses since the last look; return whether a process wants to stop."""
         progress = self.progress
         read = torch.stack(self._unread).tolist()
         self._unread.clear()
-        for before_last, (loss, _) in zip(range(len(read) - 1, -1, -1), read):
+        for steps_ago, (loss, _) in zip(range(len(read) - 1, -1, -1), read):
             if not math.isfinite(loss):
-                raise self._error(f"the loss is {loss}", before_last)
+                raise self._error(f"the loss is {loss}", steps_ago)
             progress.loss_sum += loss
             progress.recent_sum += loss
         self._shown["loss"] = f"{progress.loss_sum / self.place[1]:.4f}"
@@ -346,7 +292,7 @@ class Trainer:
                 },
             )
         self.progress.recent_sum = 0.0
-        self._line_clock, self._line_rows = now, rows
+        self._start_line(now, rows)
 
     def _evaluation_is_due(self) -> bool:
         step, history = self.progress.step, self.progress.history
@@ -388,6 +334,13 @@ class Trainer:
             self.save(self.progress)
         self._saved_at, self._saved_step = time.perf_counter(), self.progress.step
 
+    def _start_clock(self) -> None:
+        self._clock = time.perf_counter()
+        self._start_line(self._clock, self.trained_rows)
+
+    def _start_line(self, now: float, rows: int) -> None:
+        self._line_clock, self._line_rows = now, rows
+
     def _stop_clock(self) -> None:
         if self._clock is not None:
             self.progress.seconds += time.perf_counter() - self._clock
@@ -397,10 +350,10 @@ class Trainer:
         if not all(bool(torch.isfinite(p).all()) for p in self.model.parameters()):
             raise self._error("a weight is NaN or infinite", 0)
 
-    def _error(self, what: str, steps_ago: int) -> TrainingError:
+    def _error(self, cause: str, steps_ago: int) -> TrainingError:
         epoch, done = self.place
         step = self.progress.step - steps_ago
         return TrainingError(
-            f"{what} at step {step} (batch {done - steps_ago} of epoch {epoch + 1}); a lower learning rate than "
+            f"{cause} at step {step} (batch {done - steps_ago} of epoch {epoch + 1}); a lower learning rate than "
             f"{self.config.rate(max(step, 1)):g} may help"
         )

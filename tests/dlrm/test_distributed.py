@@ -19,7 +19,7 @@ from data.rows import Batch
 from dlrm import DLRM, DLRMConfig, TrainingConfig
 from dlrm.distributed import PeerFailed, World
 from dlrm.metrics import evaluate
-from dlrm.training.trainer import Stopped, Trainer, make_optimizers, sends_touched_slots
+from dlrm.training.trainer import Stopped, Trainer
 from robe.gather import gather
 from tests.helpers.processes import in_processes
 
@@ -508,19 +508,6 @@ def test_a_loss_that_is_not_finite_ends_all(found):
     assert set(codes) == {3}
     assert "the loss is nan at step 1 (batch 1 of epoch 1)" in texts[0]
     assert kinds[0] == "TrainingError"
-
-
-def test_what_is_less_to_send_is_sent():
-    """2 features of dimension 4, each with an id of 64 bits, are 12 numbers a row."""
-    model = DLRM(replace(MODEL, robe_size=193))
-    assert sends_touched_slots(model, 16)
-    assert not sends_touched_slots(model, 17)
-    assert not sends_touched_slots(DLRM(replace(MODEL, robe_size=192)), 16)
-    assert not sends_touched_slots(DLRM(replace(MODEL, robe_size=193, hots=(1, 2))), 16)
-    config = TrainingConfig(17, 0.1, "sgd", 1)
-    assert len(make_optimizers(model, config)) == 2, "one process has nothing to send"
-    assert len(make_optimizers(model, config, World(size=2))) == 1
-    assert len(make_optimizers(model, replace(config, batch_size=16), World(size=2))) == 2
 
 
 OF_PROCESSES = (gathered, answers, averaged, copies, stops, failures)

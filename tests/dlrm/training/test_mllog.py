@@ -206,6 +206,6 @@ def test_a_new_run_has_nothing_of_the_old(tmp_path):
 
 
 def test_a_file_that_is_not_the_log_of_the_run_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"log.txt: not the log of this run, which had 500 bytes already; this has 0"):
+    with pytest.raises(ValueError, match=r"log.txt: not the log of this run: expected at least 500 bytes, got 0"):
         MLLog(tmp_path / "log.txt", 500)
     assert not (tmp_path / "log.txt").exists()

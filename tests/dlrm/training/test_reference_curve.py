@@ -20,7 +20,8 @@ import torch
 from data.rows import Batch, to_batch
 from data.synthetic import Signal
 from dlrm import DLRM, PRESETS, TrainingConfig
-from dlrm.training.trainer import make_optimizers, train_step
+from dlrm.training.optimizers import make_optimizers
+from dlrm.training.trainer import train_step
 from tests.helpers.oracle import places
 
 # The loss of the 1st, 100th, 200th ... 1,000th step of facebookresearch/dlrm at commit

@@ -9,20 +9,14 @@ import pytest
 import torch
 from torch.nn import functional
 
-import dlrm.training.trainer
+import dlrm.training.averages
 from data.rows import Batch
 from dlrm import DLRM, DLRMConfig, TrainingConfig
-from dlrm.checkpoint import TrainingCheckpoints
 from dlrm.distributed import World
-from dlrm.training.trainer import (
-    AveragedWeights,
-    Progress,
-    Stopped,
-    Trainer,
-    TrainingError,
-    make_optimizers,
-    train_step,
-)
+from dlrm.training.averages import AveragedWeights
+from dlrm.training.checkpoint import TrainingCheckpoints
+from dlrm.training.optimizers import make_optimizers
+from dlrm.training.trainer import Progress, Stopped, Trainer, TrainingError, train_step
 
 MODEL = DLRMConfig(embedding_dim=4, bottom_mlp=(8, 4), top_mlp=(8, 1), table_rows=(10, 20), compression=3)
 TRAINING = TrainingConfig(batch_size=16, learning_rate=0.1, optimizer="sgd", epochs=2, evaluations_per_epoch=2)
@@ -117,7 +111,7 @@ def test_evaluates_evenly_and_keeps_the_best():
 
 def test_what_is_evaluated_and_kept_is_the_average(monkeypatch):
     """Of the weights after each step in turn, from the first on; the last weights go on training."""
-    monkeypatch.setattr(dlrm.training.trainer, "_AVERAGED_STEPS", 1)
+    monkeypatch.setattr(dlrm.training.averages, "AVERAGED_STEPS", 1)
     plain, averaged = build(), build()
     weights = []
 

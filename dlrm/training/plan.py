@@ -1,0 +1,281 @@
+"""A training run before its first step: planned in the first process, then built in every one.
+
+The plan is plain data. It is made once, since that takes passes over the rows, and sent to the other processes; an
+error in it ends all of them, and is reported once.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dlrm.batch import Batch
+from dlrm.config import DLRMConfig, TrainingConfig
+from dlrm.distributed import World
+from dlrm.embeddings import build_embeddings, synthetic_ids
+from dlrm.machine import total_memory
+from dlrm.model import DLRM
+from dlrm.training.checkpoint import Saved, TrainingCheckpoints
+from dlrm.training.optimizers import NUMBERS_A_WEIGHT, make_optimizers
+from dlrm.training.options import RunOptions, merge_options, model_config, training_config
+from dlrm.training.summary import describe_rows
+from dlrm.training.trainer import CHECKPOINT_SECONDS
+from robe import Admission
+from robe.hashing import table_key
+
+METRICS = "metrics.json"
+LAST = -1  # the step of Request.resume that stands for the last checkpoint
+
+
+class RunData(Protocol):
+    """The rows of a run. The program that starts the run opens them: dlrm knows no data formats."""
+
+    @property
+    def ranges(self) -> dict[str, range]:
+        """The rows of the parts "train", "validation" and "test"."""
+
+    @property
+    def hots(self) -> tuple[int, ...] | None:
+        """Ids of each feature in a row; None: one each."""
+
+    def count_ids(self) -> list[np.ndarray]:
+        """Return the distinct ids of each feature in the training rows, ascending."""
+
+    def read_training(self, description: str) -> Iterator[Batch]:
+        """Return the training rows in their order, with a progress bar."""
+
+    def epoch(
+        self, epoch: int, start: int, *, batch_size: int, seed: int, rank: int, world_size: int
+    ) -> Iterator[Batch]:
+        """Return a process's part of the batches of an epoch, from number ``start`` on."""
+
+    def read_part(self, part: str, *, batch_size: int, rank: int, world_size: int) -> Iterator[Batch]:
+        """Return a process's share of the rows of a part, in their order."""
+
+
+# (--data, --eval-data, ranges of the parts) -> rows. Without ranges every row is checked, and they are found.
+OpenData = Callable[[Path, Path | None, dict[str, range] | None], RunData]
+
+
+@dataclass(frozen=True)
+class Request:
+    """The request of a program to ``dlrm.training.run.run``.
+
+    Attributes:
+        output: the folder of the run.
+        given: the options of the run that were given, by their names in RunOptions.
+        command: the command line of this process.
+        resume_command: the script with the options that resume the run; "python" or "torchrun" is put in front.
+        resume: step of the checkpoint to resume from. LAST: the last one; without any, start a run. None: start a run.
+        checkpoint_seconds: longest time between two checkpoints.
+        keep_checkpoints: the number of checkpoints to keep.
+    """
+
+    output: Path
+    given: dict[str, Any]
+    command: str
+    resume_command: str
+    resume: int | None = None
+    checkpoint_seconds: float = CHECKPOINT_SECONDS
+    keep_checkpoints: int = 2
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that is decided before a run is built, the same in every process.
+
+    Attributes:
+        step: of the checkpoint that the run is resumed from; None: a new run.
+        options: of the run.
+        training: how it is trained.
+        model: what is trained.
+        ranges: the rows of each part.
+        command: the command line that started the run.
+        vocabulary: of a new model with config.vocabulary: the known ids of each feature.
+        filter: of a new model with an admission: (W,) int64; None where it fills while the model trains.
+    """
+
+    step: int | None
+    options: RunOptions
+    training: TrainingConfig
+    model: DLRMConfig
+    ranges: dict[str, range]
+    command: str
+    vocabulary: list[np.ndarray] | None = None
+    filter: Tensor | None = None
+
+    @property
+    def rows(self) -> dict[str, int]:
+        """The number of rows in each part."""
+        return {part: len(rows) for part, rows in self.ranges.items()}
+
+
+class Built(NamedTuple):
+    """A run that is ready for its next step."""
+
+    model: DLRM
+    optimizers: list[torch.optim.Optimizer]
+    data: RunData
+    saved: Saved | None  # the checkpoint that it is resumed from
+
+
+class Builder:
+    """Plans and builds a run.
+
+    Args:
+        request: of the program.
+        world: the processes.
+        open_data: opens the rows.
+    """
+
+    def __init__(self, request: Request, world: World, open_data: OpenData):
+        self.request, self.world, self.open_data = request, world, open_data
+        # In the first process, what planning has opened is used to build.
+        self._saved: Saved | None = None
+        self._data: RunData | None = None
+
+    def plan(self) -> Plan:
+        """Plan the run, in the first process.
+
+        All rows are read before anything is written: a bad line should not end a run hours later.
+
+        Raises:
+            ValueError: options that do not fit, a damaged checkpoint, bad data.
+            MemoryError: the model would not fit.
+        """
+        request = self.request
+        saved = self._saved = find_checkpoint(request)
+        options = merge_options(request.given, RunOptions.from_dict(saved.state["options"]) if saved else None)
+        if options.admit_after is not None and self.world.size > 1:
+            raise ValueError(
+                "--admit-after: not with several processes, each of which would count its own rows; leave it out, and "
+                "ids are chosen before training"
+            )
+        before = TrainingConfig.from_dict(saved.state["training"]) if saved else None
+        training = training_config(options, before)
+        data = self._data = self.open_data(options.data, options.eval_data, None)
+        if saved:
+            rows, expected = {part: len(x) for part, x in data.ranges.items()}, saved.state["rows"]
+            if rows != expected:
+                raise ValueError(
+                    f"{options.data}: not the data of this run: {describe_rows(rows)}; expected "
+                    f"{describe_rows(expected)}"
+                )
+            step = saved.state["progress"]["step"]
+            return Plan(step, options, training, saved.config, data.ranges, saved.state["command"])
+        known = data.count_ids() if options.table_rows == "data" else None
+        model = model_config(options, data.hots, known)
+        require_memory(model, training)
+        filter = None
+        if options.admission and options.admit_after is None:
+            filter = choose_ids(lambda: data.read_training("choosing ids"), model)
+            model = replace(model, admission_bytes=8 * len(filter))
+        vocabulary = known if model.vocabulary else None
+        return Plan(None, options, training, model, data.ranges, request.command, vocabulary, filter)
+
+    def build(self, plan: Plan) -> Built:
+        """Open the rows, build the model and its optimizers, and give them the state of the checkpoint.
+
+        Raises:
+            ValueError: a layer can't be as the config says, or the checkpoint is damaged.
+        """
+        options, saved = plan.options, self._saved
+        data = self._data or self.open_data(options.data, options.eval_data, plan.ranges)
+        if plan.step is None:
+            model = new_model(plan)
+        else:
+            saved = saved or _checkpoints(self.request).load(plan.step)
+            assert saved is not None
+            model = saved.model
+            if options.admit_after is not None:
+                admission_of(model).threshold = options.admit_after
+        model.to(self.world.device)
+        optimizers = make_optimizers(model, plan.training, self.world)
+        if saved:
+            saved.restore(optimizers)
+        return Built(model, optimizers, data, saved)
+
+
+def find_checkpoint(request: Request) -> Saved | None:
+    """Return the checkpoint to resume from; None for a new run.
+
+    Raises:
+        ValueError: --output is a file, or has an unfinished run that a new one would overwrite.
+    """
+    output, checkpoints = request.output, _checkpoints(request)
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"--output: {output} is a file; expected a folder, or a new name")
+    if request.resume is not None:
+        return checkpoints.load(None if request.resume == LAST else request.resume)
+    if checkpoints.steps() and not (output / METRICS).exists():
+        raise ValueError(
+            f"--output: {output} has an unfinished run with a checkpoint of step {checkpoints.steps()[-1]}; resume it "
+            "(--resume), or choose another folder"
+        )
+    return None
+
+
+def _checkpoints(request: Request) -> TrainingCheckpoints:
+    return TrainingCheckpoints(request.output, request.keep_checkpoints)
+
+
+def new_model(plan: Plan) -> DLRM:
+    """Build the model of a new run, with initial values from its seed."""
+    torch.manual_seed(plan.options.seed)
+    vocabulary = None if plan.vocabulary is None else [torch.from_numpy(ids) for ids in plan.vocabulary]
+    model = DLRM(plan.model, build_embeddings(plan.model, vocabulary))
+    if plan.filter is not None:
+        admission_of(model).filter.copy_(plan.filter)
+    elif plan.options.admit_after is not None:
+        admission_of(model).start_counting(plan.options.admit_after)
+    return model
+
+
+def admission_of(model: DLRM) -> Admission:
+    """Return the admission of a model that has one."""
+    admission = model.embeddings.admission
+    assert isinstance(admission, Admission)
+    return admission
+
+
+def choose_ids(read: Callable[[], Iterable[Batch]], config: DLRMConfig) -> Tensor:
+    """Choose the ids with an embedding of their own.
+
+    Args:
+        read: starts a pass over the training rows.
+        config: of the model; its admission has the bytes that the filter may take.
+
+    Returns:
+        the filter, (W,) int64, of at most these bytes.
+    """
+
+    def samples() -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in read():
+            assert batch.labels is not None
+            sparse = torch.from_numpy(batch.sparse)
+            if config.synthetic_hots:
+                sparse = synthetic_ids(sparse, config.hots or (), config.table_rows)
+            yield sparse, torch.from_numpy(batch.labels).unsqueeze(1)
+
+    keys = torch.tensor([table_key(config.hash_seed, feature) for feature in config.feature_of_id])
+    return Admission.choose(samples, keys, config.admission_bytes).filter
+
+
+def require_memory(config: DLRMConfig, training: TrainingConfig) -> None:
+    """Refuse embeddings that can't fit, before they are allocated.
+
+    Raises:
+        MemoryError: they take more than this process can ever have.
+    """
+    floats = config.robe_size or config.full_floats / (config.compression or 1)
+    copies = NUMBERS_A_WEIGHT[training.optimizer] + (config.embedding == "robe") + (training.averaging_steps > 0)
+    needed, total = floats * 4 * copies, total_memory()
+    if needed > total:
+        raise MemoryError(
+            f"the embeddings take {needed / 1e9:.1f} GB with their optimizer's state, and this process can have "
+            f"{total / 1e9:.1f} GB: compress them more, or with --embedding full try --table-rows data"
+        )
