@@ -178,7 +178,7 @@ def add_benchmark(command: argparse.ArgumentParser) -> None:
         "--seconds", type=float, default=5.0, metavar="X", help="seconds for each batch size (default: %(default)g)"
     )
     command.add_argument(
-        "--max-rows", type=positive, metavar="N", help="limit of the rows of a full table (default: none but memory)"
+        "--max-rows", type=positive, metavar="N", help="limit of the rows of a full table (default: as many as fit)"
     )
     command.add_argument(
         "--output", type=Path, metavar="DIR", help="folder for the results (default: benchmark/ in the checkpoint)"
@@ -270,7 +270,9 @@ def add_loadgen(command: argparse.ArgumentParser) -> None:
         metavar="X",
         help="samples a second: the rate that Server issues, or that Offline expects (default: Offline measures it)",
     )
-    command.add_argument("--find-rate", action="store_true", help="search the highest rate at which Server is VALID")
+    command.add_argument(
+        "--find-rate", action="store_true", help="search for the highest rate at which Server is VALID"
+    )
     command.add_argument(
         "--seconds",
         type=float,

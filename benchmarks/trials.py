@@ -147,11 +147,12 @@ def robe(data: TrialData, trial: Trial, seed: int, **options: Any) -> nn.Module:
     """Build ROBE in data.full_bytes / compression bytes, the filter of an admission included.
 
     Args:
-        data: the rows. trial: names the compression and more options. seed: of the hash and the initial weights.
+        data: the rows.
+        trial: names the compression and more options.
+        seed: of the hash and the initial weights.
         options: of RobeEmbeddingBagCollection and of Variant; and ``int8``, for an array that will be rounded;
-        ``admit``,
-            the share of the memory that an admission's filter takes at most; ``labelled``, whether its ids are chosen
-            by labels rather than counts; ``times`` and ``rounds`` of Admission.choose.
+            ``admit``, the share of the memory that an admission's filter takes at most; ``labelled``, whether its ids
+            are chosen by labels rather than counts; ``times`` and ``rounds`` of Admission.choose.
     """
     options |= {name: value for name, value in trial.options if name not in OF_TRAINING}
     variant = {name: options.pop(name) for name in list(options) if name in OF_VARIANTS}
