@@ -23,9 +23,7 @@ Exit codes: 0 done; 1 the LoadGen run is INVALID; 2 options, data or machine do 
 """
 
 import argparse
-import json
 import os
-import subprocess
 import sys
 import time
 import traceback
@@ -325,7 +323,7 @@ def labelled_rows(source: Source, path: Path) -> LabelledRows:
 def run_trial(
     args: argparse.Namespace, scenario: str, rate: float | None, seconds: float, output: Path
 ) -> dict[str, Any]:
-    """Run LoadGen in a process of its own, which can do it only once, and return its result.json."""
+    """Run this program once more, for one trial of the search."""
     options = {
         "--checkpoint": args.checkpoint,
         "--data": args.data,
@@ -336,11 +334,7 @@ def run_trial(
         "--output": output,
     } | ({} if rate is None else {"--target-qps": rate})
     command = [sys.executable, __file__, "loadgen", *(str(x) for option in options.items() for x in option)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode not in (0, loadgen.Invalid.exit_code) or not (output / loadgen.RESULT).exists():
-        said = done.stderr.strip().splitlines() or ["no message"]
-        raise ValueError(f"{scenario}: the run ended with exit code {done.returncode}: {said[-1]}")
-    return json.loads((output / loadgen.RESULT).read_text())
+    return loadgen.run_program(command, output)
 
 
 # -- the program -------------------------------------------------------------------------------------------------------

@@ -67,13 +67,16 @@ class Variant(nn.Module):
     """A collection with something added.
 
     Args:
-        layer: the collection. counts: of ids, for the options that need them; their memory is not counted. gain:
-        multiply the embeddings of each feature by a learned number. soft: k: multiply embeddings by n / (n + k), where
-        the id occurs n times; 0: do not. zero: give zeros to ids that were not let in, rather than the embedding that
-        they share. twice: add a second lookup, at other places of the array. tier: for each feature, the ids that have
-        a row in a table and do not use the array. table_scale: multiply the embeddings of a table of n ids by n to
-        minus this power, scaled to a geometric mean of 1. sharing: divide the gradient of a weight by the number of
-        components that read it, to this power.
+        layer: the collection.
+        counts: of ids, for the options that need them; their memory is not counted.
+        gain: multiply the embeddings of each feature by a learned number.
+        soft: k: multiply embeddings by n / (n + k), where the id occurs n times; 0: do not.
+        zero: give zeros to ids that were not let in, rather than the embedding that they share.
+        twice: add a second lookup, at other places of the array.
+        tier: for each feature, the ids that have a row in a table and do not use the array.
+        table_scale: multiply the embeddings of a table of n ids by n to minus this power; the geometric mean of these
+            factors is 1.
+        sharing: divide the gradient of a weight by the number of components that read it, to this power.
     """
 
     def __init__(

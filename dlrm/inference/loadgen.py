@@ -4,7 +4,9 @@ A sample is 100 to 700 consecutive rows, as in MLPerf's dlrm-v2. LoadGen reads i
 can't be stopped, so a program that calls ``run`` ends with ``leave``.
 """
 
+import json
 import os
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -256,6 +258,26 @@ def find_rate(trial: Trial, seconds: float, output: Path) -> dict[str, Any]:
             break
         low *= _LOWER
     return result | {"trials": trials}
+
+
+def run_program(command: list[str], output: Path) -> dict[str, Any]:
+    """Run LoadGen in another process, since each can do it only once.
+
+    Args:
+        command: a program that calls ``run``.
+        output: folder of its result.
+
+    Returns:
+        The content of result.json.
+
+    Raises:
+        ValueError: there is no result.
+    """
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode not in (0, Invalid.exit_code) or not (output / RESULT).exists():
+        said = done.stderr.strip().splitlines() or ["no message"]
+        raise ValueError(f"{output}: the run ended with exit code {done.returncode}: {said[-1]}")
+    return json.loads((output / RESULT).read_text())
 
 
 def leave(code: int) -> None:

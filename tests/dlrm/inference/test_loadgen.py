@@ -20,7 +20,7 @@ from data.formats.opening import open_source
 from data.rows import Batch
 from data.synthetic import write
 from dlrm import DLRM, DLRMConfig, checkpoint
-from dlrm.inference.loadgen import LoadGenOptions, find_rate
+from dlrm.inference.loadgen import LoadGenOptions, find_rate, run_program
 from dlrm.inference.loadgen_logs import sample_bounds, trace
 
 ROOT = Path(__file__).parents[3]
@@ -293,3 +293,17 @@ def test_find_rate_gives_up(tmp_path):
     assert sum(folder == tmp_path for *_, folder in asked) == 6
     with pytest.raises(ValueError, match="Server is INVALID at every rate down to"):
         find_rate(machine(1000.0, 0, 0)[0], 600, tmp_path)
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_a_program_of_its_own(tmp_path, code):
+    program = f"open('result.json', 'w').write('{{\"valid\": {str(not code).lower()}}}'); raise SystemExit({code})"
+    command = [sys.executable, "-c", f"import os; os.chdir({str(tmp_path)!r}); {program}"]
+    assert run_program(command, tmp_path) == {"valid": not code}
+
+
+@pytest.mark.parametrize("program", ["raise SystemExit('error: no such data')", "exit()"])
+def test_a_program_without_a_result(tmp_path, program):
+    message = "exit code 1: error: no such data" if "such" in program else "exit code 0: no message"
+    with pytest.raises(ValueError, match=message):
+        run_program([sys.executable, "-c", program], tmp_path)
