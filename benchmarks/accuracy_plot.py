@@ -30,7 +30,7 @@ class Line:
 SHOWN = {
     f"{ADMISSION}, int8": Line("ROBE + admission, int8", "#0072B2", width=4.0),
     ADMISSION: Line("ROBE + admission", "#56B4E9", width=3.0),
-    "ROBE, authors'": Line("ROBE as published", "#D55E00"),
+    "ROBE, authors'": Line("ROBE, authors' hash", "#D55E00"),
     "QR": Line("quotient-remainder", "#CC79A7"),
     "hash trick": Line("hash trick", "#009E73", "--"),
 }

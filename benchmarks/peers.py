@@ -32,17 +32,17 @@ class HashTrick(nn.Module):
 
     def __init__(self, table_rows: Sequence[int], embedding_dim: int, compression: float):
         super().__init__()
-        rows = capped_rows(table_rows, compression)
-        self.register_buffer("rows", torch.tensor(rows), persistent=False)
-        self.register_buffer("first", self.rows.cumsum(0) - self.rows, persistent=False)
-        self.weight = nn.Parameter(torch.empty(sum(rows), embedding_dim))
+        kept = capped_rows(table_rows, compression)
+        self.register_buffer("table_rows", torch.tensor(kept), persistent=False)
+        self.register_buffer("first_rows", self.table_rows.cumsum(0) - self.table_rows, persistent=False)
+        self.weight = nn.Parameter(torch.empty(sum(kept), embedding_dim))
         with torch.no_grad():
-            for table in self.weight.split(rows):
+            for table in self.weight.split(kept):
                 table.uniform_(-(len(table) ** -0.5), len(table) ** -0.5)
 
     def forward(self, sparse: Tensor) -> Tensor:
         """Look up the embeddings (B, F, D) of ids (B, F)."""
-        return functional.embedding(torch.remainder(sparse, self.rows) + self.first, self.weight)
+        return functional.embedding(torch.remainder(sparse, self.table_rows) + self.first_rows, self.weight)
 
 
 class QuotientRemainder(nn.Module):
@@ -64,14 +64,12 @@ class QuotientRemainder(nn.Module):
     def __init__(self, table_rows: Sequence[int], embedding_dim: int, compression: float):
         super().__init__()
         plans = _plans(table_rows, sum(table_rows) / compression)
-        rows, divisors, first = [], [], [0]
-        for n, c in plans:
-            rows.append(n)
-            divisors.append(c)
-            first.append(first[-1] + _kept(n, c))
-        self.register_buffer("rows", torch.tensor(rows), persistent=False)
-        self.register_buffer("divisors", torch.tensor(divisors), persistent=False)  # 0: a whole table
-        self.register_buffer("first", torch.tensor(first[:-1]), persistent=False)
+        first = [0]
+        for plan in plans:
+            first.append(first[-1] + _kept(*plan))
+        self.register_buffer("table_rows", torch.tensor([plan.rows for plan in plans]), persistent=False)
+        self.register_buffer("divisors", torch.tensor([plan.divisor for plan in plans]), persistent=False)
+        self.register_buffer("first_rows", torch.tensor(first[:-1]), persistent=False)
         self.weight = nn.Parameter(torch.empty(first[-1], embedding_dim))
         with torch.no_grad():
             for (n, c), start, end in zip(plans, first, first[1:]):
@@ -80,12 +78,12 @@ class QuotientRemainder(nn.Module):
 
     def forward(self, sparse: Tensor) -> Tensor:
         """Look up the embeddings (B, F, D) of ids (B, F)."""
-        x = torch.remainder(sparse, self.rows)
+        x = torch.remainder(sparse, self.table_rows)
         c = self.divisors.clamp(min=1)
-        quotients = -(-self.rows // c)
+        quotients = -(-self.table_rows // c)
         whole = self.divisors == 0
-        first = functional.embedding(self.first + torch.where(whole, x, x // c), self.weight)
-        second = functional.embedding(self.first + torch.where(whole, 0, quotients + x % c), self.weight)
+        first = functional.embedding(self.first_rows + torch.where(whole, x, x // c), self.weight)
+        second = functional.embedding(self.first_rows + torch.where(whole, 0, quotients + x % c), self.weight)
         return torch.where(whole.unsqueeze(1), first, first * second)
 
 

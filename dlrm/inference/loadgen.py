@@ -37,7 +37,7 @@ _THREAD = "loadgen"
 _TRIAL_SECONDS, _TRIAL_QUERIES, _TRIALS = 20, 1000, 20  # of find_rate
 _LONG_RUNS, _LOWER = 6, 0.97  # of find_rate: attempts at full length, each at a rate this much lower
 
-Trial = Callable[[str, float | None, float, Path], dict[str, Any]]  # see find_rate
+RunTrial = Callable[[str, float | None, float, Path], dict[str, Any]]  # see find_rate
 
 
 class Invalid(RuntimeError):
@@ -211,7 +211,7 @@ def _test(loadgen: Any, system: System, settings: Any, output: Path, loaded: int
     loadgen.DestroyQSL(library)
 
 
-def find_rate(trial: Trial, seconds: float, output: Path) -> dict[str, Any]:
+def find_rate(trial: RunTrial, seconds: float, output: Path) -> dict[str, Any]:
     """Search for the highest rate at which Server is VALID.
 
     Short trials bisect between 0 and Offline's rate. A run of full length follows at the rate they found, or a little

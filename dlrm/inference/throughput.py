@@ -30,7 +30,7 @@ _SHARE_OF_MEMORY = 0.6  # most of the available memory that full tables take
 Clock = Callable[[str], None]
 
 
-class Inputs(NamedTuple):
+class TensorBatch(NamedTuple):
     """A batch without labels: dense (B, num_dense) float32 and sparse (B, H) int64."""
 
     dense: Tensor
@@ -60,11 +60,11 @@ class Candidate:
     num_embeddings: Tensor | None = None
     scores: dict[str, Any] | None = None
 
-    def inputs(self, batches: Sequence[Inputs]) -> list[Inputs]:
+    def inputs(self, batches: Sequence[TensorBatch]) -> list[TensorBatch]:
         """Return batches whose ids this model takes: modulo the size of their tables, where that is needed."""
         if self.num_embeddings is None:
             return list(batches)
-        return [Inputs(dense, torch.remainder(sparse, self.num_embeddings)) for dense, sparse in batches]
+        return [TensorBatch(dense, torch.remainder(sparse, self.num_embeddings)) for dense, sparse in batches]
 
 
 def make_candidates(
@@ -129,12 +129,12 @@ def _megabytes(count: int) -> str:
     return f"{count / 1e6:,.1f} MB of embeddings"
 
 
-def cut(dense: np.ndarray, sparse: np.ndarray, batch_size: int) -> list[Inputs]:
+def cut(dense: np.ndarray, sparse: np.ndarray, batch_size: int) -> list[TensorBatch]:
     """Cut rows into at most 256 batches of one size. Rows are repeated if there are too few for one batch."""
     count = min(max(len(dense) // batch_size, 1), 256)
     places = np.arange(count * batch_size) % len(dense)
     tensors = torch.from_numpy(dense[places]), torch.from_numpy(sparse[places])
-    return [Inputs(*pair) for pair in zip(*(x.split(batch_size) for x in tensors))]
+    return [TensorBatch(*pair) for pair in zip(*(x.split(batch_size) for x in tensors))]
 
 
 def score_all(candidates: Mapping[str, Candidate], batches: Iterable[Batch], progress: Callable[[int], object]) -> None:
@@ -186,7 +186,7 @@ def measure_all(
 
 
 def measure(
-    candidates: Mapping[str, Candidate], batches: Sequence[Inputs], seconds: float, least_calls: int = 50
+    candidates: Mapping[str, Candidate], batches: Sequence[TensorBatch], seconds: float, least_calls: int = 50
 ) -> dict[str, dict[str, Any]]:
     """Time candidates in turns, so that whatever disturbs the machine disturbs all of them.
 
@@ -218,7 +218,7 @@ def measure(
     return {name: _summary(times[name], stages[name], len(batches[0].dense)) for name in candidates}
 
 
-def _timed_call(candidate: Candidate, batch: Inputs, stages: dict[str, float]) -> float:
+def _timed_call(candidate: Candidate, batch: TensorBatch, stages: dict[str, float]) -> float:
     """Return the seconds of a call, and add those of its stages to ``stages``."""
     start = last = time.perf_counter()
 

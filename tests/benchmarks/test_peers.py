@@ -10,7 +10,7 @@ from benchmarks.peers import HashTrick, QuotientRemainder
 
 def test_hash_trick_is_the_row_modulo_its_table():
     layer = HashTrick([3, 50, 900], 4, 10)
-    kept = layer.rows.tolist()
+    kept = layer.table_rows.tolist()
     assert kept[0] == 3
     assert kept[1] == kept[2]
     assert sum(kept) <= 95 < sum(kept) + 2
@@ -29,15 +29,15 @@ def test_quotient_remainder_is_the_product_of_two_rows(compression):
     assert len(layer.weight) <= sum(table_rows) / compression
     weight = layer.weight.detach()
     ids = torch.randint(0, 2**32, (60, 4))
-    first = layer.first.tolist()
+    first = layer.first_rows.tolist()
     for row, vectors in zip(ids.tolist(), layer(ids)):
-        for x, n, c, start, vector in zip(row, layer.rows.tolist(), layer.divisors.tolist(), first, vectors):
+        for x, n, c, start, vector in zip(row, layer.table_rows.tolist(), layer.divisors.tolist(), first, vectors):
             x %= n
             want = weight[start + x] if not c else weight[start + x // c] * weight[start + math.ceil(n / c) + x % c]
             assert torch.equal(vector, want)
     if compression <= 10:
-        assert layer.rows.tolist() == table_rows, "no id is lost where there is room for quotients and remainders"
+        assert layer.table_rows.tolist() == table_rows, "no id is lost where there is room for quotients and remainders"
     if compression > 1:
-        c, n = layer.divisors[-1], layer.rows[-1]
+        c, n = layer.divisors[-1], layer.table_rows[-1]
         pairs = torch.arange(n)
         assert len(set(zip((pairs // c).tolist(), (pairs % c).tolist()))) == n

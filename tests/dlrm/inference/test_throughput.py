@@ -14,7 +14,7 @@ from dlrm.inference import throughput
 from dlrm.inference.throughput import (
     STAGES,
     Candidate,
-    Inputs,
+    TensorBatch,
     cut,
     eager,
     full_tables,
@@ -54,7 +54,7 @@ class Clock:
 
 
 def batches(count=4, size=10):
-    return [Inputs(*rows_of(CONFIG, size, seed)) for seed in range(count)]
+    return [TensorBatch(*rows_of(CONFIG, size, seed)) for seed in range(count)]
 
 
 def test_times_are_those_that_calls_took(monkeypatch):
