@@ -1,38 +1,35 @@
-"""Use a trained DLRM.
+"""Use a trained DLRM: predict, measure speed, export, and run MLPerf's inference benchmark.
+
+Write a click probability for each row of the data, in order:
 
     python infer.py predict --checkpoint runs/robe --data rows.tsv --output predictions.csv
 
-writes one click probability per row of the data, in its order, under the name "probability": as CSV, Parquet or .npy,
-by the output's name. The data may be in any format of data/; with labels, AUC and log loss are printed as well.
+Time the model at batch sizes from 1 to 16,384, beside the same MLPs with full tables:
 
     python infer.py benchmark --checkpoint runs/robe --data rows.tsv --against full
 
-times it at batch sizes from 1 to 16,384 beside the same MLPs with full tables.
+Write the model as one file that runs without this project, for ONNX Runtime or (--format aoti, model.pt2) for torch:
 
     python infer.py export --checkpoint runs/robe --format onnx --output model.onnx
 
-writes the model as one file that runs without this project: for ONNX Runtime, or with --format aoti (model.pt2)
-compiled ahead of time for torch. It is loaded again and compared with the model before it takes its name.
+Run MLPerf's LoadGen, which issues samples of 100 to 700 rows as for dlrm-v2 and times the answers:
 
     python infer.py loadgen --checkpoint runs/robe --data prepared --scenario Server --find-rate
 
-runs MLPerf's inference benchmark: LoadGen issues runs of 100 to 700 rows, as for dlrm-v2, and times the answers. With
---accuracy it has all rows predicted and AUC computed from its log. Official runs take --seconds 600, Offline at least
-24,576 samples in them, and 204,800 samples in memory; shorter ones, and data with fewer samples, say that they are not.
+The data may be in any format of docs/data.md. "python infer.py COMMAND --help" lists the options of a command;
+docs/inference.md has more on each, and figures.
 
-docs/inference.md has the figures, and more on each command.
+Exit codes: 0 done; 1 the LoadGen run is INVALID; 2 options, data or machine do not allow it; 130 interrupted.
 """
 
 import argparse
-import json
 import os
-import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -47,112 +44,49 @@ from data.sources import RandomAccess, Source
 from data.synthetic import Signal
 from dlrm import DLRM, checkpoint, plots
 from dlrm.checkpoint import write_json
-from dlrm.inference import loadgen, loadgen_logs
-from dlrm.inference.export.formats import FORMATS, export
+from dlrm.inference import loadgen
+from dlrm.inference.export import FORMATS, export
+from dlrm.inference.loadgen_logs import describe
+from dlrm.inference.loadgen_system import LabelledRows
 from dlrm.inference.predictor import DTYPES, Predictor
-from dlrm.inference.throughput import BATCH_SIZES, STAGES, cut, make_candidates, measure, report, score_all
+from dlrm.inference.throughput import BATCH_SIZES, STAGES, make_candidates, measure_all, report, score_all
 from dlrm.machine import environment
 from dlrm.metrics import EVALUATION_BATCH, Scores
 from robe import backend
 
-TIMED_ROWS = 1 << 16
+TIMED_ROWS = 1 << 16  # so many that their ids do not stay in the caches
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True)
+class Selection(NamedTuple):
+    """Rows of a source; None: to the end, of a source that does not know its length."""
 
-    def add(name: str, run: Callable[[argparse.Namespace], None], what: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=what, description=what)
-        command.set_defaults(run=run)
-        command.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="of train.py's --output")
-        command.add_argument("--array-dtype", choices=DTYPES, default="float32", help="the ROBE array is kept in")
-        return command
+    source: Source
+    rows: range | None
 
-    command = add("predict", run_predict, "write click probabilities")
-    add_mlp_dtype(command)
-    command.add_argument(
-        "--data", type=Path, required=True, metavar="PATH", help="file or folder, with or without labels"
-    )
-    add_part(command)
-    command.add_argument("--output", type=Path, required=True, metavar="FILE", help=".csv, .parquet or .npy")
+    @property
+    def count(self) -> int | None:
+        """The number of rows, if it is known."""
+        return None if self.rows is None else len(self.rows)
 
-    command = add("benchmark", run_benchmark, "time predictions by batch size, with a table, JSON and a picture")
-    add_mlp_dtype(command)
-    command.add_argument(
-        "--data",
-        type=Path,
-        metavar="PATH",
-        help="rows to time; with labels, AUC and log loss are reported beside speed. Default: generated rows",
-    )
-    add_part(command)
-    command.add_argument(
-        "--against",
-        nargs="+",
-        default=[],
-        metavar="WHAT",
-        help="full: the same MLPs with a table for each feature, as large as memory allows; eager: the model as a "
-        "torch module; or files that export made",
-    )
-    command.add_argument("--batch-sizes", nargs="+", type=positive, default=BATCH_SIZES, metavar="B")
-    command.add_argument("--seconds", type=float, default=5.0, help="for each batch size (default: 5)")
-    command.add_argument("--max-rows", type=positive, help="of a full table, at most")
-    command.add_argument("--output", type=Path, metavar="DIR", help="default: the checkpoint's folder, in benchmark/")
+    def batches(self) -> Iterator[Batch]:
+        """Yield batches of an even size, read in the background."""
+        start, stop = (0, None) if self.rows is None else (self.rows.start, self.rows.stop)
+        return in_background(lambda: rebatch(self.source.read(start, stop), EVALUATION_BATCH))
 
-    command = add("export", run_export, "write a model as one file for other runtimes")
-    command.add_argument("--format", choices=FORMATS, required=True, help="onnx; aoti: compiled, for torch")
-    command.add_argument("--output", type=Path, required=True, metavar="FILE", help="ends with .onnx or .pt2")
-    command.add_argument("--data", type=Path, metavar="PATH", help="compare on its first rows, not on random ones")
-
-    command = add("loadgen", run_loadgen, "MLPerf's inference benchmark; exit code 1: the run is INVALID")
-    add_mlp_dtype(command)
-    command.add_argument(
-        "--data", type=Path, required=True, metavar="PATH", help="labelled rows: prepared ones, .npy, .npz or .bin"
-    )
-    command.add_argument("--scenario", required=True, choices=loadgen.SCENARIOS)
-    command.add_argument("--accuracy", action="store_true", help="predict all rows once, for AUC")
-    command.add_argument(
-        "--target-qps", type=float, metavar="X", help="samples a second; Offline measures them where none are given"
-    )
-    command.add_argument("--find-rate", action="store_true", help="search the highest rate at which Server is VALID")
-    command.add_argument(
-        "--seconds",
-        type=float,
-        default=60,
-        metavar="N",
-        help="least duration (default: 60); below MLPerf's 600 Offline needs proportionately fewer samples",
-    )
-    command.add_argument(
-        "--output", type=Path, metavar="DIR", help="for result and logs (default: loadgen/SCENARIO in the checkpoint's)"
-    )
-    return parser.parse_args(arguments)
+    def first(self, count: int) -> Batch:
+        """Return the first rows as one batch."""
+        start, end = (0, count) if self.rows is None else (self.rows.start, self.rows.stop)
+        return Batch.concatenate(list(self.source.read(start, min(start + count, end))))
 
 
-def add_mlp_dtype(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--mlp-dtype", choices=DTYPES, default="float32", help="the MLPs compute in")
+def open_rows(path: Path, model: DLRM, part: str | None = None) -> Selection:
+    """Open data, verify it, and check that it is of the kind that the model was trained on.
 
-
-def add_part(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--part", choices=PARTS, help="only these rows, as train.py splits the data; default: all")
-
-
-def positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise ValueError
-    return number
-
-
-def main(arguments: list[str] | None = None) -> int:
-    args = parse(arguments)
-    return exit_code(lambda: args.run(args))
-
-
-def describe_hots(hots: tuple[int, ...] | None) -> str:
-    return "one id a feature" if hots is None else f"{', '.join(map(str, hots))} ids a feature"
-
-
-def open_data(path: Path, model: DLRM, part: str | None) -> tuple[Source, range | None]:
-    """The rows to predict, once they are known to be what the model was trained on; None: to the end."""
+    Args:
+        path: file or folder.
+        model: names the ids of each feature.
+        part: "train", "validation" or "test", as train.py splits the data; None: all rows.
+    """
     source = open_source(path)
     source.verify()
     if source.layout.hots != model.config.data_hots:
@@ -161,28 +95,47 @@ def open_data(path: Path, model: DLRM, part: str | None) -> tuple[Source, range 
             f"{describe_hots(model.config.data_hots)}"
         )
     if part is None:
-        return source, None if source.rows is None else range(source.rows)
+        return Selection(source, None if source.rows is None else range(source.rows))
     rows = check(source) if source.rows is None else source.rows
-    return source, split(path, source, rows)[part].rows
+    return Selection(source, split(path, source, rows)[part].rows)
 
 
-def batches_of(source: Source, rows: range | None) -> Iterator[Batch]:
-    start, stop = (0, None) if rows is None else (rows.start, rows.stop)
-    return in_background(lambda: rebatch(source.read(start, stop), EVALUATION_BATCH))
+def describe_hots(hots: tuple[int, ...] | None) -> str:
+    """Return the number of ids of each feature in words."""
+    return "one id a feature" if hots is None else f"{', '.join(map(str, hots))} ids a feature"
 
 
-def run_predict(args: argparse.Namespace) -> None:
+def describe_scores(scores: dict[str, Any]) -> str:
+    """Return AUC, if there is one, and log loss as text."""
+    auc = "" if scores["auc"] is None else f"AUC {scores['auc']:.4f}, "
+    return f"{auc}log loss {scores['log_loss']:.4f}"
+
+
+# -- predict -----------------------------------------------------------------------------------------------------------
+
+
+def add_predict(command: argparse.ArgumentParser) -> None:
+    """Add the options of predict."""
+    add_model_options(command, mlp_dtype=True)
+    add_data_options(command, "rows to predict, with or without labels; labels give AUC and log loss", part=True)
+    command.add_argument(
+        "--output", type=Path, required=True, metavar="FILE", help="file to write; ends with .csv, .parquet or .npy"
+    )
+
+
+def predict(args: argparse.Namespace) -> None:
+    """Write the click probabilities of rows."""
     check_name(args.output)
     model = checkpoint.load(args.checkpoint)
-    source, rows = open_data(args.data, model, args.part)
+    rows = open_rows(args.data, model, args.part)
     predictor = Predictor(model, array_dtype=args.array_dtype, mlp_dtype=args.mlp_dtype)
     scores = Scores()
     start = time.perf_counter()
     with (
         predictions_file(args.output) as write,
-        tqdm(total=rows and len(rows), unit="row", unit_scale=True, desc="predicting") as bar,
+        tqdm(total=rows.count, unit="row", unit_scale=True, desc="predicting") as bar,
     ):
-        for batch in batches_of(source, rows):
+        for batch in rows.batches():
             (probabilities,) = predictor.predict([batch])
             write(probabilities)
             if batch.labels is not None:
@@ -194,60 +147,102 @@ def run_predict(args: argparse.Namespace) -> None:
         print(describe_scores(scores.result()))
 
 
-def describe_scores(result: dict[str, Any]) -> str:
-    auc = "" if result["auc"] is None else f"AUC {result['auc']:.4f}, "
-    return f"{auc}log loss {result['log_loss']:.4f}"
+# -- benchmark ---------------------------------------------------------------------------------------------------------
 
 
-def run_benchmark(args: argparse.Namespace) -> None:
+def add_benchmark(command: argparse.ArgumentParser) -> None:
+    """Add the options of benchmark."""
+    add_model_options(command, mlp_dtype=True)
+    add_data_options(
+        command, "rows to time, and to score if they have labels (default: generated rows)", required=False, part=True
+    )
+    command.add_argument(
+        "--against",
+        nargs="+",
+        default=[],
+        metavar="RIVAL",
+        help="models to time beside it. full: the same MLPs with a table for each feature, as large as memory allows; "
+        "eager: the model as a torch module; or paths of exported files (default: none)",
+    )
+    command.add_argument(
+        "--batch-sizes",
+        nargs="+",
+        type=positive,
+        default=BATCH_SIZES,
+        metavar="B",
+        help=f"rows of a batch (default: {' '.join(map(str, BATCH_SIZES))})",
+    )
+    command.add_argument(
+        "--seconds", type=float, default=5.0, metavar="X", help="seconds for each batch size (default: %(default)g)"
+    )
+    command.add_argument(
+        "--max-rows", type=positive, metavar="N", help="limit of the rows of a full table (default: as many as fit)"
+    )
+    command.add_argument(
+        "--output", type=Path, metavar="DIR", help="folder for the results (default: benchmark/ in the checkpoint)"
+    )
+
+
+def benchmark(args: argparse.Namespace) -> None:
+    """Time the model and its rivals; write benchmark.json and throughput.png."""
     model = checkpoint.load(args.checkpoint)
     if (args.array_dtype, args.mlp_dtype) != ("float32", "float32") and args.data is None:
         raise ValueError("--data: expected with --array-dtype and --mlp-dtype, so that AUC stands beside speed")
-    source, rows = (None, None) if args.data is None else open_data(args.data, model, args.part)
+    rows = None if args.data is None else open_rows(args.data, model, args.part)
     candidates = make_candidates(model, args.array_dtype, args.mlp_dtype, args.against, args.max_rows)
-    pool = timed_rows(source, rows, model)
-    results = []
-    with tqdm(sorted(set(args.batch_sizes)), unit="batch size") as sizes:
-        for size in sizes:
-            sizes.set_description(f"timing batches of {size:,}")
-            times = measure(candidates, cut(pool.dense, pool.sparse, size), args.seconds)
-            results += [{"batch_size": size, "candidate": name, **values} for name, values in times.items()]
-    if source is not None and source.labelled:
-        with tqdm(total=rows and len(rows), unit="row", unit_scale=True, desc="AUC and log loss") as bar:
-            score_all(candidates, batches_of(source, rows), bar.update)
+    pool = generated_rows(model) if rows is None else rows.first(TIMED_ROWS)
+    with tqdm(sorted(set(args.batch_sizes)), unit="batch size", desc="timing") as sizes:
+        results = measure_all(candidates, pool, sizes, args.seconds)
+    if rows is not None and rows.source.labelled:
+        with tqdm(total=rows.count, unit="row", unit_scale=True, desc="AUC and log loss") as bar:
+            score_all(candidates, rows.batches(), bar.update)
     print(report(results, against=next(iter(candidates))))
     for name, candidate in candidates.items():
-        print(
-            ", ".join([f"{name}: {candidate.note}", *([describe_scores(candidate.scores)] if candidate.scores else [])])
-        )
+        scores = [describe_scores(candidate.scores)] if candidate.scores else []
+        print(", ".join([f"{name}: {candidate.note}", *scores]))
     folder = args.output or args.checkpoint / "benchmark"
     folder.mkdir(parents=True, exist_ok=True)
     plots.throughput(folder / "throughput.png", results, STAGES)
     machine = environment() | {"kernels": backend()["cpu"], "load_average": os.getloadavg()[0]}
-    told = {name: {"note": x.note, "scores": x.scores} for name, x in candidates.items()}
-    write_json(
-        folder / "benchmark.json",
-        {"machine": machine, "model": model.config.to_dict(), "candidates": told, "results": results},
-    )
+    about = {name: {"note": x.note, "scores": x.scores} for name, x in candidates.items()}
+    content = {"machine": machine, "model": model.config.to_dict(), "candidates": about, "results": results}
+    write_json(folder / "benchmark.json", content)
     print(f"in {folder}: benchmark.json, throughput.png")
 
 
-def timed_rows(source: Source | None, rows: range | None, model: DLRM) -> Batch:
-    """Rows to cut batches from, so many that their ids do not stay in the caches."""
-    if source is None:
-        if model.config.data_hots is not None or len(model.config.table_rows) != NUM_SPARSE:
-            raise ValueError("--data: expected; rows like those the model was trained on can't be generated")
-        return to_batch(Signal().sample(TIMED_ROWS, stream=0))
-    start, stop = (0, TIMED_ROWS) if rows is None else (rows.start, min(rows.start + TIMED_ROWS, rows.stop))
-    return Batch.concatenate(list(source.read(start, stop)))
+def generated_rows(model: DLRM) -> Batch:
+    """Return rows to time a model on without data."""
+    if model.config.data_hots is not None or len(model.config.table_rows) != NUM_SPARSE:
+        raise ValueError("--data: expected; rows like those the model was trained on can't be generated")
+    return to_batch(Signal().sample(TIMED_ROWS, stream=0))
 
 
-def run_export(args: argparse.Namespace) -> None:
+# -- export ------------------------------------------------------------------------------------------------------------
+
+
+def add_export(command: argparse.ArgumentParser) -> None:
+    """Add the options of export."""
+    add_model_options(command, mlp_dtype=False)
+    command.add_argument(
+        "--format",
+        choices=FORMATS,
+        required=True,
+        help="onnx: standard operators, for ONNX Runtime; aoti: compiled for this CPU, for torch (takes half a minute)",
+    )
+    command.add_argument(
+        "--output", type=Path, required=True, metavar="FILE", help="file to write; ends with .onnx or .pt2"
+    )
+    add_data_options(
+        command, "rows of which the first 10,000 are compared with the model (default: random rows)", required=False
+    )
+
+
+def export_model(args: argparse.Namespace) -> None:
+    """Write the model as one file, and compare it with the model."""
     model = checkpoint.load(args.checkpoint)
     batches = None
     if args.data is not None:
-        source, _ = open_data(args.data, model, None)
-        batches = ((batch.dense, batch.sparse) for batch in source.read())
+        batches = ((batch.dense, batch.sparse) for batch in open_rows(args.data, model).source.read())
     print("compiling" if args.format == "aoti" else "exporting", "and comparing with the model ...", flush=True)
     done = export(model, args.output, format=args.format, array_dtype=args.array_dtype, batches=batches)
     print(
@@ -256,39 +251,79 @@ def run_export(args: argparse.Namespace) -> None:
     )
 
 
+# -- loadgen -----------------------------------------------------------------------------------------------------------
+
+
+def add_loadgen(command: argparse.ArgumentParser) -> None:
+    """Add the options of loadgen."""
+    add_model_options(command, mlp_dtype=True)
+    add_data_options(command, "labelled rows that can be read in any order: prepared ones, .npy, .npz or .bin")
+    command.add_argument("--scenario", required=True, choices=loadgen.SCENARIOS, help="MLPerf's scenario")
+    command.add_argument(
+        "--accuracy", action="store_true", help="predict all rows once and compute AUC from LoadGen's log"
+    )
+    command.add_argument(
+        "--target-qps",
+        type=float,
+        metavar="X",
+        help="samples a second: the rate that Server issues, or that Offline expects (default: Offline measures it)",
+    )
+    command.add_argument(
+        "--find-rate", action="store_true", help="search for the highest rate at which Server is VALID"
+    )
+    command.add_argument(
+        "--seconds",
+        type=float,
+        default=60,
+        metavar="X",
+        help="least duration in seconds (default: %(default)g). Official runs take 600 and need at least 204,800 "
+        "samples of data, and in Offline at least 24,576 queries; the result says whether a run was official",
+    )
+    command.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="folder for result.json and the logs (default: loadgen/SCENARIO in the checkpoint)",
+    )
+
+
 def run_loadgen(args: argparse.Namespace) -> None:
+    """Run LoadGen once, or as often as the search for a rate needs."""
     loadgen.import_loadgen()
     output = args.output or args.checkpoint / "loadgen" / args.scenario
     if args.find_rate:
         if args.scenario != "Server" or args.accuracy or args.target_qps is not None:
             raise ValueError("--find-rate is for --scenario Server without --accuracy and --target-qps")
         result = loadgen.find_rate(lambda *trial: run_trial(args, *trial), args.seconds, output)
-        write_json(output / loadgen.RESULT, result)
     else:
-        options = loadgen.Options(args.scenario, args.accuracy, args.target_qps, args.seconds)
+        options = loadgen.LoadGenOptions(args.scenario, args.accuracy, args.target_qps, args.seconds)
         model = checkpoint.load(args.checkpoint)
-        source, _ = open_data(args.data, model, None)
-        if not isinstance(source, RandomAccess):
-            raise DataError(
-                f"{args.data}: LoadGen asks for rows in any order, which this can't be read in: expected rows prepared "
-                "with python -m data.prepare"
-            )
-        if not source.labelled:
-            raise DataError(f"{args.data}: expected rows with labels, which answers to LoadGen hold, got none")
+        rows = labelled_rows(open_rows(args.data, model).source, args.data)
         predictor = Predictor(model, array_dtype=args.array_dtype, mlp_dtype=args.mlp_dtype)
-        rows = loadgen.Rows(source.rows, source.take, to_batch)
         result = loadgen.run(predictor, rows, options, output)
         result = {"checkpoint": str(args.checkpoint), "data": str(args.data), **result}
-        write_json(output / loadgen.RESULT, result)
-    print(loadgen_logs.describe(result))
+    write_json(output / loadgen.RESULT, result)
+    print(describe(result))
     if not result.get("valid", True):
         raise loadgen.Invalid
+
+
+def labelled_rows(source: Source, path: Path) -> LabelledRows:
+    """Return the rows of a source for LoadGen, which asks for them in any order."""
+    if not isinstance(source, RandomAccess):
+        raise DataError(
+            f"{path}: LoadGen asks for rows in any order, which this can't be read in: expected rows prepared "
+            "with python -m data.prepare"
+        )
+    if not source.labelled:
+        raise DataError(f"{path}: expected rows with labels, which answers to LoadGen hold, got none")
+    return LabelledRows(source.rows, source.take, to_batch)
 
 
 def run_trial(
     args: argparse.Namespace, scenario: str, rate: float | None, seconds: float, output: Path
 ) -> dict[str, Any]:
-    """A run in a process of its own, since LoadGen allows one in each; its result.json."""
+    """Run this program once more, for one trial of the search."""
     options = {
         "--checkpoint": args.checkpoint,
         "--data": args.data,
@@ -299,11 +334,69 @@ def run_trial(
         "--output": output,
     } | ({} if rate is None else {"--target-qps": rate})
     command = [sys.executable, __file__, "loadgen", *(str(x) for option in options.items() for x in option)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode not in (0, loadgen.Invalid.exit_code) or not (output / loadgen.RESULT).exists():
-        said = done.stderr.strip().splitlines() or ["no message"]
-        raise ValueError(f"{scenario}: the run ended with exit code {done.returncode}: {said[-1]}")
-    return json.loads((output / loadgen.RESULT).read_text())
+    return loadgen.run_program(command, output)
+
+
+# -- the program -------------------------------------------------------------------------------------------------------
+
+
+def add_model_options(command: argparse.ArgumentParser, mlp_dtype: bool) -> None:
+    """Add the options that name the model and its precision."""
+    command.add_argument(
+        "--checkpoint", type=Path, required=True, metavar="DIR", help="folder of the model: train.py's --output"
+    )
+    command.add_argument(
+        "--array-dtype", choices=DTYPES, default="float32", help="dtype of the ROBE array (default: %(default)s)"
+    )
+    if mlp_dtype:
+        command.add_argument(
+            "--mlp-dtype",
+            choices=DTYPES,
+            default="float32",
+            help="dtype in which the MLPs compute (default: %(default)s)",
+        )
+
+
+def add_data_options(command: argparse.ArgumentParser, help: str, required: bool = True, part: bool = False) -> None:
+    """Add the options that say which rows are used."""
+    command.add_argument("--data", type=Path, required=required, metavar="PATH", help=f"file or folder of {help}")
+    if part:
+        command.add_argument(
+            "--part", choices=PARTS, help="use only this part of the rows, as train.py splits them (default: all rows)"
+        )
+
+
+def positive(text: str) -> int:
+    """Parse an integer above 0."""
+    if (number := int(text)) < 1:
+        raise ValueError
+    return number
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line.
+
+    Returns:
+        The options of a command, and run, the function that carries it out.
+    """
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, add, run, description in (
+        ("predict", add_predict, predict, "write click probabilities"),
+        ("benchmark", add_benchmark, benchmark, "time predictions by batch size; write a table, JSON and a plot"),
+        ("export", add_export, export_model, "write the model as one file for other runtimes, and verify it"),
+        ("loadgen", add_loadgen, run_loadgen, "run MLPerf's inference benchmark; exit code 1 if the run is INVALID"),
+    ):
+        command = commands.add_parser(name, help=description, description=description)
+        add(command)
+        command.set_defaults(run=run)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the program and return its exit code."""
+    args = parse(arguments)
+    return exit_code(lambda: args.run(args))
 
 
 if __name__ == "__main__":

@@ -1,18 +1,22 @@
-"""How much AUC does compression cost? Full tables, the hashing trick, quotient-remainder and ROBE at equal memory.
+r"""How much AUC does compression cost? ROBE, the hashing trick and quotient-remainder against full tables.
 
     python -m benchmarks.accuracy --data rows.tsv --output runs/accuracy
-    python -m benchmarks.accuracy --generate 5000000 --compressions 1000 --batch-size 2048 --epochs 1 \\
+    python -m benchmarks.accuracy --generate 5000000 --compressions 1000 --batch-size 2048 --epochs 1 \
         --searches 1 --changes rate --output runs/generated
 
-The rows in their order: 5/7 train, 1/7 validates, 1/7 tests. Memory is counted in bytes and in all that a trained model
-keeps: arrays, tables, and the filter of an admission; compression is against tables with a row for each id of the
-training rows. Each method has the same search on validation rows before (SEARCH: a change at a time, kept where it
-helps), at each compression, on seeds that are not tested; all Z have that of Z = 16. Epochs end where validation AUC
-falls; the best evaluation is tested. All methods are trained on averaged weights. Those in int8 are trained in float32,
-with as many weights as have room in int8, and rounded before the test. Differences are paired by seed.
+Takes about 2 hours on 2 cores: the first command makes 330 training runs, which take 20 to 45 seconds each on 137,085
+rows. --methods, --compressions, --seeds and --searches choose fewer. Started again, the program goes on where it was.
 
-Every run that ended is a line of runs.jsonl: a program that is started again goes on. Writes accuracy.json, accuracy.md
-and accuracy.png. ``--methods`` and ``--study`` choose what is run.
+Prints a table with a line for each method and compression, and writes it to accuracy.md and accuracy.json, with a plot,
+accuracy.png. runs.jsonl has a line for each run that ended. --study NAME compares variants of ROBE instead, and writes
+NAME.md and NAME.json.
+
+Protocol: rows are used in their order, 5/7 to train, 1/7 to validate, 1/7 to test. Memory is counted in bytes of all
+that a trained model keeps: arrays, tables, and an admission's filter. Compression is relative to tables with a row for
+each id of the training rows. Every method gets the same search on validation rows at each compression (SEARCH: one
+change at a time, kept if it helps), on seeds that are not tested; all Z use what was found for Z = 16. Training ends
+when validation AUC falls, and the best evaluation is tested. All methods train on averaged weights. Arrays in int8 are
+trained in float32 with as many weights as fit in int8, and rounded before the test. Differences are paired by seed.
 """
 
 import argparse
@@ -26,18 +30,18 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from scipy.stats import t as student
 from tqdm import tqdm
 
-from benchmarks.trials import ADMISSION, EPOCHS, FULL, METHODS, Rows, Trial, run
+from benchmarks.accuracy_plot import plot
+from benchmarks.results import machine
+from benchmarks.trials import ADMISSION, EPOCHS, FULL, METHODS, Trial, TrialData, run
 from dlrm.checkpoint import write_json
-from dlrm.machine import environment
-from robe.saving import whole_file
 
-SEARCH_SEED = 1000  # and on; those of tests are 0 and on
+SEARCH_SEED = 1000  # first seed of searches; tests count from 0
 SEARCHED_AS = {
     **{f"ROBE, Z={z}": "ROBE, Z=16" for z in (1, 4, 8)},
     f"{ADMISSION}, Z=1": ADMISSION,
@@ -84,79 +88,100 @@ STUDIES: dict[str, list[Trial]] = {
         _with(project=True),
     ],
 }
-# Each changes one thing, and is kept if validation AUC is better; the next ones go on from there.
+# Each changes one thing, and is kept if validation AUC improves. Later ones start from there.
 SEARCH: tuple[dict[str, float], ...] = ({"rate": 2.0}, {"rate": 0.5}, {"init": 0.1}, {"decay": 1e-6})
 
 
+class Job(NamedTuple):
+    """A training run: a trial with a seed."""
+
+    trial: Trial
+    seed: int
+
+
 class Runs:
-    """Runs in processes of one thread each, and a file of those that ended.
+    """Training runs in processes of one thread each, and the file of those that ended.
 
     Args:
-        path: a line of JSON a run.
-        rows: of all runs.
-        batch_size: likewise.
-        processes: how many at a time.
+        path: a file with a line of JSON for each run.
+        data: the rows that all runs use.
+        batch_size: of all runs.
+        processes: runs at a time.
     """
 
-    def __init__(self, path: Path, rows: Rows, batch_size: int, processes: int):
+    def __init__(self, path: Path, data: TrialData, batch_size: int, processes: int):
         self.path = path
-        self._done: dict[tuple[str, int], dict[str, Any]] = {}
-        self._cut_off = False  # the last line, of a program that was killed
+        self._done: dict[tuple[str, int], dict[str, Any]] = {}  # by key of the trial, and seed
+        self._cut_off = False  # whether the last line is incomplete, because the program was killed
         if path.exists():
             text = path.read_text()
             self._cut_off = bool(text) and not text.endswith("\n")
             for line in text.splitlines():
-                with suppress(ValueError):  # a line that was cut off
+                with suppress(ValueError):  # an incomplete line
                     run = json.loads(line)
                     self._done[run["trial"], run["seed"]] = run["result"]
         global _work
-        _work = rows, batch_size
-        # Forked, so that all read the same rows.
+        _work = _Work(data, batch_size)
+        # Forked, so that all processes share the rows.
         self._pool = multiprocessing.get_context("fork").Pool(processes, torch.set_num_threads, (1,))
         self.bar = tqdm(unit="run", file=sys.stderr)
 
     def __enter__(self) -> "Runs":
+        """Return itself."""
         return self
 
     def __exit__(self, *error: object) -> None:
+        """End the processes."""
         self._pool.terminate()
         self._pool.join()
         self.bar.close()
 
-    def results(self, jobs: list[tuple[Trial, int]]) -> dict[tuple[Trial, int], dict[str, Any]]:
-        """Of each trial and seed."""
+    def results(self, jobs: list[Job]) -> dict[Job, dict[str, Any]]:
+        """Return the result of each job. Those that have not run before run now."""
         jobs = list(dict.fromkeys(jobs))
-        missing = [(trial, seed) for trial, seed in jobs if (trial.key, seed) not in self._done]
+        missing = [job for job in jobs if (job.trial.key, job.seed) not in self._done]
         self.bar.total = self.bar.n + len(missing)
         with self.path.open("a") as file:
             if self._cut_off:
                 file.write("\n")
                 self._cut_off = False
-            for trial, seed, result in self._pool.imap_unordered(_run, missing):
+            for (trial, seed), result in self._pool.imap_unordered(_run, missing):
                 self._done[trial.key, seed] = result
                 file.write(json.dumps({"trial": trial.key, "seed": seed, "result": result}) + "\n")
                 file.flush()
                 self.bar.set_postfix_str(f"{trial.method} {trial.compression:g}x: {result['auc']:.4f}")
                 self.bar.update()
-        return {(trial, seed): self._done[trial.key, seed] for trial, seed in jobs}
+        return {job: self._done[job.trial.key, job.seed] for job in jobs}
 
 
-_work: tuple[Rows, int]  # of the processes of a pool
+class _Work(NamedTuple):
+    data: TrialData
+    batch_size: int
 
 
-def _run(job: tuple[Trial, int]) -> tuple[Trial, int, dict[str, Any]]:
-    return *job, run(_work[0], *job, _work[1])
+_work: _Work  # of the processes of a pool
+
+
+def _run(job: Job) -> tuple[Job, dict[str, Any]]:
+    return job, run(_work.data, job.trial, job.seed, _work.batch_size)
 
 
 def search(runs: Runs, trials: list[Trial], changes: Sequence[dict[str, float]], seeds: int) -> list[Trial]:
-    """The best trial found from each on; all are searched side by side."""
+    """Return the best trial that was found from each start.
+
+    Args:
+        runs: to make.
+        trials: the starts, searched side by side.
+        changes: to try one after another; the name of a Trial's field, and a factor (of decay, a value).
+        seeds: runs of each trial.
+    """
     validation: dict[Trial, float] = {}
     of_seeds = range(SEARCH_SEED, SEARCH_SEED + seeds)
 
     def measure(tried: list[Trial]) -> None:
-        results = runs.results([(trial, seed) for trial in tried for seed in of_seeds])
+        results = runs.results([Job(trial, seed) for trial in tried for seed in of_seeds])
         for trial in tried:
-            validation[trial] = mean(results[trial, seed]["validation_auc"] for seed in of_seeds)
+            validation[trial] = mean(results[Job(trial, seed)]["validation_auc"] for seed in of_seeds)
 
     best = list(trials)
     measure(best)
@@ -172,13 +197,13 @@ def search(runs: Runs, trials: list[Trial], changes: Sequence[dict[str, float]],
 
 
 def interval(differences: list[float]) -> tuple[float, float]:
-    """Mean, and half of its 95 % interval (Student's t, paired)."""
+    """Return the mean of differences and half the width of its 95 % interval (Student's t)."""
     n = len(differences)
     return mean(differences), float(student.ppf(0.975, n - 1)) * stdev(differences) / math.sqrt(n)
 
 
 def compare(runs: Runs, args: argparse.Namespace) -> list[dict]:
-    """Search, then test; a row for each method and compression."""
+    """Search, then test. Returns a line of the table for each method and compression."""
 
     def start(method: str, compression: float) -> Trial:
         method = SEARCHED_AS.get(method, method)
@@ -195,13 +220,14 @@ def compare(runs: Runs, args: argparse.Namespace) -> list[dict]:
 
 
 def tested(runs: Runs, trials: list[Trial], seeds: int) -> list[dict]:
-    """Rows of the table: the first trial is what the others are compared with."""
-    results = runs.results([(trial, seed) for trial in trials for seed in range(seeds)])
+    """Test trials on several seeds. Returns a line of the table for each; all are compared with the first."""
+    results = runs.results([Job(trial, seed) for trial in trials for seed in range(seeds)])
     table = []
     for trial in trials:
-        of_seed = [results[trial, seed] for seed in range(seeds)]
+        of_seed = [results[Job(trial, seed)] for seed in range(seeds)]
         auc = [result["auc"] for result in of_seed]
-        against, half = interval([result["auc"] - results[trials[0], s]["auc"] for s, result in enumerate(of_seed)])
+        first = [results[Job(trials[0], seed)]["auc"] for seed in range(seeds)]
+        against, half = interval([x - y for x, y in zip(auc, first)])
         table.append(
             {
                 "trial": json.loads(trial.key),
@@ -219,8 +245,8 @@ def tested(runs: Runs, trials: list[Trial], seeds: int) -> list[dict]:
     return table
 
 
-def label(row: dict) -> str:
-    trial = row["trial"]
+def label(trial: dict[str, Any]) -> str:
+    """Return a trial in words: method, compression, and whatever is not the default."""
     name = trial["method"]
     if trial["method"] != FULL:
         name += f" {trial['compression']:g}x"
@@ -230,75 +256,66 @@ def label(row: dict) -> str:
 
 
 def markdown(table: list[dict], seeds: int) -> str:
+    """Return the table as Markdown."""
     lines = [
         f"| {seeds} seeds | bytes | test AUC | sd | against the first, 95 % | validation AUC | log loss | best epoch |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for row in table:
-        against = f"{row['against']:+.4f} ± {row['interval']:.4f}" if row is not table[0] else ""
+    for line in table:
+        against = f"{line['against']:+.4f} ± {line['interval']:.4f}" if line is not table[0] else ""
         lines.append(
-            f"| {label(row)} | {row['bytes']:,} | {row['mean']:.4f} | {row['sd']:.4f} | {against} "
-            f"| {row['validation_auc']:.4f} | {row['log_loss']:.4f} | {row['best_epoch']:.1f} |"
+            f"| {label(line['trial'])} | {line['bytes']:,} | {line['mean']:.4f} | {line['sd']:.4f} | {against} "
+            f"| {line['validation_auc']:.4f} | {line['log_loss']:.4f} | {line['best_epoch']:.1f} |"
         )
     return "\n".join(lines) + "\n"
 
 
-def plot(path: Path, table: list[dict], best_possible: float | None) -> None:
-    """AUC against memory, a line a method."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
-    methods: dict[str, list[dict]] = {}
-    for row in table:
-        methods.setdefault(row["trial"]["method"], []).append(row)
-    colors: dict[str, str] = {}
-    for method, points in methods.items():
-        if method == FULL:
-            axes.axhline(points[0]["mean"], color="black", linewidth=1, label=FULL)
-            continue
-        points = sorted(points, key=lambda row: row["bytes"])
-        spread = [row["sd"] for row in points]
-        width = 2.5 if method == ADMISSION else 1.2
-        in_float = method.removesuffix(", int8")
-        axes.errorbar(
-            [row["bytes"] for row in points],
-            [row["mean"] for row in points],
-            yerr=spread,
-            label=method,
-            color=colors.setdefault(in_float, f"C{len(colors)}"),
-            linestyle="-" if method == in_float else "--",
-            linewidth=width,
-            marker="o",
-            markersize=2 * width,
-            capsize=2,
-        )
-    if best_possible is not None:
-        axes.axhline(best_possible, color="grey", linestyle=":", label="best possible")
-    axes.set(xscale="log", xlabel="memory of the embeddings, bytes", ylabel="test AUC")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    with whole_file(path) as part:
-        figure.savefig(part, format="png", dpi=130)
-
-
 def parse() -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     rows = parser.add_mutually_exclusive_group(required=True)
-    rows.add_argument("--data", type=Path, metavar="PATH", help="any format of data/")
-    rows.add_argument("--generate", type=int, metavar="N", help="rows with a known best AUC")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--searches", type=int, default=2, metavar="N", help="seeds of a search; 0: none")
+    rows.add_argument("--data", type=Path, metavar="PATH", help="labelled rows in any format of docs/data.md")
+    rows.add_argument("--generate", type=int, metavar="N", help="generate N rows, whose best possible AUC is known")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the results")
+    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="test runs of each trial (default: 5)")
+    parser.add_argument(
+        "--searches", type=int, default=2, metavar="N", help="runs of each trial in a search; 0: no search (default: 2)"
+    )
     changes = sorted({name for change in SEARCH for name in change})
-    parser.add_argument("--changes", nargs="+", choices=changes, default=changes, help="what is searched (default all)")
-    parser.add_argument("--compressions", type=float, nargs="+", default=[10.0, 100.0, 1000.0])
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME")
-    parser.add_argument("--study", choices=STUDIES, help="instead of methods, variants of ROBE")
-    parser.add_argument("--batch-size", type=int, default=256)
-    parser.add_argument("--epochs", type=float, default=EPOCHS, help=f"at the most (default {EPOCHS})")
-    parser.add_argument("--longer", type=float, default=1.0, metavar="X", help="times as many, but for full tables")
-    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="of one thread each")
+    parser.add_argument(
+        "--changes", nargs="+", choices=changes, default=changes, help="what is searched (default: all)"
+    )
+    parser.add_argument(
+        "--compressions",
+        type=float,
+        nargs="+",
+        default=[10.0, 100.0, 1000.0],
+        metavar="X",
+        help="times less memory than full tables (default: 10 100 1000)",
+    )
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=METHODS,
+        default=list(METHODS),
+        metavar="NAME",
+        help=f"methods to compare (default: all, which are {', '.join(METHODS)})",
+    )
+    parser.add_argument("--study", choices=STUDIES, help="compare variants of ROBE, not methods")
+    parser.add_argument("--batch-size", type=int, default=256, metavar="N", help="rows in a step (default: 256)")
+    parser.add_argument(
+        "--epochs", type=float, default=EPOCHS, metavar="X", help=f"most epochs of training (default: {EPOCHS})"
+    )
+    parser.add_argument(
+        "--longer", type=float, default=1.0, metavar="X", help="times more epochs for all but full tables (default: 1)"
+    )
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=os.cpu_count(),
+        metavar="N",
+        help="training runs at a time, of one thread each (default: one for each CPU)",
+    )
     args = parser.parse_args()
     if args.seeds < 2:
         parser.error("--seeds: expected at least 2, for a standard deviation")
@@ -306,10 +323,11 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Run the program."""
     args = parse()
     args.output.mkdir(parents=True, exist_ok=True)
-    rows = Rows.generate(args.generate) if args.data is None else Rows.read(args.data)
-    with Runs(args.output / "runs.jsonl", rows, args.batch_size, args.processes) as runs:
+    data = TrialData.generate(args.generate) if args.data is None else TrialData.read(args.data)
+    with Runs(args.output / "runs.jsonl", data, args.batch_size, args.processes) as runs:
         if args.study:
             study = STUDIES[args.study]
             compressed = [
@@ -319,22 +337,22 @@ def main() -> None:
             name, table = args.study, tested(runs, trials, args.seeds)
         else:
             name, table = "accuracy", compare(runs, args)
-    write_json(
-        args.output / f"{name}.json",
-        {
-            "table": table,
-            "rows": len(rows.batch),
-            "full_bytes": rows.full_bytes,
-            "best_possible_auc": rows.best,
-            "batch_size": args.batch_size,
-            "environment": environment(),
-        },
-    )
+    results = {
+        "machine": machine(),
+        "rows": len(data.batch),
+        "full_bytes": data.full_bytes,
+        "best_possible_auc": data.best,
+        "batch_size": args.batch_size,
+        "seeds": args.seeds,
+        "table": table,
+    }
+    write_json(args.output / f"{name}.json", results)
     text = markdown(table, args.seeds)
-    if rows.best is not None:
-        text += f"\nBest possible AUC of the test rows: {rows.best:.4f}\n"
+    if data.best is not None:
+        text += f"\nBest possible AUC of the test rows: {data.best:.4f}\n"
     (args.output / f"{name}.md").write_text(text)
-    plot(args.output / f"{name}.png", table, rows.best)
+    if not args.study:
+        plot(args.output / f"{name}.png", results)
     print(f"\n{text}")
 
 

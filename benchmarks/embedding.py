@@ -1,14 +1,17 @@
-"""The embeddings of a batch, all 26 features: ROBE against 26 nn.EmbeddingBag and fbgemm's table-batched embeddings.
+"""How fast are the embeddings of a batch? ROBE against nn.EmbeddingBag and fbgemm's table-batched embeddings.
 
     python -m benchmarks.embedding --output runs/embedding.json
     python -m benchmarks.embedding --device cuda --output runs/embedding_cuda.json
 
-Forward only, one id per feature, float32, every candidate in every round. Tables have the rows of the presets, those of
-`terabyte` capped at 3 million (9.8 GB; --max-rows). fbgemm is measured where it is installed (pip install .[bench]; on
-CUDA fbgemm-gpu): "fbgemm TBE" is SplitTableBatchedEmbeddingBags, which trains; "fbgemm TBE inference"
-IntNBitTableBatchedEmbeddingBags with float32 rows, on tables capped so that they fit beside the others. With "+
-admission", a filter of an eighth of the array's memory lets in half of the lookups. On CUDA, where a call takes tens of
-microseconds to launch, batches are larger.
+Takes 12 tables of figures of --seconds each, and the time to fill the tables: about 2 minutes, and 15 GB of memory.
+Prints a table for each preset, kind of ids and batch size, and writes the same as JSON.
+
+Forward of all 26 features, one id each, float32, every candidate in every round. Full tables have the presets' rows, at
+most 3 million each (--max-rows; 9.8 GB for terabyte). "copy of the output" is the time to copy as much as is computed.
+fbgemm is measured if it is installed (fbgemm-gpu-cpu; on CUDA fbgemm-gpu): "fbgemm TBE" is
+SplitTableBatchedEmbeddingBags, which trains; "fbgemm TBE inference" is IntNBitTableBatchedEmbeddingBags with float32
+rows, on smaller tables that fit beside the others. With "+ admission", a filter of an eighth of the array's memory lets
+in half of the lookups. Batches are larger on CUDA, where it takes tens of microseconds to launch a call.
 """
 
 import importlib.metadata
@@ -21,6 +24,7 @@ from torch import nn
 from tqdm import tqdm
 
 import robe
+from benchmarks.results import save
 from benchmarks.timing import (
     ADMISSION,
     COPIES_OF_IDS,
@@ -30,32 +34,38 @@ from benchmarks.timing import (
     make_ids,
     parse,
     robe_layer,
-    save,
     side_by_side,
     times_without_admission,
 )
 from dlrm.presets import PRESETS
 
 BATCHES = {"cpu": (1, 64, 2048), "cuda": (64, 2048, 65536)}
-INFERENCE_ROWS = 300_000  # of a table of fbgemm's inference kernel
+INFERENCE_ROWS = 300_000  # limit of a table of fbgemm's inference kernel
 
 
 class Peers:
-    """The tables ROBE is compared with: one set of weights that nn.EmbeddingBag and fbgemm both read."""
+    """The full tables that ROBE is compared with, as one set of weights that nn.EmbeddingBag and fbgemm both read.
 
-    def __init__(self, rows: tuple[int, ...], dim: int, device: str):
-        self.rows, self.dim, self.device = rows, dim, device
+    Args:
+        table_rows: rows of each table.
+        dim: D.
+        device: where they lie.
+    """
+
+    def __init__(self, table_rows: tuple[int, ...], dim: int, device: str):
+        self.device = device
         self.tbe = self.inference = None
         package = {"cpu": "fbgemm-gpu-cpu", "cuda": "fbgemm-gpu"}[device]
         if not _is_installed(package):
             print(f"{package} is not installed: fbgemm is left out", file=sys.stderr)
-            weights = [torch.rand(n, dim, device=device) for n in rows]
+            weights = [torch.rand(n, dim, device=device) for n in table_rows]
         else:
-            self.tbe, self.inference = _fbgemm(rows, dim, device)
+            self.tbe, self.inference = _fbgemm(table_rows, dim, device)
             weights = self.tbe.split_embedding_weights()
         self.bags = [nn.EmbeddingBag.from_pretrained(weight, mode="sum") for weight in weights]
 
     def candidates(self, batches: list[np.ndarray]) -> dict:
+        """Return the calls to time, by name, on batches of ids (B, F)."""
         size, features = batches[0].shape
         starts = torch.arange(size, device=self.device)
         offsets = torch.arange(size * features + 1, device=self.device)
@@ -81,7 +91,7 @@ def _is_installed(package: str) -> bool:
         return False
 
 
-def _fbgemm(rows: tuple[int, ...], dim: int, device: str):
+def _fbgemm(table_rows: tuple[int, ...], dim: int, device: str):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
@@ -94,15 +104,15 @@ def _fbgemm(rows: tuple[int, ...], dim: int, device: str):
     cuda = device == "cuda"
     where = EmbeddingLocation.DEVICE if cuda else EmbeddingLocation.HOST
     tbe = SplitTableBatchedEmbeddingBagsCodegen(
-        [(n, dim, where, ComputeDevice.CUDA if cuda else ComputeDevice.CPU) for n in rows],
+        [(n, dim, where, ComputeDevice.CUDA if cuda else ComputeDevice.CPU) for n in table_rows],
         optimizer=EmbOptimType.EXACT_SGD,
         learning_rate=0.1,
         pooling_mode=PoolingMode.SUM,
     )
     for weight in tbe.split_embedding_weights():
-        weight.fill_(0.01)  # pages that were never written would all be one page of zeros
+        weight.fill_(0.01)  # or all pages would be the same page of zeros
     inference = IntNBitTableBatchedEmbeddingBagsCodegen(
-        [(f"t{i}", min(n, INFERENCE_ROWS), dim, SparseType.FP32, where) for i, n in enumerate(rows)],
+        [(f"t{i}", min(n, INFERENCE_ROWS), dim, SparseType.FP32, where) for i, n in enumerate(table_rows)],
         device=device,
         pooling_mode=PoolingMode.SUM,
         output_dtype=SparseType.FP32,
@@ -112,18 +122,20 @@ def _fbgemm(rows: tuple[int, ...], dim: int, device: str):
 
 
 def reference(layer: robe.RobeEmbeddingBagCollection):
-    """The layer's lookup by the reference body, in plain torch."""
+    """Return the layer's lookup by the reference, in plain torch."""
     weight, tables = layer.array.weight.detach(), layer._tables()
     return lambda ids: robe.ops.REFERENCE["lookup"](weight, ids, *tables)
 
 
 def measure(name: str, max_rows: int, seconds: float, device: str, bar: tqdm) -> list[dict]:
+    """Return the times of a preset, for each kind of ids and batch size."""
     preset = PRESETS[name].model
-    rows, dim = tuple(min(n, max_rows) for n in preset.table_rows), preset.embedding_dim
-    peers = Peers(rows, dim, device)
-    arrays = {"1000x": sum(rows) * dim // 1000, "100 MB": LARGE}
+    table_rows, dim = tuple(min(n, max_rows) for n in preset.table_rows), preset.embedding_dim
+    features = len(table_rows)
+    peers = Peers(table_rows, dim, device)
+    arrays = {"1000x": sum(table_rows) * dim // 1000, "100 MB": LARGE}
     layers = {
-        f"ROBE {array}, Z={block}": robe_layer(len(rows), dim, size, block, device)
+        f"ROBE {array}, Z={block}": robe_layer(features, dim, size, block, device)
         for array, size in arrays.items()
         for block in sorted({8, 16, 32, dim} - ({32} if dim < 32 else set()))
     }
@@ -132,23 +144,8 @@ def measure(name: str, max_rows: int, seconds: float, device: str, bar: tqdm) ->
         for batch_size in BATCHES[device]:
             bar.set_description(f"{name}, {kind} ids, B={batch_size}")
             rng = np.random.default_rng(0)
-            batches = [make_ids(rows, batch_size, kind, rng) for _ in range(COPIES_OF_IDS[batch_size])]
-            ids = [torch.from_numpy(batch).to(device) for batch in batches]
-            candidates = peers.candidates(batches)
-            for label, layer in layers.items():
-                candidates[label] = cycle(layer, ids)
-                if label in (f"ROBE 1000x, Z={dim}", "ROBE 1000x, Z=8"):
-                    filtered = admitting_layer(len(rows), dim, layer.array.size, layer.block_size, ids)
-                    candidates[label.replace(",", ADMISSION + ",")] = cycle(filtered, ids)
-            source, target = torch.rand(2, batch_size, len(rows), dim, device=device)
-            candidates["copy of the output"] = lambda s=source, t=target: t.copy_(s)
-            if kind == "uniform":
-                first = layers[f"ROBE 1000x, Z={dim}"]
-                for power in (6, 12):  # rows of a virtual table
-                    far = [torch.randint_like(batch, 10**power) for batch in ids]
-                    candidates[f"ROBE 1000x, Z={dim}, 10^{power} rows"] = cycle(first, far)
-                # Last: what it allocates and frees would slow down the next one.
-                candidates[f"ROBE 1000x, Z={dim}, reference"] = cycle(reference(first), ids)
+            batches = [make_ids(table_rows, batch_size, kind, rng) for _ in range(COPIES_OF_IDS[batch_size])]
+            candidates = peers.candidates(batches) | robe_candidates(layers, batches, kind == "uniform", device)
             with torch.no_grad():
                 times = side_by_side(candidates, seconds, device=device)
             results.append({"preset": name, "ids": kind, "batch_size": batch_size, "microseconds": times})
@@ -156,7 +153,38 @@ def measure(name: str, max_rows: int, seconds: float, device: str, bar: tqdm) ->
     return results
 
 
+def robe_candidates(layers: dict, batches: list[np.ndarray], special: bool, device: str) -> dict:
+    """Return the calls of ROBE to time, by name.
+
+    Args:
+        layers: by name.
+        batches: ids (B, F).
+        special: whether to add far ids and the reference, which do not depend on the kind of ids.
+        device: where to compute.
+    """
+    ids = [torch.from_numpy(batch).to(device) for batch in batches]
+    batch_size, features = ids[0].shape
+    dim = next(iter(layers.values())).embedding_dim
+    candidates = {}
+    for label, layer in layers.items():
+        candidates[label] = cycle(layer, ids)
+        if label in (f"ROBE 1000x, Z={dim}", "ROBE 1000x, Z=8"):
+            filtered = admitting_layer(features, dim, layer.array.size, layer.block_size, ids)
+            candidates[label.replace(",", ADMISSION + ",")] = cycle(filtered, ids)
+    source, target = torch.rand(2, batch_size, features, dim, device=device)
+    candidates["copy of the output"] = lambda: target.copy_(source)
+    if special:
+        first = layers[f"ROBE 1000x, Z={dim}"]
+        for power in (6, 12):  # rows of a virtual table
+            far = [torch.randint_like(batch, 10**power) for batch in ids]
+            candidates[f"ROBE 1000x, Z={dim}, 10^{power} rows"] = cycle(first, far)
+        # Last: its allocations would slow down the next candidate.
+        candidates[f"ROBE 1000x, Z={dim}, reference"] = cycle(reference(first), ids)
+    return candidates
+
+
 def report(results: list[dict]) -> str:
+    """Return results as tables of text."""
     lines = []
     for result in results:
         times = result["microseconds"]
@@ -173,6 +201,7 @@ def report(results: list[dict]) -> str:
 
 
 def main() -> None:
+    """Run the program."""
     args = parse(__doc__, seconds=5, devices=("cpu", "cuda"))
     results = []
     with tqdm(total=6 * len(args.presets), unit="table") as bar:

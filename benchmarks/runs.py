@@ -1,4 +1,4 @@
-"""Training runs as a user starts them, for the benchmarks to compare."""
+"""Training runs started as a user starts them, for other benchmarks to compare."""
 
 import json
 import subprocess
@@ -12,8 +12,13 @@ ROOT = Path(__file__).resolve().parent.parent
 def train(data: Path, folder: Path, *options: str | float) -> dict[str, Any]:
     """Run train.py and return its metrics.json.
 
+    Args:
+        data: file or folder of rows.
+        folder: of the run.
+        options: of train.py.
+
     Raises:
-        SystemExit: it failed; with its exit code, after it has said why.
+        SystemExit: the run failed, and has printed why; with its exit code.
     """
     command = [sys.executable, ROOT / "train.py", "--data", data, "--output", folder, *map(str, options)]
     done = subprocess.run(command, check=False)

@@ -1,14 +1,19 @@
-"""Whole training steps and forwards of the DLRM: what the embeddings cost beside the MLPs.
+"""What do the embeddings cost beside the MLPs, in whole training steps and forwards of the DLRM?
 
     python -m benchmarks.step --output runs/step.json
 
-A training step is forward, loss, backward and SGD. "embeddings constant" is the same step with the embeddings' output
-a constant tensor: MLPs and interaction alone, the floor. Forwards are compared with 26 nn.EmbeddingBag on full tables
-(the presets' rows, capped at 3 million: --max-rows), and with the MLPs alone. Every candidate in every round. With
-"+ admission", a filter of an eighth of the array's memory lets in half of the lookups.
+Takes 10 tables of figures of --seconds each, and the time to fill the full tables: about 3 minutes, and 11 GB of
+memory. Prints a table for each preset and batch size, and writes the same as JSON.
+
+A training step is forward, loss, backward and SGD. "embeddings constant" is the same step with a constant tensor in
+place of the embeddings: MLPs and interaction alone, the floor. Forwards are compared with 26 nn.EmbeddingBag on full
+tables (the presets' rows, at most 3 million each: --max-rows) and with the MLPs alone. Every candidate is measured in
+every round. With "+ admission", a filter of an eighth of the array's memory lets in half of the lookups.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +22,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 import robe
+from benchmarks.results import save
 from benchmarks.timing import (
     ADMISSION,
     COPIES_OF_IDS,
@@ -26,7 +32,6 @@ from benchmarks.timing import (
     make_ids,
     parse,
     robe_layer,
-    save,
     side_by_side,
     times_without_admission,
 )
@@ -38,26 +43,36 @@ from dlrm.presets import PRESETS
 STEP_BATCHES, FORWARD_BATCHES = (256, 2048), (1, 64, 2048)
 
 
+class LabelledBatch(NamedTuple):
+    """Inputs of a training step: dense (B, num_dense), sparse (B, F) and labels (B,)."""
+
+    dense: Tensor
+    sparse: Tensor
+    labels: Tensor
+
+
 class Constant(nn.Module):
-    """Embeddings that are always the same, whatever the ids."""
+    """Embeddings that are the same for all ids."""
 
     def __init__(self, batch_size: int, features: int, dim: int):
         super().__init__()
-        self.register_buffer("rows", torch.rand(batch_size, features, dim) * 0.01)
+        self.register_buffer("embeddings", torch.rand(batch_size, features, dim) * 0.01)
 
     def forward(self, sparse: Tensor) -> Tensor:
-        return self.rows
+        """Return (B, F, D)."""
+        return self.embeddings
 
 
 def with_embeddings(config: DLRMConfig, embeddings: nn.Module) -> DLRM:
+    """Return a DLRM with the same MLPs each time."""
     torch.manual_seed(0)
     return DLRM(config, embeddings)
 
 
-def stepper(model: DLRM, optimizers: list):
-    """A training step on (dense, sparse, labels)."""
+def stepper(model: DLRM, optimizers: list[torch.optim.Optimizer]) -> Callable[[LabelledBatch], None]:
+    """Return a function that makes a training step."""
 
-    def step(batch):
+    def step(batch: LabelledBatch) -> None:
         dense, sparse, labels = batch
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
@@ -68,18 +83,20 @@ def stepper(model: DLRM, optimizers: list):
     return step
 
 
-def mlps_only(model: DLRM, batch_size: int):
+def mlps_only(model: DLRM, batch_size: int) -> Callable[[LabelledBatch], None]:
+    """Return a function that computes the MLPs of a model, without embeddings and interaction."""
     width = model.top[0].in_features
     joined = torch.rand(batch_size, width)
 
-    def forward(batch):
-        model.bottom(batch[0])
+    def forward(batch: LabelledBatch) -> None:
+        model.bottom(batch.dense)
         model.top(joined)
 
     return forward
 
 
 def training(config: DLRMConfig, full: list[Tensor], batch_size: int, seconds: float) -> dict:
+    """Return the times of training steps in microseconds, by name of the candidate."""
     dim = config.embedding_dim
     rng = np.random.default_rng(0)
     inputs = batches(config, [len(w) for w in full], batch_size, rng)
@@ -101,7 +118,7 @@ def training(config: DLRMConfig, full: list[Tensor], batch_size: int, seconds: f
         for block in sorted({8, dim}):
             add(f"ROBE {label}, Z={block}", robe_layer(len(full), dim, size, block), fused=True)
             if label == "1000x":
-                filtered = admitting_layer(len(full), dim, size, block, [sparse for _, sparse, _ in inputs])
+                filtered = admitting_layer(len(full), dim, size, block, [batch.sparse for batch in inputs])
                 add(f"ROBE {label}{ADMISSION}, Z={block}", filtered, fused=True)
         add(f"ROBE {label}, Z={dim}, dense gradient", robe_layer(len(full), dim, size, dim))
     add("26 nn.EmbeddingBag, sparse gradients", EmbeddingBags(full, sparse=True))
@@ -109,6 +126,7 @@ def training(config: DLRMConfig, full: list[Tensor], batch_size: int, seconds: f
 
 
 def forwards(config: DLRMConfig, full: list[Tensor], batch_size: int, seconds: float) -> dict:
+    """Return the times of forwards in microseconds, by name of the candidate."""
     dim = config.embedding_dim
     rng = np.random.default_rng(0)
     inputs = batches(config, [len(w) for w in full], batch_size, rng)
@@ -117,17 +135,20 @@ def forwards(config: DLRMConfig, full: list[Tensor], batch_size: int, seconds: f
         f"ROBE 100 MB, Z={dim}": with_embeddings(config, robe_layer(len(full), dim, LARGE, dim)),
         "26 nn.EmbeddingBag": with_embeddings(config, EmbeddingBags(full, sparse=False)),
     }
-    candidates = {name: cycle(lambda batch, m=m: m(batch[0], batch[1]), inputs) for name, m in models.items()}
+    candidates = {name: cycle(lambda batch, m=m: m(batch.dense, batch.sparse), inputs) for name, m in models.items()}
     candidates["MLPs alone"] = cycle(mlps_only(next(iter(models.values())), batch_size), inputs)
     with torch.inference_mode():
         return side_by_side(candidates, seconds)
 
 
-def batches(config: DLRMConfig, rows: list[int], batch_size: int, rng: np.random.Generator) -> list:
+def batches(
+    config: DLRMConfig, table_rows: list[int], batch_size: int, rng: np.random.Generator
+) -> list[LabelledBatch]:
+    """Draw batches with Zipf ids."""
     return [
-        (
+        LabelledBatch(
             torch.from_numpy(rng.random((batch_size, config.num_dense), dtype=np.float32)),
-            torch.from_numpy(make_ids(tuple(rows), batch_size, "zipf", rng)),
+            torch.from_numpy(make_ids(tuple(table_rows), batch_size, "zipf", rng)),
             torch.from_numpy((rng.random(batch_size) < 0.25).astype(np.float32)),
         )
         for _ in range(COPIES_OF_IDS[batch_size])
@@ -135,6 +156,7 @@ def batches(config: DLRMConfig, rows: list[int], batch_size: int, rng: np.random
 
 
 def report(results: list[dict]) -> str:
+    """Return results as tables of text."""
     lines = []
     for result in results:
         times = result["milliseconds"]
@@ -150,14 +172,15 @@ def report(results: list[dict]) -> str:
 
 
 def main() -> None:
+    """Run the program."""
     args = parse(__doc__, seconds=10)
     results = []
     with tqdm(total=5 * len(args.presets), unit="table") as bar:
         for name in args.presets:
             preset = PRESETS[name].model
-            rows = tuple(min(n, args.max_rows) for n in preset.table_rows)
-            config = replace(preset, table_rows=rows)
-            full = [torch.full((n, config.embedding_dim), 0.01) for n in rows]
+            table_rows = tuple(min(n, args.max_rows) for n in preset.table_rows)
+            config = replace(preset, table_rows=table_rows)
+            full = [torch.full((n, config.embedding_dim), 0.01) for n in table_rows]
             for what, sizes, run, against in (
                 ("forward", FORWARD_BATCHES, forwards, "MLPs alone"),
                 ("training step", STEP_BATCHES, training, "embeddings constant"),

@@ -1,11 +1,13 @@
-"""Timing side by side: every candidate in every round, so that what disturbs the machine disturbs all of them.
+"""Timing of candidates side by side, and the layers and ids that several benchmarks time.
 
-Each measurement is preceded by calls that are not timed, so that no candidate pays for what the one before it left in
-the caches: the figures are those of a program that does nothing else.
+Every candidate is measured in every round, so that whatever disturbs the machine disturbs all of them. Calls that are
+not timed precede each measurement, so that no candidate pays for what the one before it left in the caches: the figures
+are those of a program that does nothing else.
+
+Not a program: benchmarks.embedding and benchmarks.step use it.
 """
 
 import argparse
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,20 +18,13 @@ import torch
 from torch import Tensor
 
 import robe
-from dlrm.checkpoint import write_json
-from dlrm.machine import environment
 
-COPIES_OF_IDS = {
-    1: 256,
-    64: 64,
-    256: 32,
-    2048: 8,
-    65536: 2,
-}  # batches to go through: the same ids again would lie in the cache
+# Batch size -> different batches to go through. The same ids again and again would lie in the cache.
+COPIES_OF_IDS = {1: 256, 64: 64, 256: 32, 2048: 8, 65536: 2}
 
-LARGE = 25_000_000  # weights: 100 MB
+LARGE = 25_000_000  # weights of a large array: 100 MB
 
-ADMISSION = " + admission"  # in the names of candidates that have one
+ADMISSION = " + admission"  # part of the names of candidates that have one
 
 
 def side_by_side(
@@ -38,17 +33,17 @@ def side_by_side(
     """Time callables in turns.
 
     Args:
-        candidates: name -> what to time; called many times.
-        seconds: to spend in all, about.
-        least_rounds: measurements of each, at least.
-        device: where they compute; with "cuda" a measurement ends when the device has.
+        candidates: name -> function to time; called many times.
+        seconds: for all of them together, about.
+        least_rounds: least measurements of each.
+        device: where they compute. With "cuda", a measurement ends when the device is done.
 
     Returns:
-        name -> median, p20 and p80 of the microseconds of a call, and rounds.
+        name -> median, p20 and p80 of a call in microseconds, and rounds.
     """
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     calls = {}
-    for run in candidates.values():  # compiles kernels, and is not of the time to spend
+    for run in candidates.values():  # compiles kernels, which does not count as time spent
         for _ in range(2):
             run()
     start = time.perf_counter()
@@ -58,7 +53,7 @@ def side_by_side(
         once = time.perf_counter()
         run()
         wait()
-        # A measurement of a millisecond or more, so that the clock and the loop weigh nothing.
+        # A measurement takes a millisecond or more, so that the clock and the loop do not matter.
         calls[name] = max(1, round(1e-3 / max(time.perf_counter() - once, 1e-6)))
     seconds -= time.perf_counter() - start
     samples: dict[str, list[float]] = {name: [] for name in candidates}
@@ -78,12 +73,12 @@ def side_by_side(
 
 
 def quantiles(values: list[float]) -> dict[str, float]:
-    """p20, median and p80."""
+    """Return p20, median and p80."""
     return dict(zip(("p20", "median", "p80"), np.percentile(values, [20, 50, 80]).tolist()))
 
 
 def cycle(run: Callable[[Any], object], inputs: list) -> Callable[[], object]:
-    """A callable that goes through the inputs, one a call."""
+    """Return a function that calls ``run`` on the next of the inputs each time, and starts again after the last."""
     turn = 0
 
     def step():
@@ -94,14 +89,17 @@ def cycle(run: Callable[[Any], object], inputs: list) -> Callable[[], object]:
     return step
 
 
-def make_ids(rows: tuple[int, ...], batch_size: int, kind: str, rng: np.random.Generator) -> np.ndarray:
-    """(B, F) int64 ids, each within its table's rows.
+def make_ids(table_rows: tuple[int, ...], batch_size: int, kind: str, rng: np.random.Generator) -> np.ndarray:
+    """Draw ids, int64 (B, F).
 
     Args:
-        kind: "uniform"; or "zipf", P(k-th most frequent id) ~ 1 / k, frequent ids anywhere in the table.
+        table_rows: rows of each feature's table, which bound its ids.
+        batch_size: B.
+        kind: "uniform"; or "zipf": P(k-th most frequent id) ~ 1 / k, with frequent ids anywhere in the table.
+        rng: source of randomness.
     """
-    share = rng.random((batch_size, len(rows)))
-    sizes = np.array(rows, dtype=np.int64)
+    share = rng.random((batch_size, len(table_rows)))
+    sizes = np.array(table_rows, dtype=np.int64)
     if kind == "uniform":
         return (share * sizes).astype(np.int64)
     rank = np.minimum(np.exp(share * np.log(sizes + 1)).astype(np.int64) - 1, sizes - 1)
@@ -111,7 +109,7 @@ def make_ids(rows: tuple[int, ...], batch_size: int, kind: str, rng: np.random.G
 def robe_layer(
     features: int, dim: int, size: int, block_size: int, device: str = "cpu"
 ) -> robe.RobeEmbeddingBagCollection:
-    """A table without end for each feature, on an array of ``size`` weights."""
+    """Return a collection with a virtual table for each feature, without bounds, on an array of ``size`` weights."""
     tables = [robe.EmbeddingBagConfig(f"cat_{i}", None, dim) for i in range(features)]
     return robe.RobeEmbeddingBagCollection(tables, robe_size=size, block_size=block_size, device=device)
 
@@ -119,10 +117,14 @@ def robe_layer(
 def admitting_layer(
     features: int, dim: int, size: int, block_size: int, ids: list[Tensor]
 ) -> robe.RobeEmbeddingBagCollection:
-    """A ``robe_layer`` with a filter an eighth the size of its array, full at 8 bits an id.
+    """Return a ``robe_layer`` with an admission: a filter an eighth of the array's size, full at 8 bits an id.
 
     Args:
-        ids: batches (B, F): the most frequent are let in, so many that they are half of all.
+        features: number of tables.
+        dim: D.
+        size: weights of the array.
+        block_size: Z.
+        ids: batches (B, F). The most frequent ids, which make half of all lookups, are let in.
     """
     device = ids[0].device
     layer = robe_layer(features, dim, size, block_size, str(device))
@@ -133,38 +135,52 @@ def admitting_layer(
     order = (counts + torch.rand_like(counts, dtype=torch.float32)).argsort(descending=True)
     order = order[counts[order].cumsum(0) <= counts.sum() / 2][: admission.bytes]
     admission.admit(values[order], keys[order])
-    admission.admit(
-        torch.randint(1 << 62, (admission.bytes - len(order),), device=device), keys[:1]
-    )  # ids that are not looked up
+    others = torch.randint(1 << 62, (admission.bytes - len(order),), device=device)  # never looked up
+    admission.admit(others, keys[:1])
     layer.admission = admission
     return layer
 
 
 def times_without_admission(times: dict[str, dict[str, float]], name: str) -> str:
-    """The time of a candidate with an admission, in times of the same without; nothing for the others."""
+    """Return the time of a candidate with an admission over that of the same without; "" for other candidates."""
     without = times.get(name.replace(ADMISSION, ""))
     return f"{times[name]['median'] / without['median']:.2f}" if without and ADMISSION in name else ""
 
 
 def parse(description: str | None, seconds: float, devices: tuple[str, ...] = ("cpu",)) -> argparse.Namespace:
-    """The options of a benchmark: ``seconds`` the default for each table of figures, ``devices`` where it can run."""
+    """Parse the command line of a benchmark.
+
+    Args:
+        description: for --help.
+        seconds: default for each table of figures.
+        devices: where the benchmark can run; the first is the default.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON")
-    parser.add_argument("--presets", nargs="+", choices=("kaggle", "terabyte"), default=["kaggle", "terabyte"])
-    parser.add_argument("--max-rows", type=int, default=3_000_000, help="cap of the rows of the full tables")
-    parser.add_argument("--seconds", type=float, default=seconds, help="for each table of figures")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON to write")
+    parser.add_argument(
+        "--presets",
+        nargs="+",
+        choices=("kaggle", "terabyte"),
+        default=["kaggle", "terabyte"],
+        help="model sizes (default: both)",
+    )
+    parser.add_argument(
+        "--max-rows",
+        type=int,
+        default=3_000_000,
+        metavar="N",
+        help="limit of the rows of a full table (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=seconds,
+        metavar="X",
+        help="seconds for each table of figures (default: %(default)g)",
+    )
     if len(devices) > 1:
-        parser.add_argument("--device", choices=devices, default=devices[0])
+        parser.add_argument("--device", choices=devices, default=devices[0], help="default: %(default)s")
     args = parser.parse_args()
     if len(devices) > 1 and args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device: expected cpu, torch finds no CUDA device here")
     return args
-
-
-def save(path: Path, results: list[dict], device: str = "cpu") -> None:
-    """Write results as JSON, with the machine they belong to."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    machine = environment() | {"kernels": robe.backend()[device], "load_average": os.getloadavg()[0]}
-    if device == "cuda":
-        machine["gpu"] = torch.cuda.get_device_name()
-    write_json(path, {"machine": machine, "results": results})

@@ -1,80 +1,64 @@
-"""MLPerf's inference benchmark of a model: LoadGen asks for predictions in one of its four scenarios and times them.
+"""MLPerf's inference benchmark: LoadGen asks a model for predictions in one of four scenarios, and times the answers.
 
-As MLPerf's dlrm-v2 has it, a sample is a run of 100 to 700 consecutive rows. LoadGen reads its rules only once in
-a process and can't be stopped: ``run`` is for a program that ends with ``leave``.
+A sample is 100 to 700 consecutive rows, as in MLPerf's dlrm-v2. LoadGen reads its settings only once in a process and
+can't be stopped, so a program that calls ``run`` ends with ``leave``.
 """
 
+import json
 import os
+import subprocess
 import sys
 import threading
-import time
-from collections import deque
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 from dlrm.checkpoint import write_json
 from dlrm.inference.loadgen_logs import SAMPLES_A_QUERY, SIZES, read_accuracy, read_speed, sample_bounds, trace
+from dlrm.inference.loadgen_system import BATCH_ROWS, LabelledRows, System
 from dlrm.inference.predictor import Predictor
 from dlrm.machine import environment
-from dlrm.metrics import Scores, score
+from dlrm.metrics import score
 
 SCENARIOS = ("Offline", "Server", "SingleStream", "MultiStream")
-MODEL = "dlrm-v2"  # LoadGen silently ignores names it doesn't know
+MODEL = "dlrm-v2"  # LoadGen silently ignores names that it does not know
 TRACE, RESULT = "dlrm_trace_of_aggregated_samples.txt", "result.json"
 OFFICIAL_SECONDS = 600
-SERVER_BOUND = 0.06  # seconds, of the 99th percentile
+SERVER_BOUND = 0.06  # seconds; limit of the 99th percentile of latency
 
 _LOADED_SAMPLES = 204_800
 _OFFLINE_SAMPLES = 24_576
-_BATCH_ROWS = 2048  # large enough for the full speed of the MLPs
-_SHARE_OF_BOUND = 0.25  # which a batch in Server may take: a query waits for up to one, and then is in one
-_WARM_UP_SECONDS = 1.0
-_SCORED_ROWS = 64 * _BATCH_ROWS  # of a run for speed
+_SHARE_OF_BOUND = 0.25  # that a batch may take in Server: a query waits for at most one batch, and then is in one
 _THREAD = "loadgen"
 _TRIAL_SECONDS, _TRIAL_QUERIES, _TRIALS = 20, 1000, 20  # of find_rate
+_LONG_RUNS, _LOWER = 6, 0.97  # of find_rate: attempts at full length, each at a rate this much lower
+
+RunTrial = Callable[[str, float | None, float, Path], dict[str, Any]]  # see find_rate
 
 
 class Invalid(RuntimeError):
-    """A run that did not keep LoadGen's rules; said on stdout already."""
+    """A run that broke LoadGen's rules. The reasons were printed with the result."""
 
-    exit_code = 1
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The data a model is asked about.
-
-    Args:
-        count: of rows.
-        read: (start, stop) -> the records of these rows, an array that ``np.concatenate`` joins with others.
-        batch: records -> ``dense``, ``sparse`` and ``labels`` as in data.rows.Batch.
-    """
-
-    count: int
-    read: Callable[[int, int], np.ndarray]
-    batch: Callable[[np.ndarray], Any]
+    exit_code = 1  # of a program that ends with it
 
 
 @dataclass(frozen=True)
-class Options:
-    """What LoadGen is to do.
+class LoadGenOptions:
+    """Options of a run.
 
     Args:
         scenario: one of ``SCENARIOS``.
-        accuracy: all samples once, and AUC; else speed.
-        target_qps: samples a second that Server issues, or that Offline expects. None: Offline, and Server with
-            ``accuracy``, measure what there is.
-        seconds: the least duration; MLPerf asks for 600.
+        accuracy: whether to predict all samples once and compute AUC, rather than to measure speed.
+        target_qps: samples a second that Server issues, or that Offline expects. None: the rate is measured first,
+            in Offline, and in Server with ``accuracy``.
+        seconds: least duration. MLPerf asks for 600.
 
     Raises:
-        ValueError: unknown scenario, no such rate or duration, or a rate missing or where there is none.
+        ValueError: the scenario is unknown, a number is out of range, Server has no rate, or a Stream has one.
     """
 
     scenario: str
@@ -95,182 +79,8 @@ class Options:
             raise ValueError("Server needs a rate: expected --target-qps, or --find-rate, got neither")
 
 
-class BatchQueue:
-    """Samples that wait for a worker, in the order in which they came.
-
-    Args:
-        sizes: (samples,) rows of each.
-        max_rows: of a batch. A sample with more is one by itself.
-        workers: that take; all are idle until they do.
-    """
-
-    def __init__(self, sizes: np.ndarray, max_rows: int, workers: int):
-        self._sizes, self.max_rows, self._idle = sizes, max_rows, workers
-        self._waiting: deque[tuple[int, int]] = deque()
-        self._rows = 0  # that wait
-        self._closed = False
-        self._changed = threading.Condition()
-
-    def put(self, ids: list[int], samples: list[int]) -> None:
-        """Add samples, with the ids under which LoadGen wants the answers."""
-        rows = int(self._sizes[samples].sum())
-        with self._changed:
-            self._waiting.extend(zip(ids, samples))
-            self._rows += rows
-            self._changed.notify(len(ids))
-
-    def take(self) -> list[tuple[int, int]]:
-        """Wait for samples and take the first ones: about an equal share of the rows for each idle worker.
-
-        Returns:
-            (id, sample) of each; none when the queue is closed and empty.
-        """
-        with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._closed)
-            share, rows = min(self._rows / max(self._idle, 1), self.max_rows), 0
-            self._idle -= 1
-            batch: list[tuple[int, int]] = []
-            while self._waiting:
-                size = int(self._sizes[self._waiting[0][1]])
-                # A sample on the border goes where the larger part of it is.
-                if batch and (rows + size > self.max_rows or rows + size / 2 > share):
-                    break
-                batch.append(self._waiting.popleft())
-                rows += size
-            self._rows -= rows
-            return batch
-
-    def done(self) -> None:
-        """A worker is idle again. Say so before answering: LoadGen may ask again before the answer has returned."""
-        with self._changed:
-            self._idle += 1
-
-    def close(self) -> None:
-        """No more samples will come."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
-
-
-class System:
-    """What LoadGen tests, and the samples it tests it with: threads that each predict batches by themselves.
-
-    Args:
-        loadgen: the module.
-        predictor: each worker has a twin of it.
-        rows: labelled.
-        bounds: of the samples.
-        workers: how many.
-        threads: of torch in each.
-
-    Attributes:
-        samples, rows_done, batches: answered so far.
-        error: that stopped it; what comes after it is answered with nothing.
-    """
-
-    def __init__(self, loadgen, predictor: Predictor, rows: Rows, bounds: np.ndarray, workers: int, threads: int):
-        self._loadgen, self._rows, self._bounds, self._threads = loadgen, rows, bounds, threads
-        self._predictors = [predictor.twin() for _ in range(workers)]
-        self._loaded: dict[int, np.ndarray] = {}
-        self._lock = threading.Lock()
-        self.samples = self.rows_done = self.batches = 0
-        self.error: BaseException | None = None
-        self.queue = BatchQueue(np.diff(bounds), _BATCH_ROWS, workers)
-
-    def warm_up(self, rows: int) -> float:
-        """Predict batches of every size up to the largest, then of ``rows`` rows for a while, with all workers at once.
-
-        Returns:
-            rows a second of all workers.
-        """
-        records = self._rows.read(0, min(self._rows.count, self.queue.max_rows))
-        sizes = [*range(int(SIZES.min()), len(records), int(SIZES.min())), len(records)]
-
-        def work(predictor: Predictor) -> float:
-            for size in sizes:
-                self._predict(predictor, records[:size])
-            count, start = 0, time.perf_counter()
-            while time.perf_counter() - start < _WARM_UP_SECONDS:
-                count += len(self._predict(predictor, records[:rows]))
-            return count / (time.perf_counter() - start)
-
-        workers = len(self._predictors)
-        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(self._threads,)) as pool:
-            return sum(pool.map(work, self._predictors))
-
-    def score(self) -> dict[str, Any]:
-        """auc and log_loss of the first rows, and scored_rows, how many: so that speed is never without them."""
-        scores = Scores()
-        for start in range(0, min(self._rows.count, _SCORED_ROWS), _BATCH_ROWS):
-            stop = min(start + _BATCH_ROWS, self._rows.count)
-            pairs = self._predict(self._predictors[0], self._rows.read(start, stop))
-            scores.add(pairs[:, 1], np.ascontiguousarray(pairs[:, 0]))
-        result = scores.result()
-        return {"auc": result["auc"], "log_loss": result["log_loss"], "scored_rows": result["rows"]}
-
-    def start(self) -> None:
-        """Let the workers wait for samples."""
-        self._workers = [threading.Thread(target=self._work, args=(p,), daemon=True) for p in self._predictors]
-        for worker in self._workers:
-            worker.start()
-
-    def finish(self) -> None:
-        """End the workers: one that still let go of tensors when Python ends would crash the process."""
-        self.queue.close()
-        for worker in self._workers:
-            worker.join()
-
-    def load(self, samples: Iterable[int]) -> None:
-        """Read samples into memory."""
-        try:
-            for sample in tqdm(sorted(set(samples)), desc="loading", unit="sample", delay=2, position=1, leave=False):
-                self._loaded[sample] = self._rows.read(*self._bounds[sample : sample + 2].tolist())
-        except Exception as error:  # it would leave LoadGen in a state in which it crashes
-            self._fail(error)
-
-    def unload(self, samples: Iterable[int]) -> None:
-        """Free them."""
-        for sample in set(samples):
-            self._loaded.pop(sample, None)
-
-    def _work(self, predictor: Predictor) -> None:
-        torch.set_num_threads(self._threads)
-        while batch := self.queue.take():
-            answers, pairs, place = [], None, 0
-            try:
-                if self.error is None:
-                    records = [self._loaded[sample] for _, sample in batch]
-                    pairs = self._predict(predictor, records[0] if len(records) == 1 else np.concatenate(records))
-            except Exception as error:
-                self._fail(error)
-            if pairs is not None:
-                place = pairs.ctypes.data
-            for number, sample in batch:
-                size = 0 if pairs is None else pairs[0].nbytes * len(self._loaded[sample])
-                answers.append(self._loadgen.QuerySampleResponse(number, place, size))
-                place += size
-            with self._lock:
-                self.samples += len(batch)
-                self.rows_done += 0 if pairs is None else len(pairs)
-                self.batches += 1
-            self.queue.done()
-            self._loadgen.QuerySamplesComplete(answers)  # copies what it wants of the pairs before it returns
-
-    def _predict(self, predictor: Predictor, records: np.ndarray) -> np.ndarray:
-        """(rows, 2) float32: prediction and label, as MLPerf's log of accuracy has them."""
-        batch = self._rows.batch(records)
-        pairs = np.empty((len(records), 2), np.float32)
-        pairs[:, 0] = predictor(torch.from_numpy(batch.dense), torch.from_numpy(batch.sparse)).numpy()
-        pairs[:, 1] = batch.labels
-        return pairs
-
-    def _fail(self, error: BaseException) -> None:
-        with self._lock:
-            self.error = self.error or error
-
-
-def import_loadgen():
-    """MLPerf's module.
+def import_loadgen() -> Any:
+    """Import MLPerf's module.
 
     Raises:
         ValueError: it is not installed.
@@ -282,19 +92,22 @@ def import_loadgen():
     return mlperf_loadgen
 
 
-def run(predictor: Predictor, rows: Rows, options: Options, output: Path) -> dict[str, Any]:
-    """Let LoadGen test a model, once in a process.
+def run(predictor: Predictor, rows: LabelledRows, options: LoadGenOptions, output: Path) -> dict[str, Any]:
+    """Let LoadGen test a model. A process can do this only once.
 
     Args:
+        predictor: the model.
+        rows: the rows to predict.
+        options: of the run.
         output: folder for LoadGen's logs, the trace of samples and the result.
 
     Returns:
-        what result.json has: scenario, valid and reasons, samples_per_second, rows_per_second, latency_ms, and auc and
-        log_loss of some rows (speed); or auc, log_loss and rows (accuracy).
+        The content of result.json. For speed: scenario, valid, reasons, samples_per_second, rows_per_second,
+        latency_ms, and auc and log_loss of some rows. For accuracy: auc, log_loss and rows.
 
     Raises:
         ValueError: LoadGen is missing, or wrote no result.
-        Exception: whatever reading or predicting raised. LoadGen may still be running then: see ``leave``.
+        Exception: whatever reading or predicting raised. LoadGen may then still be running: see ``leave``.
     """
     loadgen = import_loadgen()
     output.mkdir(parents=True, exist_ok=True)
@@ -303,18 +116,14 @@ def run(predictor: Predictor, rows: Rows, options: Options, output: Path) -> dic
     (output / TRACE).write_text(trace(bounds))
     samples = len(bounds) - 1
     threads = torch.get_num_threads()
-    alone = options.scenario == "SingleStream"  # one sample is all there is, so all threads work on it
-    workers, threads = (1, threads) if alone else (threads, 1)
+    one_at_a_time = options.scenario == "SingleStream"  # so all threads work on one sample
+    workers, threads = (1, threads) if one_at_a_time else (threads, 1)
     system = System(loadgen, predictor, rows, bounds, workers, threads)
-    steady = options.scenario in ("Offline", "Server")
-    rate = system.warm_up(_BATCH_ROWS if steady else int(SIZES.min()))
+    rate = system.warm_up(BATCH_ROWS if options.scenario in ("Offline", "Server") else int(SIZES.min()))
     if options.scenario == "Server":
         in_time = int(rate / workers * SERVER_BOUND * _SHARE_OF_BOUND)
-        system.queue.max_rows = min(max(in_time, int(SIZES.max())), _BATCH_ROWS)
+        system.queue.max_rows = min(max(in_time, int(SIZES.max())), BATCH_ROWS)
     loaded = min(samples, _LOADED_SAMPLES)
-    scores = {} if options.accuracy else system.score()
-    settings = _settings(loadgen, options, output, loaded, rate, rows.count / samples)
-    _test(loadgen, system, settings, output, samples, loaded)
     result = {
         **asdict(options),
         "array_dtype": predictor.array_dtype,
@@ -324,26 +133,38 @@ def run(predictor: Predictor, rows: Rows, options: Options, output: Path) -> dic
         "workers": workers,
         "threads_per_worker": threads,
         "max_rows_per_batch": system.queue.max_rows,
-        "mean_rows_per_batch": system.rows_done / system.batches,
         "warm_up_rows_per_second": rate,
     }
+    if not options.accuracy:
+        result |= system.score()
+    _test(loadgen, system, _settings(loadgen, options, output, loaded, rate, rows.count / samples), output, loaded)
+    result["mean_rows_per_batch"] = system.rows_done / system.batches
     if options.accuracy:
         result |= score(*read_accuracy(output, bounds).T)
     else:
-        result |= scores | read_speed(output, options.scenario, system.rows_done / system.samples)
+        result |= read_speed(output, options.scenario, system.rows_done / system.samples)
         result["official"] = options.seconds >= OFFICIAL_SECONDS and loaded == _LOADED_SAMPLES
     result |= environment()
     write_json(output / RESULT, result)
     return result
 
 
-def _settings(loadgen, options: Options, output: Path, loaded: int, rate: float, sample_rows: float):
-    """MLPerf's own settings, and over them those of user.conf, which is written."""
+def _settings(loadgen: Any, options: LoadGenOptions, output: Path, loaded: int, rate: float, sample_rows: float) -> Any:
+    """Return MLPerf's own settings, overridden by those of user.conf, which is written.
+
+    Args:
+        loadgen: MLPerf's module.
+        options: of the run.
+        output: folder of user.conf.
+        loaded: samples in memory.
+        rate: rows a second in the warm-up.
+        sample_rows: rows of the mean sample.
+    """
     name, qps = options.scenario, options.target_qps
     if qps is None and name == "Offline":
-        qps = rate / sample_rows * 1.3  # rather more samples than the duration needs: fewer are INVALID
+        qps = rate / sample_rows * 1.3  # rather too many samples: too few for the duration are INVALID
     elif qps is None and name == "Server":
-        qps = rate / sample_rows / 2  # to be answered in time is not asked for
+        qps = rate / sample_rows / 2  # for accuracy; no answer has to be in time
     values = {"min_duration": int(options.seconds * 1000), "performance_sample_count_override": loaded}
     lines = [f"{MODEL}.{name}.{key} = {value}" for key, value in values.items()]
     if qps is not None:
@@ -358,20 +179,20 @@ def _settings(loadgen, options: Options, output: Path, loaded: int, rate: float,
         raise ValueError(f"{config}: LoadGen can't read it")
     settings.scenario = getattr(loadgen.TestScenario, name)
     settings.mode = loadgen.TestMode.AccuracyOnly if options.accuracy else loadgen.TestMode.PerformanceOnly
-    # LoadGen prepares queries for this latency, and runs out of them where they are answered sooner. In a file it would
-    # be whole milliseconds.
+    # LoadGen prepares queries for this latency, and runs out of them if answers come sooner. user.conf could only state
+    # whole milliseconds.
     shortest = int(SIZES.min() * SAMPLES_A_QUERY.get(name, 1) / rate / 2 * 1e9)
     settings.single_stream_expected_latency_ns = settings.multi_stream_expected_latency_ns = max(shortest, 1000)
     return settings
 
 
-def _test(loadgen, system: System, settings, output: Path, samples: int, loaded: int) -> None:
+def _test(loadgen: Any, system: System, settings: Any, output: Path, loaded: int) -> None:
     """Run LoadGen to its end, or to an error, in a thread: Ctrl-C does not reach Python while it is in LoadGen."""
     logs = loadgen.LogSettings()
     logs.log_output.outdir = str(output)
     sut = loadgen.ConstructFastSUT(system.queue.put, lambda: None)
-    library = loadgen.ConstructQSL(samples, loaded, system.load, system.unload)
-    audit = str(output / "audit.config")  # by default LoadGen takes one from the current directory
+    library = loadgen.ConstructQSL(system.sample_count, loaded, system.load, system.unload)
+    audit = str(output / "audit.config")  # LoadGen would read one in the current folder
     arguments = sut, library, settings, logs, audit
     test = threading.Thread(target=loadgen.StartTestWithLogSettings, args=arguments, name=_THREAD, daemon=True)
     system.start()
@@ -381,7 +202,7 @@ def _test(loadgen, system: System, settings, output: Path, samples: int, loaded:
             test.join(0.2)
             bar.update(system.samples - bar.n)
     if system.error is not None:
-        test.join(2)  # what it has asked is answered with nothing, after which it may end
+        test.join(2)  # its open queries get empty answers, so it may end
         if not test.is_alive():
             system.finish()
         raise system.error
@@ -390,16 +211,19 @@ def _test(loadgen, system: System, settings, output: Path, samples: int, loaded:
     loadgen.DestroyQSL(library)
 
 
-def find_rate(trial: Callable[[str, float | None, float, Path], dict], seconds: float, output: Path) -> dict[str, Any]:
-    """The highest rate at which Server is VALID.
+def find_rate(trial: RunTrial, seconds: float, output: Path) -> dict[str, Any]:
+    """Search for the highest rate at which Server is VALID.
+
+    Short trials bisect between 0 and Offline's rate. A run of full length follows at the rate they found, or a little
+    lower while that is INVALID.
 
     Args:
-        trial: (scenario, samples a second, least seconds, folder) -> result. Offline has None samples a second.
-        seconds: of the last run, at the rate that short trials have found.
-        output: its folder; trials have folders in "trials" there.
+        trial: (scenario, samples a second or None for Offline, least seconds, folder) -> result.
+        seconds: least duration of the last run.
+        output: folder of the last run. Trials have folders in "trials" there.
 
     Returns:
-        the result of the last run, VALID or not, and ``trials``: scenario, rate, valid and p99_ms of each.
+        The result of the last run, VALID or not, and trials: scenario, rate, valid and p99_ms of every run.
 
     Raises:
         ValueError: no rate is VALID.
@@ -421,23 +245,43 @@ def find_rate(trial: Callable[[str, float | None, float, Path], dict], seconds: 
         rate = (low + high) / 2
         # LoadGen wants some hundred queries before it calls a rate VALID.
         least = max(short, _TRIAL_QUERIES / rate)
-        # Another program that takes a core for a second makes a run INVALID: a rate has to fail twice.
+        # Another program that takes a core for a second makes a run INVALID, so a rate has to fail twice.
         if attempt("Server", rate, least)["valid"] or attempt("Server", rate, least)["valid"]:
             low = rate
         else:
             high = rate
     if not low:
         raise ValueError(f"Server is INVALID at every rate down to {high:,.2f} samples a second")
-    for _ in range(6):
+    for _ in range(_LONG_RUNS):
         result = attempt("Server", low, seconds, output)
         if result["valid"]:
             break
-        low *= 0.97
+        low *= _LOWER
     return result | {"trials": trials}
 
 
+def run_program(command: list[str], output: Path) -> dict[str, Any]:
+    """Run LoadGen in another process, since each can do it only once.
+
+    Args:
+        command: a program that calls ``run``.
+        output: folder of its result.
+
+    Returns:
+        The content of result.json.
+
+    Raises:
+        ValueError: there is no result.
+    """
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode not in (0, Invalid.exit_code) or not (output / RESULT).exists():
+        said = done.stderr.strip().splitlines() or ["no message"]
+        raise ValueError(f"{output}: the run ended with exit code {done.returncode}: {said[-1]}")
+    return json.loads((output / RESULT).read_text())
+
+
 def leave(code: int) -> None:
-    """End the process. Where LoadGen still runs, after an error or Ctrl-C, Python's own end would wait or crash."""
+    """End the process. If LoadGen still runs, after an error or Ctrl-C, Python's own end would hang or crash."""
     if any(thread.name == _THREAD for thread in threading.enumerate()):
         sys.stdout.flush()
         sys.stderr.flush()

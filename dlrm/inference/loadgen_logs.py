@@ -1,4 +1,4 @@
-"""The samples that LoadGen asks for, what it logs of the answers, and the result in words."""
+"""The samples that LoadGen asks for, the logs that it writes, and results as text."""
 
 import json
 from pathlib import Path
@@ -6,54 +6,49 @@ from typing import Any
 
 import numpy as np
 
-SIZES = np.array([100] * 2 + [200] * 12 + [300] * 2 + [400, 500, 600, 700])  # rows of a sample, as quantiles
+SIZES = np.array([100] * 2 + [200] * 12 + [300] * 2 + [400, 500, 600, 700])  # rows of a sample; each as likely
 SAMPLES_A_QUERY = {"MultiStream": 8}
 _PERCENTILES = {"50.00": "p50", "90.00": "p90", "95.00": "p95", "99.00": "p99", "99.90": "p99.9"}
 
 
 def sample_bounds(rows: int) -> np.ndarray:
-    """Where samples begin, and where the last one ends: int64 (samples + 1,) from 0 to rows.
+    """Return the first row of each sample, and the end of the last: int64 (samples + 1,) from 0 to ``rows``.
+
+    Args:
+        rows: number of rows.
 
     Raises:
         ValueError: no rows.
     """
     if rows < 1:
         raise ValueError(f"rows: expected at least 1, got {rows}")
-    legacy = np.random.RandomState(123)  # MLPerf's samples are defined by its numbers
+    legacy = np.random.RandomState(123)  # MLPerf defines its samples by this generator
     ends = np.cumsum(SIZES[legacy.randint(0, len(SIZES), rows // SIZES.min() + 1)])
     return np.concatenate([[0], ends[: np.searchsorted(ends, rows)], [rows]])
 
 
 def trace(bounds: np.ndarray) -> str:
-    """The samples in MLPerf's text: "start, end, rows" in each line."""
+    """Return samples as MLPerf's text: a line "start, end, rows" for each."""
     starts, ends = bounds[:-1].tolist(), bounds[1:].tolist()
     return "".join(f"{start}, {end}, {end - start}\n" for start, end in zip(starts, ends))
 
 
 def read_speed(output: Path, scenario: str, sample_rows: float) -> dict[str, Any]:
-    """What LoadGen logged of a run for speed.
+    """Read the result of a run for speed from LoadGen's log.
 
     Args:
-        output: folder of its logs.
-        sample_rows: the mean of the samples that were answered.
+        output: folder of the logs.
+        scenario: of the run.
+        sample_rows: rows of the mean sample that was answered.
 
     Returns:
-        valid, reasons (list of str), queries, samples_per_second, rows_per_second, latency_ms (of queries), and
-        early_stopping_latency_ms, LoadGen's estimate of the percentile that counts, for the Streams where it has one.
+        valid, reasons (list of str), queries, samples_per_second, rows_per_second, latency_ms (of queries); and for
+        the Streams, early_stopping_latency_ms, LoadGen's estimate of the percentile that counts, if it has one.
 
     Raises:
-        ValueError: it is not the log of a run that came to its end.
+        ValueError: the log is not that of a finished run.
     """
-    path = output / "mlperf_log_detail.txt"
-    found: dict[str, Any] = {}
-    errors = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        event = json.loads(line.removeprefix(":::MLLOG "))
-        found[event["key"]] = event["value"]
-        if event["key"].startswith("error_"):
-            errors.append(str(event["value"]))
-    if "result_validity" not in found:
-        raise ValueError(f"{path}: expected result_validity, got none: {'; '.join(errors) or 'no such run'}")
+    found, errors = _read_events(output / "mlperf_log_detail.txt")
     valid = found["result_validity"] == "VALID"
     reasons = [] if valid else [found["result_invalid_reason"]]
     if not found["early_stopping_met"]:
@@ -82,11 +77,29 @@ def read_speed(output: Path, scenario: str, sample_rows: float) -> dict[str, Any
     return result
 
 
+def _read_events(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """Return the last value of each key in a log, and the errors."""
+    found: dict[str, Any] = {}
+    errors = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        event = json.loads(line.removeprefix(":::MLLOG "))
+        found[event["key"]] = event["value"]
+        if event["key"].startswith("error_"):
+            errors.append(str(event["value"]))
+    if "result_validity" not in found:
+        raise ValueError(f"{path}: expected result_validity, got none: {'; '.join(errors) or 'no such run'}")
+    return found, errors
+
+
 def read_accuracy(output: Path, bounds: np.ndarray) -> np.ndarray:
-    """The pairs of label and prediction that LoadGen logged.
+    """Read the labels and predictions that LoadGen logged.
+
+    Args:
+        output: folder of the logs.
+        bounds: of ``sample_bounds``.
 
     Returns:
-        (rows, 2) float32 in the order of rows.
+        (rows, 2) float32: label and prediction, in the order of the rows.
 
     Raises:
         ValueError: rows are missing, or a sample has more or fewer than it should.
@@ -94,7 +107,7 @@ def read_accuracy(output: Path, bounds: np.ndarray) -> np.ndarray:
     path = output / "mlperf_log_accuracy.json"
     pairs = np.full((bounds[-1], 2), np.nan, np.float32)
     answered = np.zeros(len(bounds) - 1, bool)
-    with open(path) as file:  # all rows of MLPerf's are 1.5 GB of text, one sample in each line
+    with open(path) as file:  # 1.5 GB for MLPerf's rows; a sample in each line
         for line in file:
             entry = line.strip().strip("[],")
             if not entry:
@@ -105,7 +118,7 @@ def read_accuracy(output: Path, bounds: np.ndarray) -> np.ndarray:
             got = np.frombuffer(bytes.fromhex(values["data"]), "<f4").reshape(-1, 2)
             if len(got) != end - start:
                 raise ValueError(f"{path}: sample {sample}: expected {end - start} rows, got {len(got)}")
-            # MultiStream fills its last query with samples it has had.
+            # MultiStream fills up its last query with samples that it had before.
             if not answered[sample]:
                 pairs[start:end], answered[sample] = got[:, ::-1], True
     if not answered.all():
@@ -114,7 +127,7 @@ def read_accuracy(output: Path, bounds: np.ndarray) -> np.ndarray:
 
 
 def describe(result: dict[str, Any]) -> str:
-    """A result of LoadGen as a short table."""
+    """Return a result as a short table."""
     if result["accuracy"]:
         lines = [
             ("scenario", f"{result['scenario']}, accuracy"),
@@ -131,7 +144,7 @@ def describe(result: dict[str, Any]) -> str:
             ("samples/s", f"{result['samples_per_second']:,.2f}"),
             ("rows/s", f"{result['rows_per_second']:,.0f}"),
         ]
-        if result["scenario"] != "Offline":  # where all is asked at once
+        if result["scenario"] != "Offline":  # which asks for everything at once
             lines.append(("latency, ms", ", ".join(f"{name} {value:,.2f}" for name, value in latency.items())))
         if "early_stopping_latency_ms" in result:
             lines.append(("latency that counts, ms", f"{result['early_stopping_latency_ms']:,.2f}"))

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dlrm.batch import Batch
 from dlrm.embeddings import bags, synthetic_ids
 from dlrm.model import DLRM, MLP, CrossInteraction
 from robe import RobeEmbeddingBagCollection, backend
@@ -15,28 +16,33 @@ from dlrm.ops import pack_linear
 
 DTYPES = ("float32", "bfloat16", "int8")
 
-Layer = Callable[[Tensor], Tensor]  # (B, fan_in) float32 or the dtype of the layer before -> (B, fan_out)
+LinearFunction = Callable[[Tensor], Tensor]  # (B, fan_in), float32 or the dtype of the layer before -> (B, fan_out)
 
-_ROWS_AT_ONCE = 512  # of a larger batch: their activations and embeddings stay in the second cache
+_ROWS_AT_ONCE = 512  # so that activations and embeddings of a larger batch stay in the second-level cache
 
 
 class Predictor:
-    """Click probabilities of a trained model, as fast as this machine gives them.
+    """Computes click probabilities of a trained model, as fast as this CPU can.
 
-    B rows, H ids each. Embeddings and interaction are in float32 whatever the dtypes. Weights are those of the model at
-    the time: they are not to change afterwards. One thread at a time may call it; ``twin`` gives another one to others.
+    Embeddings and interaction are computed in float32 whatever the dtypes. The weights are laid out when the predictor
+    is made: do not change the model afterwards. Only one thread at a time may call a predictor; a ``twin`` is for
+    another.
 
     Args:
         model: a DLRM on the CPU.
-        array_dtype: the ROBE array is kept in: "float32"; "bfloat16", half the memory; or "int8", a quarter and a
-            scale for each 64 weights. Other embeddings are float32.
-        mlp_dtype: the MLPs, and the cross net, compute in: "float32"; "bfloat16", sums in float32; or "int8": weights
-            rounded once with a scale for each output, activations batch by batch with one scale for all, so that
-            a prediction depends a little on the rows beside it.
+        array_dtype: dtype of the ROBE array. "float32"; "bfloat16" takes half the memory; "int8" a quarter, and a scale
+            for every 64 weights. Embeddings without an array stay float32.
+        mlp_dtype: dtype in which the MLPs and the cross net compute. "float32"; "bfloat16", with sums in float32;
+            "int8", with a scale for each output of the weights and one scale for the activations of a whole batch, so
+            that a prediction depends slightly on the other rows of its batch.
 
     Raises:
-        ValueError: unknown dtypes; an array_dtype without an array; or an mlp_dtype that this CPU has no instructions
-            for, with which it would be slower than float32.
+        ValueError: a dtype is unknown, there is no array for array_dtype, or this CPU lacks the instructions for
+            mlp_dtype, which would then be slower than float32.
+
+    Example:
+        >>> predictor = Predictor(checkpoint.load("runs/robe"), array_dtype="int8")
+        >>> probabilities = predictor(torch.rand(64, 13), torch.randint(0, 2**32, (64, 26)))  # (64,)
     """
 
     def __init__(self, model: DLRM, *, array_dtype: str = "float32", mlp_dtype: str = "float32"):
@@ -51,15 +57,15 @@ class Predictor:
         self._new_buffer()
 
     def _new_buffer(self) -> None:
-        # Embeddings in another dtype than float32 are written before they are converted.
-        self._rows: Tensor | None = None
+        # In the dtype of the array: embeddings are converted to float32 after they are written.
+        self._buffer: Tensor | None = None
         if isinstance(self.embeddings, RobeEmbeddingBagCollection):
             dtype = self.embeddings.array.weight.dtype
             shape = _ROWS_AT_ONCE, len(self.config.table_rows), self.config.embedding_dim
-            self._rows = torch.empty(shape, dtype=torch.float32 if dtype == torch.int8 else dtype)
+            self._buffer = torch.empty(shape, dtype=torch.float32 if dtype == torch.int8 else dtype)
 
     def twin(self) -> "Predictor":
-        """Another predictor on the same weights, with buffers of its own, for another thread."""
+        """Return a predictor on the same weights with buffers of its own, for another thread."""
         other = copy.copy(self)
         other._new_buffer()
         return other
@@ -70,19 +76,22 @@ class Predictor:
         Args:
             dense: (B, num_dense) float32.
             sparse: (B, H) int64 ids, as for DLRM.
-            clock: called with "mlp", "embedding" or "interaction" when that much of the work is done, again and again.
+            clock: called with "mlp", "embedding" or "interaction" whenever a piece of that work is done.
 
         Returns:
-            (B,) float32.
+            (B,) float32 probabilities.
         """
         with torch.inference_mode():
             if len(dense) <= _ROWS_AT_ONCE:
-                return self._some(dense, sparse, clock)
+                return self._predict_piece(dense, sparse, clock)
             pieces = zip(dense.split(_ROWS_AT_ONCE), sparse.split(_ROWS_AT_ONCE))
-            return torch.cat([self._some(*piece, clock) for piece in pieces])
+            return torch.cat([self._predict_piece(*piece, clock) for piece in pieces])
 
-    def predict(self, batches: Iterable) -> Iterator[np.ndarray]:
-        """Probabilities, float32 (B,) for each batch; batches have ``dense`` and ``sparse`` as data.rows.Batch.
+    def predict(self, batches: Iterable[Batch]) -> Iterator[np.ndarray]:
+        """Yield the probabilities of each batch, (B,) float32.
+
+        Args:
+            batches: labels are not used.
 
         Raises:
             ValueError: a probability is NaN.
@@ -93,14 +102,14 @@ class Predictor:
                 raise ValueError("the model predicts NaN")
             yield probabilities
 
-    def _some(self, dense: Tensor, sparse: Tensor, clock: Callable[[str], None] | None) -> Tensor:
+    def _predict_piece(self, dense: Tensor, sparse: Tensor, clock: Callable[[str], None] | None) -> Tensor:
         x = self._bottom(dense).float()
         if clock:
             clock("mlp")
-        rows = self._embed(sparse)
+        embeddings = self._embed(sparse)
         if clock:
             clock("embedding")
-        x = self._interaction(x, rows)
+        x = self._interaction(x, embeddings)
         if clock:
             clock("interaction")
         x = self._top(x).float().squeeze(1).sigmoid_()
@@ -109,19 +118,24 @@ class Predictor:
         return x
 
     def _embed(self, sparse: Tensor) -> Tensor:
+        """Return the embeddings (B, F, D) of ids (B, H)."""
         config = self.config
         ids: tuple[Tensor, ...] = (sparse,)
         if config.hots is not None:
             if config.synthetic_hots:
                 sparse = synthetic_ids(sparse, config.hots, config.table_rows)
             ids = bags(sparse, config.hots)
-        if self._rows is None:
+        if self._buffer is None:
             return self.embeddings(*ids)
-        return self.embeddings(*ids, out=self._rows[: len(sparse)]).float()
+        return self.embeddings(*ids, out=self._buffer[: len(sparse)]).float()
 
 
 def check_mlp_dtype(mlp_dtype: str) -> None:
-    """Raise ValueError where MLPs in this dtype are unknown, or slower on this CPU than in float32."""
+    """Check that MLPs can compute in a dtype on this CPU.
+
+    Raises:
+        ValueError: the dtype is unknown, or would be slower than float32 for lack of instructions.
+    """
     if mlp_dtype not in DTYPES:
         raise ValueError(f"mlp_dtype: expected one of {', '.join(DTYPES)}, got {mlp_dtype!r}")
     has = torch.cpu.get_capabilities()
@@ -139,15 +153,19 @@ def check_mlp_dtype(mlp_dtype: str) -> None:
 
 
 def with_array_dtype(embeddings: nn.Module, array_dtype: str) -> nn.Module:
-    """The same embeddings to infer with, in float32 on the same ROBE array, else on a copy of it in another dtype.
+    """Return the same embeddings, ready for inference, with their ROBE array in a dtype.
+
+    Args:
+        embeddings: of a DLRM; they are not changed.
+        array_dtype: "float32" reads the same array; the others a converted copy.
 
     Raises:
-        ValueError: unknown dtype, or embeddings without an array.
+        ValueError: the dtype is unknown, or the embeddings have no array.
     """
     if array_dtype not in DTYPES:
         raise ValueError(f"array_dtype: expected one of {', '.join(DTYPES)}, got {array_dtype!r}")
     other = copy.copy(embeddings)  # the module, not its weights
-    other.training = False  # an admission counts no ids
+    other.training = False  # or an admission would count ids
     if array_dtype == "float32":
         return other
     if not isinstance(embeddings, RobeEmbeddingBagCollection):
@@ -163,7 +181,7 @@ def with_array_dtype(embeddings: nn.Module, array_dtype: str) -> nn.Module:
 
 
 def array_bytes(embeddings: nn.Module) -> int:
-    """Memory of what embeddings are read from: an array with its scales and the filter of an admission, or tables."""
+    """Return the bytes that embeddings are read from: an array, its scales and an admission's filter; or tables."""
     if isinstance(embeddings, RobeEmbeddingBagCollection):
         filter = None if embeddings.admission is None else embeddings.admission.filter
         tensors = [x for x in (*embeddings.array.read(), filter) if x is not None]
@@ -172,7 +190,7 @@ def array_bytes(embeddings: nn.Module) -> int:
     return sum(x.numel() * x.element_size() for x in tensors)
 
 
-def _packed(mlp: MLP, dtype: str) -> Layer:
+def _packed(mlp: MLP, dtype: str) -> LinearFunction:
     linears = [x for x in mlp if isinstance(x, nn.Linear)]
     return _chain(linears, dtype, relu_last=isinstance(mlp[-1], nn.ReLU))
 
@@ -192,8 +210,8 @@ def _packed_cross(cross: CrossInteraction, dtype: str):
     return run
 
 
-def _chain(linears: Sequence[nn.Module], dtype: str, relu_last: bool) -> Layer:
-    """Linear layers with ReLU between them, on weights laid out for this CPU."""
+def _chain(linears: Sequence[nn.Module], dtype: str, relu_last: bool) -> LinearFunction:
+    """Return linear layers with ReLU between them as one function, its weights laid out for this CPU."""
     weights: list[tuple[Tensor, Tensor | None]] = []
     for linear in linears:
         assert isinstance(linear, nn.Linear)
@@ -213,7 +231,7 @@ def _chain(linears: Sequence[nn.Module], dtype: str, relu_last: bool) -> Layer:
     return run
 
 
-def _float32_linear(weight: Tensor, bias: Tensor | None, relu: bool) -> Layer:
+def _float32_linear(weight: Tensor, bias: Tensor | None, relu: bool) -> LinearFunction:
     transposed = weight.t()
     bias = weight.new_zeros(len(weight)) if bias is None else bias
 
@@ -224,17 +242,17 @@ def _float32_linear(weight: Tensor, bias: Tensor | None, relu: bool) -> Layer:
     return run
 
 
-def _bfloat16_linear(weight: Tensor, bias: Tensor | None, relu: bool) -> Layer:
+def _bfloat16_linear(weight: Tensor, bias: Tensor | None, relu: bool) -> LinearFunction:
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.bfloat16(), None)
     bias = None if bias is None else bias.bfloat16()
     after = "relu" if relu else "none"
     return lambda x: torch.ops.mkldnn._linear_pointwise(x.bfloat16(), packed, bias, after, [], "")
 
 
-def _int8_linear(weight: Tensor, bias: Tensor | None, relu: bool) -> Layer:
+def _int8_linear(weight: Tensor, bias: Tensor | None, relu: bool) -> LinearFunction:
     scale = weight.abs().amax(1).clamp(min=1e-12) / 127
     with warnings.catch_warnings():
-        # torch means to move quantized tensors elsewhere; its kernels take the weights in no other form.
+        # torch deprecates quantized tensors, but its kernels take the weights in no other form.
         warnings.filterwarnings("ignore", message=".*quantized tensor creation functions", category=UserWarning)
         rounded = torch.quantize_per_channel(
             weight, scale.double(), torch.zeros(len(weight), dtype=torch.long), 0, torch.qint8

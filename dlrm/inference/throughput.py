@@ -1,20 +1,21 @@
-"""How fast models answer: latency and throughput by batch size, side by side, and where the time goes."""
+"""Latency and throughput of models by batch size, side by side, and the time that each stage takes."""
 
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dlrm.batch import Batch
 from dlrm.config import DLRMConfig
 from dlrm.embeddings import EmbeddingBags
-from dlrm.inference.export.formats import FORMATS, load
+from dlrm.inference.export import FORMATS, load
 from dlrm.inference.predictor import Predictor, array_bytes
+from dlrm.machine import available_memory
 from dlrm.metrics import Scores
 from dlrm.model import DLRM
 from robe import RobeEmbeddingBagCollection
@@ -22,48 +23,67 @@ from robe import RobeEmbeddingBagCollection
 STAGES = ("embedding", "interaction", "mlp")
 BATCH_SIZES = (1, 4, 16, 64, 256, 1024, 2048, 4096, 16384)
 
-_TURN = 0.1  # seconds of calls of one candidate before it is the next one's turn
-_PAUSE = 0.06  # before it: ONNX Runtime's threads look for work, and so take cores, for 40 ms after the last of it
-_SHARE_OF_MEMORY = 0.6  # that full tables may take
+_TURN = 0.1  # seconds of calls of one candidate before the next one's turn
+_PAUSE = 0.06  # seconds before a turn: ONNX Runtime's threads keep cores busy for 40 ms after their last work
+_SHARE_OF_MEMORY = 0.6  # most of the available memory that full tables take
 
-Batch = tuple[Tensor, Tensor]  # dense (B, num_dense), sparse (B, H)
 Clock = Callable[[str], None]
+
+
+class TensorBatch(NamedTuple):
+    """A batch without labels: dense (B, num_dense) float32 and sparse (B, H) int64."""
+
+    dense: Tensor
+    sparse: Tensor
+
+
+class FullTables(NamedTuple):
+    """A DLRM with a table for each feature, and the size (H,) of the table that each id is looked up in."""
+
+    model: DLRM
+    num_embeddings: Tensor
 
 
 @dataclass
 class Candidate:
-    """What is timed.
+    """A model to time.
 
     Attributes:
-        run: called with dense, sparse and a clock as in Predictor, which it may leave alone; returns
-            probabilities (B,).
-        note: what else there is to say of it.
-        rows: (H,) rows of each id's table, where ids must be within them; None: ids as they are.
+        run: (dense, sparse, clock) -> probabilities (B,). The clock is that of Predictor, and need not be called.
+        note: a remark for the report.
+        num_embeddings: (H,), the size of each id's table, for models that take only ids below it; None: any id.
         scores: auc, log_loss and rows, once known.
     """
 
     run: Callable[[Tensor, Tensor, Clock], Tensor]
     note: str
-    rows: Tensor | None = None
+    num_embeddings: Tensor | None = None
     scores: dict[str, Any] | None = None
 
-    def inputs(self, batches: Sequence[Batch]) -> list[Batch]:
-        if self.rows is None:
+    def inputs(self, batches: Sequence[TensorBatch]) -> list[TensorBatch]:
+        """Return batches whose ids this model takes: modulo the size of their tables, where that is needed."""
+        if self.num_embeddings is None:
             return list(batches)
-        return [(dense, torch.remainder(sparse, self.rows)) for dense, sparse in batches]
+        return [TensorBatch(dense, torch.remainder(sparse, self.num_embeddings)) for dense, sparse in batches]
 
 
 def make_candidates(
-    model: DLRM, array_dtype: str, mlp_dtype: str, against: Sequence[str], max_rows: int | None = None
+    model: DLRM, array_dtype: str, mlp_dtype: str, against: Sequence[str], max_table_rows: int | None = None
 ) -> dict[str, Candidate]:
-    """A model in the dtypes asked for, first, and what it is timed beside: in float32, if it is not, and ``against``.
+    """Return a model and its rivals, by name.
+
+    The first is the model in the given dtypes. If these are not float32, the model in float32 comes next.
 
     Args:
-        against: "full": the same MLPs with full tables; "eager": the model as a torch module; or exported files.
-        max_rows: of a full table, at most.
+        model: a DLRM on the CPU.
+        array_dtype: as for Predictor.
+        mlp_dtype: as for Predictor.
+        against: the rivals. "full": the same MLPs with full tables; "eager": the model as a torch module; or the path
+            of an exported file.
+        max_table_rows: limit of the rows of a full table.
 
     Raises:
-        ValueError: something else in against, or dtypes as in Predictor.
+        ValueError: an unknown rival, or dtypes as in Predictor.
     """
     candidates: dict[str, Candidate] = {}
     label = _describe(model)
@@ -82,11 +102,11 @@ def make_candidates(
         if what == "eager":
             candidates[f"{label}, eager"] = Candidate(eager(model), size)
         elif what == "full":
-            full, rows = full_tables(model, max_rows)
+            full, num_embeddings = full_tables(model, max_table_rows)
             used, all_rows = sum(full.config.table_rows), sum(model.config.table_rows)
             note = f"{used:,} rows of {all_rows:,}, {_megabytes(array_bytes(full.embeddings))}, ids modulo rows"
-            candidates["full tables"] = Candidate(Predictor(full), note, rows)
-            candidates["full tables, eager"] = Candidate(eager(full), "the same", rows)
+            candidates["full tables"] = Candidate(Predictor(full), note, num_embeddings)
+            candidates["full tables, eager"] = Candidate(eager(full), "the same", num_embeddings)
         elif Path(what).suffix in FORMATS.values() and Path(what).is_file():
             run = load(what)
             candidates[what] = Candidate(_without_clock(run), f"{Path(what).stat().st_size / 1e6:,.1f} MB in all")
@@ -109,23 +129,29 @@ def _megabytes(count: int) -> str:
     return f"{count / 1e6:,.1f} MB of embeddings"
 
 
-def cut(dense: np.ndarray, sparse: np.ndarray, batch_size: int) -> list[Batch]:
-    """Up to 256 batches of rows, some of which come again where there are too few."""
+def cut(dense: np.ndarray, sparse: np.ndarray, batch_size: int) -> list[TensorBatch]:
+    """Cut rows into at most 256 batches of one size. Rows are repeated if there are too few for one batch."""
     count = min(max(len(dense) // batch_size, 1), 256)
     places = np.arange(count * batch_size) % len(dense)
     tensors = torch.from_numpy(dense[places]), torch.from_numpy(sparse[places])
-    return list(zip(*(x.split(batch_size) for x in tensors)))
+    return [TensorBatch(*pair) for pair in zip(*(x.split(batch_size) for x in tensors))]
 
 
-def score_all(candidates: Mapping[str, Candidate], batches: Iterable, progress: Callable[[int], object]) -> None:
-    """Find the scores of the candidates that were trained.
+def score_all(candidates: Mapping[str, Candidate], batches: Iterable[Batch], progress: Callable[[int], object]) -> None:
+    """Set the scores of all candidates but full tables, which are not trained.
 
     Args:
-        batches: with ``dense``, ``sparse`` and ``labels`` as data.rows.Batch.
+        candidates: the models.
+        batches: labelled rows.
         progress: called with the number of rows of each batch.
+
+    Raises:
+        ValueError: a batch has no labels, or a model predicts NaN.
     """
-    trained = [(candidate, Scores()) for candidate in candidates.values() if candidate.rows is None]
+    trained = [(candidate, Scores()) for candidate in candidates.values() if candidate.num_embeddings is None]
     for batch in batches:
+        if batch.labels is None:
+            raise ValueError("labels: expected to score models, got none")
         for candidate, scores in trained:
             inputs = torch.from_numpy(batch.dense), torch.from_numpy(batch.sparse)
             scores.add(batch.labels, candidate.run(*inputs, _no_clock).numpy())
@@ -138,50 +164,72 @@ def _no_clock(stage: str) -> None:
     pass
 
 
-def measure(
-    candidates: Mapping[str, Candidate], batches: Sequence[Batch], seconds: float, least_calls: int = 50
-) -> dict[str, dict[str, Any]]:
-    """Time candidates in turns, so that what disturbs the machine disturbs all of them.
+def measure_all(
+    candidates: Mapping[str, Candidate], rows: Batch, batch_sizes: Iterable[int], seconds: float
+) -> list[dict[str, Any]]:
+    """Time candidates at several batch sizes.
 
     Args:
-        batches: of one size, to go through again and again: enough that their ids do not stay in the caches.
-        seconds: for all of them together, about.
-        least_calls: of each.
+        candidates: the models, by name.
+        rows: to cut batches from; so many that their ids do not stay in the caches.
+        batch_sizes: rows of a batch.
+        seconds: for each batch size, about.
 
     Returns:
-        of each candidate: rows_per_second (from the median), milliseconds {p50, p90, p99, mean} of a call, calls, and
-        stages: the mean milliseconds of each of STAGES in a call, or None where it does not tell.
+        A dictionary for each batch size and candidate: batch_size, candidate and what ``measure`` returns.
+    """
+    results = []
+    for size in batch_sizes:
+        times = measure(candidates, cut(rows.dense, rows.sparse, size), seconds)
+        results += [{"batch_size": size, "candidate": name, **values} for name, values in times.items()]
+    return results
+
+
+def measure(
+    candidates: Mapping[str, Candidate], batches: Sequence[TensorBatch], seconds: float, least_calls: int = 50
+) -> dict[str, dict[str, Any]]:
+    """Time candidates in turns, so that whatever disturbs the machine disturbs all of them.
+
+    Args:
+        candidates: the models, by name.
+        batches: of one size, used again and again; so many that their ids do not stay in the caches.
+        seconds: for all candidates together, about.
+        least_calls: of each candidate.
+
+    Returns:
+        For each candidate: rows_per_second (from the median), milliseconds {p50, p90, p99, mean} of a call, calls, and
+        stages, the mean milliseconds of each of STAGES in a call; None for candidates that do not use the clock.
     """
     inputs = {name: candidate.inputs(batches) for name, candidate in candidates.items()}
     times: dict[str, list[float]] = {name: [] for name in candidates}
     stages: dict[str, dict[str, float]] = {name: {} for name in candidates}
-
-    def call(name: str, batch: Batch) -> float:
-        start = last = time.perf_counter()
-        of_stages = stages[name]
-
-        def clock(stage: str) -> None:
-            nonlocal last
-            now = time.perf_counter()
-            of_stages[stage] = of_stages.get(stage, 0) + now - last
-            last = now
-
-        candidates[name].run(*batch, clock)
-        return time.perf_counter() - start
-
-    for name in candidates:
+    for name, candidate in candidates.items():
         for batch in inputs[name][:3]:
-            call(name, batch)
-        stages[name].clear()
+            _timed_call(candidate, batch, {})
     begin = time.perf_counter()
     while time.perf_counter() - begin < seconds or len(next(iter(times.values()))) < least_calls:
         for name, own in inputs.items():
             time.sleep(_PAUSE)
-            candidates[name].run(*own[len(times[name]) % len(own)], _no_clock)  # what was there is in no cache
+            candidates[name].run(*own[len(times[name]) % len(own)], _no_clock)  # refills the caches
             turn = time.perf_counter()
             while time.perf_counter() - turn < _TURN:
-                times[name].append(call(name, own[len(times[name]) % len(own)]))
-    return {name: _summary(times[name], stages[name], len(batches[0][0])) for name in candidates}
+                batch = own[len(times[name]) % len(own)]
+                times[name].append(_timed_call(candidates[name], batch, stages[name]))
+    return {name: _summary(times[name], stages[name], len(batches[0].dense)) for name in candidates}
+
+
+def _timed_call(candidate: Candidate, batch: TensorBatch, stages: dict[str, float]) -> float:
+    """Return the seconds of a call, and add those of its stages to ``stages``."""
+    start = last = time.perf_counter()
+
+    def clock(stage: str) -> None:
+        nonlocal last
+        now = time.perf_counter()
+        stages[stage] = stages.get(stage, 0) + now - last
+        last = now
+
+    candidate.run(*batch, clock)
+    return time.perf_counter() - start
 
 
 def _summary(seconds: list[float], stages: dict[str, float], batch_size: int) -> dict[str, Any]:
@@ -200,7 +248,7 @@ def _summary(seconds: list[float], stages: dict[str, float], batch_size: int) ->
 
 
 def eager(model: DLRM) -> Callable[[Tensor, Tensor, Clock], Tensor]:
-    """The model as a torch module."""
+    """Return a function that runs the model as a torch module, as most programs do."""
     model.eval()
 
     def run(dense: Tensor, sparse: Tensor, clock: Clock) -> Tensor:
@@ -210,30 +258,36 @@ def eager(model: DLRM) -> Callable[[Tensor, Tensor, Clock], Tensor]:
     return run
 
 
-def full_tables(model: DLRM, max_rows: int | None = None) -> tuple[DLRM, Tensor]:
-    """The same MLPs and interaction with a table for each feature, as large as memory allows.
+def full_tables(model: DLRM, max_table_rows: int | None = None) -> FullTables:
+    """Return the same MLPs and interaction with a table for each feature, as large as memory allows.
+
+    The weights of the tables are constants: the model is good for timing only.
 
     Args:
-        max_rows: of a table, at most; None: as many as 0.6 of the memory that is free holds.
-
-    Returns:
-        (model, rows of each feature's table). The weights are constants: only its speed means anything.
+        model: a DLRM on the CPU.
+        max_table_rows: limit of the rows of a table; None: as many as fit into 0.6 of the available memory.
     """
     config = model.config
-    rows = table_rows(config, _SHARE_OF_MEMORY * free_memory(), max_rows)
-    tables = [torch.full((n, config.embedding_dim), 0.01) for n in rows]
-    own = replace(config, embedding="full", table_rows=tuple(rows), compression=None, robe_size=None, vocabulary=False)
+    sizes = table_rows(config, _SHARE_OF_MEMORY * available_memory(), max_table_rows)
+    tables = [torch.full((n, config.embedding_dim), 0.01) for n in sizes]
+    own = replace(config, embedding="full", table_rows=tuple(sizes), compression=None, robe_size=None, vocabulary=False)
     with torch.device("meta"):  # no second copy of the MLPs
         other = DLRM(own, torch.nn.Identity())
     other.bottom, other.interaction, other.top = model.bottom, model.interaction, model.top
     other.embeddings = EmbeddingBags(tables)
-    hots = config.data_hots or (1,) * len(rows)
-    return other, torch.tensor(rows).repeat_interleave(torch.tensor(hots))
+    hots = config.data_hots or (1,) * len(sizes)
+    return FullTables(other, torch.tensor(sizes).repeat_interleave(torch.tensor(hots)))
 
 
-def table_rows(config: DLRMConfig, budget: float, max_rows: int | None = None) -> list[int]:
-    """The rows of full tables with the largest cap on them that makes all tables fit into budget bytes."""
-    low, high = 1, min(max(config.table_rows), max_rows or max(config.table_rows))
+def table_rows(config: DLRMConfig, budget: float, max_table_rows: int | None = None) -> list[int]:
+    """Return the rows of each full table under the largest common cap that makes them fit.
+
+    Args:
+        config: names the rows of each table without a cap.
+        budget: bytes for all tables together.
+        max_table_rows: limit of the cap.
+    """
+    low, high = 1, min(max(config.table_rows), max_table_rows or max(config.table_rows))
     while low < high:
         cap = (low + high + 1) // 2
         fits = sum(min(n, cap) for n in config.table_rows) * config.embedding_dim * 4 <= budget
@@ -242,10 +296,11 @@ def table_rows(config: DLRMConfig, budget: float, max_rows: int | None = None) -
 
 
 def report(results: Sequence[dict[str, Any]], against: str) -> str:
-    """A table of results: dictionaries with batch_size, candidate and what ``measure`` gives.
+    """Return a table of results as text.
 
     Args:
-        against: the candidate whose rows a second others are divided by.
+        results: of ``measure_all``.
+        against: the candidate by whose rows a second the others' are divided.
     """
     width = max(len(result["candidate"]) for result in results)
     lines = [
@@ -262,15 +317,3 @@ def report(results: Sequence[dict[str, Any]], against: str) -> str:
             + "".join(f" {stages[stage]:11.3f}" if stages else f" {'':11}" for stage in STAGES).rstrip()
         )
     return "\n".join(lines)
-
-
-def free_memory() -> int:
-    """Bytes that this process can still take: of the machine, or of its control group if that has less."""
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.is_file():
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    free = [int(line.split()[1]) * 1024 for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable")]
-    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
-    if limit.is_file() and (text := limit.read_text().strip()) != "max":
-        free.append(int(text) - int(used.read_text()))
-    return min(free)

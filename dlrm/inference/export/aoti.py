@@ -1,8 +1,8 @@
-"""A DLRM compiled ahead of time by torch, into a package that runs where this project is not."""
+"""A DLRM compiled ahead of time by torch, as a package that runs without this project."""
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,12 +16,17 @@ from robe.admission import RARE
 from robe.hashing import slots
 
 
-class Portable(nn.Module):
-    """A DLRM and the sigmoid in torch's own operators, so that what is compiled of it runs where robe is not."""
+class PortableDLRM(nn.Module):
+    """A DLRM and the sigmoid in torch's own operators, so that the compiled package runs without robe.
+
+    Args:
+        model: a DLRM on the CPU.
+        embeddings: what it reads in place of its own embeddings.
+    """
 
     feature: Tensor
     pairs: Tensor
-    rare: Tensor
+    shared_id: Tensor
 
     def __init__(self, model: DLRM, embeddings: nn.Module):
         super().__init__()
@@ -30,43 +35,53 @@ class Portable(nn.Module):
         self.register_buffer("feature", torch.tensor(model.config.feature_of_id))
         vectors = len(model.config.table_rows) + 1
         lower = torch.tril_indices(vectors, vectors, -1)
-        # Read from memory: of a hash that it knows beforehand, the C++ compiler does not let the products wrap around.
-        self.register_buffer("rare", torch.full((1, len(self.feature)), RARE))
+        # A buffer, not a constant: the C++ compiler refuses constant products that overflow, as those of a hash do.
+        self.register_buffer("shared_id", torch.full((1, len(self.feature)), RARE))
         self.register_buffer("pairs", lower[0] * vectors + lower[1])
 
     def forward(self, dense: Tensor, sparse: Tensor) -> Tensor:
+        """Predict a batch.
+
+        Args:
+            dense: (B, num_dense) float32.
+            sparse: (B, H) int64 ids.
+
+        Returns:
+            (B,) probabilities.
+        """
         x = self.bottom(dense)
-        rows = self._embed(sparse)
+        embeddings = self._embed(sparse)
         if self.config.interaction == "cross":
-            x = self.interaction(x, rows)
+            x = self.interaction(x, embeddings)
         else:
-            vectors = torch.cat([x.unsqueeze(1), rows], dim=1)
+            vectors = torch.cat([x.unsqueeze(1), embeddings], dim=1)
             dots = torch.bmm(vectors, vectors.transpose(1, 2)).flatten(1)
             x = torch.cat([x, dots[:, self.pairs]], dim=1)
         return self.top(x).squeeze(1).sigmoid()
 
     def _embed(self, sparse: Tensor) -> Tensor:
+        """Return the embeddings (B, F, D) of ids (B, H)."""
         config = self.config
         if config.synthetic_hots:
             assert config.hots is not None
             sparse = synthetic_ids(sparse, config.hots, config.table_rows)
         if isinstance(self.embeddings, RobeEmbeddingBagCollection):
-            rows = self._robe(self.embeddings, sparse)
+            vectors = self._robe(self.embeddings, sparse)
         else:
             assert isinstance(self.embeddings, Tables)
             rows = self.embeddings.rows(sparse, self.feature) + self.embeddings.first_rows[self.feature]
-            rows = self.embeddings.weight[rows]
+            vectors = self.embeddings.weight[rows]
         if config.hots is None:
-            return rows
-        return torch.stack([x.sum(1) for x in rows.split(list(config.hots), dim=1)], dim=1)
+            return vectors
+        return torch.stack([x.sum(1) for x in vectors.split(list(config.hots), dim=1)], dim=1)
 
     def _robe(self, embeddings: RobeEmbeddingBagCollection, ids: Tensor) -> Tensor:
-        """ids (B, H) to rows (B, H, D)."""
+        """Return the embedding of each id: ids (B, H) to (B, H, D)."""
         weight, scale = embeddings.array.read()
         dim, block_size = embeddings.embedding_dim, embeddings.block_size
         keys = embeddings.table_keys[self.feature]
         if embeddings.admission is not None:
-            ids = ids.where(embeddings.admission.admits(ids, keys), self.rare)
+            ids = ids.where(embeddings.admission.admits(ids, keys), self.shared_id)
         slot, signs = slots(
             ids,
             keys,
@@ -77,17 +92,27 @@ class Portable(nn.Module):
             sign=embeddings.sign,
         )
         if block_size > dim:
-            rows = weight[slot]
+            vectors = weight[slot]
         else:
             # Whole blocks: the compiler then hashes once a block, not once a weight, and reads neighbours together.
-            rows = weight.unfold(0, block_size, 1)[slot[..., ::block_size]].flatten(2)[..., :dim]
-        rows = rows.float()
+            vectors = weight.unfold(0, block_size, 1)[slot[..., ::block_size]].flatten(2)[..., :dim]
+        vectors = vectors.float()
         if scale is not None:
-            rows = rows * scale[slot // embeddings.array.group_size]
-        return rows if signs is None else rows * signs
+            vectors = vectors * scale[slot // embeddings.array.group_size]
+        return vectors if signs is None else vectors * signs
 
 
 def write_aoti(model: DLRM, embeddings: nn.Module, file: Path) -> None:
+    """Compile a model into a package for this CPU.
+
+    Args:
+        model: a DLRM on the CPU.
+        embeddings: what it reads in place of its own embeddings.
+        file: where to write; ends with .pt2.
+
+    Raises:
+        ValueError: there is no C++ compiler.
+    """
     from torch._inductor import aoti_compile_and_package
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
@@ -97,21 +122,34 @@ def write_aoti(model: DLRM, embeddings: nn.Module, file: Path) -> None:
         get_cpp_compiler()
     except InvalidCxxCompiler:
         raise ValueError("format aoti: needs a C++ compiler, and there is none: install g++ or set CXX") from None
-    portable = Portable(model, embeddings).eval().requires_grad_(False)
+    portable = PortableDLRM(model, embeddings).eval().requires_grad_(False)
     config = model.config
     inputs = torch.zeros(2, config.num_dense), torch.zeros(2, config.num_ids, dtype=torch.int64)
     batch = torch.export.Dim("batch")
-    with quiet(), torch.no_grad(), fresh_cache():
+    with _quiet(), torch.no_grad(), fresh_cache():
         program = torch.export.export(portable, inputs, dynamic_shapes=({0: batch}, {0: batch}))
-        # Loops of the compiler's own are serial: begun on threads they take longer for a batch of one. The products of
-        # MLPs are torch's, with as many threads as there are where the file is run.
+        # The compiler's own loops are serial: starting threads would cost more than it gains for a batch of one. The
+        # products of the MLPs are torch's, and use its threads where the file is run.
         options = {"compile_threads": 1, "cpp.threads": 1}
         aoti_compile_and_package(program, package_path=str(file), inductor_configs=options)
 
 
+def load_aoti(file: Path) -> Callable[[Tensor, Tensor], Tensor]:
+    """Load a package into torch.
+
+    Returns:
+        A function of dense and sparse that returns probabilities.
+    """
+    from torch._inductor import aoti_load_package
+
+    with _quiet():
+        package = aoti_load_package(str(file))
+    return lambda dense, sparse: package(dense, sparse)
+
+
 @contextmanager
-def quiet() -> Iterator[None]:
-    """torch's compiler without its warnings and logs below errors, as nobody here can act on them."""
+def _quiet() -> Iterator[None]:
+    """Silence warnings and logs of torch's compiler, but for errors: a user can't act on them."""
     logger = logging.getLogger("torch")
     level = logger.level
     logger.setLevel(logging.ERROR)

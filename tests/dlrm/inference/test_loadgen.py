@@ -1,22 +1,17 @@
-"""MLPerf's LoadGen on a model, each run in a process of its own, as LoadGen needs it."""
+"""MLPerf's LoadGen on a model. Each run has a process of its own, as LoadGen needs it."""
 
-import hashlib
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
-import threading
 import time
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from sklearn.metrics import log_loss, roc_auc_score
 
 import infer
@@ -25,8 +20,8 @@ from data.formats.opening import open_source
 from data.rows import Batch
 from data.synthetic import write
 from dlrm import DLRM, DLRMConfig, checkpoint
-from dlrm.inference.loadgen import BatchQueue, Options, find_rate
-from dlrm.inference.loadgen_logs import read_accuracy, read_speed, sample_bounds, trace
+from dlrm.inference.loadgen import LoadGenOptions, find_rate, run_program
+from dlrm.inference.loadgen_logs import sample_bounds, trace
 
 ROOT = Path(__file__).parents[3]
 CONFIG = DLRMConfig(embedding_dim=4, bottom_mlp=(8, 4), top_mlp=(8, 1), table_rows=(10,) * 26, compression=3)
@@ -36,7 +31,7 @@ HANG = 120  # seconds
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """(folder with "model", "log.tsv", "prepared" and "unlabelled"; the labels and the model's own predictions)."""
+    """Return a folder with model, log.tsv, prepared and unlabelled; the labels; and the model's own predictions."""
     folder = tmp_path_factory.mktemp("loadgen")
     torch.manual_seed(0)
     model = DLRM(CONFIG)
@@ -57,7 +52,7 @@ def arguments(folder, scenario, *options, data="prepared"):
 
 
 def start(tmp_path, *command):
-    """A program with two threads, run in an empty folder."""
+    """Start a program with two threads in an empty folder."""
     (tmp_path / "here").mkdir()
     environment = os.environ | {"OMP_NUM_THREADS": "2", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
@@ -71,102 +66,13 @@ def start(tmp_path, *command):
 
 
 def run(tmp_path, made, scenario, *options):
-    """(exit code, stdout, result.json)"""
+    """Return exit code, stdout and result.json of a run."""
     output = tmp_path / "output"
     process = start(tmp_path, str(ROOT / "infer.py"), *arguments(made[0], scenario, *options, "--output", str(output)))
     out, err = process.communicate(timeout=HANG)
     assert (output / "result.json").exists(), err
     assert not list((tmp_path / "here").iterdir())
     return process.returncode, out, json.loads((output / "result.json").read_text())
-
-
-def test_samples_are_those_of_mlperf():
-    bounds = sample_bounds(89_137_319)
-    assert len(bounds) - 1 == 330_067
-    assert hashlib.md5(trace(bounds).encode()).hexdigest() == "3db90209564316f2506c99cc994ad0b2"
-
-
-@pytest.mark.parametrize("rows", [1, 99, 5000, *(x + y for x in sample_bounds(3000)[1:5].tolist() for y in (-1, 0, 1))])
-def test_samples_of_few_rows(rows):
-    rng, quantiles = np.random.RandomState(123), [100] * 2 + [200] * 12 + [300] * 2 + [400, 500, 600, 700]
-    expected = [0]
-    while expected[-1] < rows:
-        expected.append(min(expected[-1] + quantiles[rng.randint(0, 20)], rows))
-    assert sample_bounds(rows).tolist() == expected
-
-
-def test_no_rows_are_no_samples():
-    with pytest.raises(ValueError, match="rows: expected at least 1, got 0"):
-        sample_bounds(0)
-
-
-def nearest(sizes, share, limit):
-    """How many of the first samples make up a batch: their rows are nearest to the share, and not over the limit."""
-    counts = [n for n in range(1, len(sizes) + 1) if n == 1 or sum(sizes[:n]) <= limit]
-    return min(counts, key=lambda n: (abs(sum(sizes[:n]) - min(share, limit)), -n))
-
-
-@given(
-    st.lists(st.integers(1, 700), min_size=1, max_size=60),
-    st.integers(700, 2100),
-    st.lists(st.sampled_from(["put", "put", "take", "done"]), max_size=60),
-    st.data(),
-)
-def test_batches_are_shares_in_order(sizes, limit, actions, data):
-    workers = 3
-    queue = BatchQueue(np.array(sizes), limit, workers)
-    waiting, taken, idle, put = [], [], workers, 0
-    for action in [*actions, *["done", "take"] * len(sizes)]:
-        if action == "put" and put < len(sizes):
-            some = list(range(put, min(put + data.draw(st.integers(1, 9)), len(sizes))))
-            queue.put([sample + 1000 for sample in some], some)
-            waiting += some
-            put += len(some)
-        elif action == "done" and idle < workers:
-            queue.done()
-            idle += 1
-        elif action == "take" and idle and waiting:
-            count = nearest([sizes[x] for x in waiting], sum(sizes[x] for x in waiting) / idle, limit)
-            batch = queue.take()
-            assert batch == [(x + 1000, x) for x in waiting[:count]]
-            taken += waiting[:count]
-            waiting = waiting[count:]
-            idle -= 1
-    assert taken == list(range(put))
-    queue.close()
-    assert queue.take() == []
-
-
-def test_batches_keep_to_the_limit():
-    queue = BatchQueue(np.array([400] * 6 + [1200]), 1000, 1)
-    queue.put([0] * 7, list(range(7)))
-    queue.close()  # whatever is taken, no take waits
-    batches = []
-    for _ in range(4):
-        batches.append([sample for _, sample in queue.take()])
-        queue.done()
-    assert batches == [[0, 1], [2, 3], [4, 5], [6]]
-
-
-def test_nothing_is_lost_between_threads():
-    samples = 3000
-    queue = BatchQueue(np.full(samples, 100), 700, 4)
-    taken = [[] for _ in range(4)]
-
-    def work(into):
-        while batch := queue.take():
-            into += batch
-            queue.done()
-
-    threads = [threading.Thread(target=work, args=(into,)) for into in taken]
-    for thread in threads:
-        thread.start()
-    for sample in range(0, samples, 3):
-        queue.put([sample, sample + 1, sample + 2], [sample, sample + 1, sample + 2])
-    queue.close()
-    for thread in threads:
-        thread.join(HANG)
-    assert sorted(chain(*taken)) == [(x, x) for x in range(samples)]
 
 
 def test_offline(tmp_path, made):
@@ -192,7 +98,7 @@ def test_offline(tmp_path, made):
 
 
 def test_server_with_too_few_queries(tmp_path, made):
-    """Of 459 queries not one may be late, fewer prove nothing: INVALID however fast the machine."""
+    """Of 459 queries none may be late, and fewer prove nothing: the run is INVALID on any machine."""
     code, out, result = run(tmp_path, made, "Server", "--target-qps", "200", "--seconds", "0.6")
     assert (code, result["valid"]) == (1, False)
     assert "Server, INVALID" in out
@@ -237,28 +143,6 @@ def test_accuracy(tmp_path, made, scenario):
     assert f"{result['auc']:.6f}" in out
 
 
-def test_an_accuracy_log_with_too_little(tmp_path):
-    bounds = np.array([0, 2, 5])
-    hexed = [np.arange(2 * n, dtype="<f4").tobytes().hex() for n in (2, 3)]
-    entries = [{"seq_id": i, "qsl_idx": i, "data": data} for i, data in enumerate(hexed)]
-
-    def read(*some):
-        text = "[\n" + ",\n".join(map(json.dumps, some)) + "\n]\n"
-        (tmp_path / "mlperf_log_accuracy.json").write_text(text)
-        return read_accuracy(tmp_path, bounds)
-
-    assert read(entries[1], entries[0]).tolist() == [[1, 0], [3, 2], [1, 0], [3, 2], [5, 4]]
-    with pytest.raises(ValueError, match="expected 2 samples, got 1"):
-        read(entries[1])
-    with pytest.raises(ValueError, match="sample 0: expected 2 rows, got 3"):
-        read(entries[1], {**entries[1], "qsl_idx": 0})
-
-
-def test_a_log_without_a_result(tmp_path):
-    with pytest.raises(ValueError, match=r"mlperf_log_detail\.txt: expected result_validity, got none"):
-        read_speed(tmp_path, "Offline", 200)
-
-
 BROKEN = """
 import sys
 from pathlib import Path
@@ -269,6 +153,7 @@ import torch
 
 from data.program import exit_code
 from dlrm.inference import loadgen
+from dlrm.inference.loadgen_system import LabelledRows
 
 what, output = sys.argv[1:]
 
@@ -291,8 +176,8 @@ def read(start, stop):
     return np.arange(start, stop)
 
 
-rows = loadgen.Rows(9000, read, lambda x: SimpleNamespace(dense=x, sparse=x, labels=x.astype(np.float32)))
-options = loadgen.Options("Server", target_qps=100, seconds=600)
+rows = LabelledRows(9000, read, lambda x: SimpleNamespace(dense=x, sparse=x, labels=x.astype(np.float32)))
+options = loadgen.LoadGenOptions("Server", target_qps=100, seconds=600)
 loadgen.leave(exit_code(lambda: loadgen.run(Broken(), rows, options, Path(output))))
 """
 
@@ -358,11 +243,11 @@ def test_without_loadgen(made, capsys, monkeypatch):
 
 def test_unknown_scenario():
     with pytest.raises(ValueError, match="scenario: expected one of Offline, Server"):
-        Options("Interactive")
+        LoadGenOptions("Interactive")
 
 
 def machine(offline, short, steady):
-    """Trials on a machine that is VALID up to these rates, and the (scenario, rate, folder) of each."""
+    """Return trials on a machine that is VALID up to these rates, and a list of their (scenario, rate, folder)."""
     asked = []
 
     def trial(scenario, rate, seconds, folder):
@@ -408,3 +293,17 @@ def test_find_rate_gives_up(tmp_path):
     assert sum(folder == tmp_path for *_, folder in asked) == 6
     with pytest.raises(ValueError, match="Server is INVALID at every rate down to"):
         find_rate(machine(1000.0, 0, 0)[0], 600, tmp_path)
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_a_program_of_its_own(tmp_path, code):
+    program = f"open('result.json', 'w').write('{{\"valid\": {str(not code).lower()}}}'); raise SystemExit({code})"
+    command = [sys.executable, "-c", f"import os; os.chdir({str(tmp_path)!r}); {program}"]
+    assert run_program(command, tmp_path) == {"valid": not code}
+
+
+@pytest.mark.parametrize("program", ["raise SystemExit('error: no such data')", "exit()"])
+def test_a_program_without_a_result(tmp_path, program):
+    message = "exit code 1: error: no such data" if "such" in program else "exit code 0: no message"
+    with pytest.raises(ValueError, match=message):
+        run_program([sys.executable, "-c", program], tmp_path)

@@ -1,4 +1,4 @@
-"""The Predictor against the model it was made of."""
+"""Predictors against the models they are made of."""
 
 import copy
 from dataclasses import replace
@@ -76,7 +76,7 @@ def expected(model, dense, sparse):
 def test_predictions_are_those_of_the_model(name, mlp_dtype):
     model = make(CONFIGS[name])
     predictor = Predictor(model, mlp_dtype=mlp_dtype)
-    for count in (1, 3, 64, 1300):  # a batch of many is cut
+    for count in (1, 3, 64, 1300):  # large batches go through in pieces
         dense, sparse = rows_of(model.config, count)
         got, want = predictor(dense, sparse), expected(model, dense, sparse)
         assert got.shape == (count,)
@@ -172,7 +172,7 @@ def test_a_twin_shares_the_weights_and_no_buffer():
     predictor = Predictor(make(CONFIG))
     twin = predictor.twin()
     assert twin.embeddings is predictor.embeddings
-    assert twin._rows.data_ptr() != predictor._rows.data_ptr()
+    assert twin._buffer.data_ptr() != predictor._buffer.data_ptr()
     dense, sparse = rows_of(CONFIG, 30)
     assert torch.equal(twin(dense, sparse), predictor(dense, sparse))
 

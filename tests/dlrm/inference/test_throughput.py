@@ -1,4 +1,4 @@
-"""What is timed, beside what, and how it is reported; how fast it is, is for benchmarks."""
+"""The candidates that are timed, the bookkeeping of times, and the report. Speed itself is for benchmarks."""
 
 import itertools
 import json
@@ -14,16 +14,18 @@ from dlrm.inference import throughput
 from dlrm.inference.throughput import (
     STAGES,
     Candidate,
+    TensorBatch,
     cut,
     eager,
-    free_memory,
     full_tables,
     make_candidates,
     measure,
+    measure_all,
     report,
     score_all,
     table_rows,
 )
+from dlrm.machine import available_memory
 from dlrm.metrics import score
 from tests.dlrm.inference.test_predictor import CONFIG, CONFIGS, HOTS, expected, make, rows_of
 
@@ -52,7 +54,7 @@ class Clock:
 
 
 def batches(count=4, size=10):
-    return [rows_of(CONFIG, size, seed) for seed in range(count)]
+    return [TensorBatch(*rows_of(CONFIG, size, seed)) for seed in range(count)]
 
 
 def test_times_are_those_that_calls_took(monkeypatch):
@@ -69,6 +71,15 @@ def test_times_are_those_that_calls_took(monkeypatch):
     assert 2.9 < clock.now < 4, "the seconds asked for"
 
 
+def test_all_sizes_are_measured_on_batches_cut_from_the_rows(monkeypatch):
+    clock = Clock(monkeypatch)
+    dense, sparse = (x.numpy() for x in rows_of(CONFIG, 50))
+    candidates = {"a": clock.spend(0.01), "b": clock.spend(0.02)}
+    results = measure_all(candidates, Batch(dense, sparse, None), [1, 20], seconds=1)
+    assert [(x["batch_size"], x["candidate"]) for x in results] == [(1, "a"), (1, "b"), (20, "a"), (20, "b")]
+    assert [x["rows_per_second"] for x in results] == pytest.approx([100, 50, 2000, 1000])
+
+
 def test_slow_candidates_have_the_least_number_of_calls(monkeypatch):
     clock = Clock(monkeypatch)
     results = measure({"slow": clock.spend(1.0), "other": clock.spend(0.5)}, batches(), seconds=1, least_calls=7)
@@ -78,21 +89,21 @@ def test_slow_candidates_have_the_least_number_of_calls(monkeypatch):
 def test_batches_are_taken_in_turn_with_ids_within_the_tables(monkeypatch):
     clock = Clock(monkeypatch)
     seen = []
-    rows = torch.tensor([9, 400, 5000, 3])
+    num_embeddings = torch.tensor([9, 400, 5000, 3])
 
     def run(dense, sparse, of_stages):
         clock.now += 0.001
         seen.append(sparse)
 
-    of = measure({"x": Candidate(run, "", rows)}, batches(), seconds=0.1)["x"]
+    of = measure({"x": Candidate(run, "", num_embeddings)}, batches(), seconds=0.1)["x"]
     assert of["stages"] is None
-    assert all(((sparse >= 0) & (sparse < rows)).all() for sparse in seen)
+    assert all(((sparse >= 0) & (sparse < num_embeddings)).all() for sparse in seen)
     assert len({sparse.data_ptr() for sparse in seen}) == 4
 
 
 def test_candidates_and_their_predictions():
     model = make(CONFIG)
-    candidates = make_candidates(model, "int8", "float32", ["eager", "full"], max_rows=1000)
+    candidates = make_candidates(model, "int8", "float32", ["eager", "full"], max_table_rows=1000)
     assert list(candidates) == [
         "ROBE 3x, array int8",
         "ROBE 3x",
@@ -111,12 +122,12 @@ def test_candidates_and_their_predictions():
 @pytest.mark.parametrize("name", ["robe", "robe, several ids", "robe, synthetic ids", "cross", "full"])
 def test_full_tables_have_the_same_mlps(name):
     model = make(CONFIGS[name])
-    full, rows = full_tables(model, max_rows=100)
+    full, num_embeddings = full_tables(model, max_table_rows=100)
     assert full.bottom is model.bottom
     assert full.top is model.top
     assert [len(bag.weight) for bag in full.embeddings.bags] == [9, 100, 100, 3]
     dense, sparse = rows_of(model.config, 20)
-    (inputs,) = Candidate(eager(full), "", rows).inputs([(dense, sparse)])
+    (inputs,) = Candidate(eager(full), "", num_embeddings).inputs([(dense, sparse)])
     with torch.no_grad():
         # All their weights are equal: so is every embedding of one id.
         hots = model.config.hots or (1,) * 4
@@ -132,9 +143,9 @@ def test_tables_take_as_much_memory_as_there_is():
     rows = table_rows(CONFIG, budget=1000 * 8 * 4)
     assert sum(rows) <= 1000 < sum(min(n, max(rows) + 1) for n in CONFIG.table_rows)
     assert table_rows(CONFIG, budget=1e12) == list(CONFIG.table_rows)
-    assert table_rows(CONFIG, budget=1e12, max_rows=50) == [9, 50, 50, 3]
+    assert table_rows(CONFIG, budget=1e12, max_table_rows=50) == [9, 50, 50, 3]
     assert table_rows(CONFIG, budget=0) == [1, 1, 1, 1]
-    assert 1e6 < free_memory() < 1e15
+    assert 1e6 < available_memory() < 1e15
 
 
 def test_bags_of_several_ids_are_summed():
@@ -169,7 +180,7 @@ def test_batches_are_cut_from_rows(rows, size, count):
 
 def test_scores_are_those_of_the_candidates():
     model = make(CONFIG)
-    candidates = make_candidates(model, "float32", "float32", ["eager", "full"], max_rows=50)
+    candidates = make_candidates(model, "float32", "float32", ["eager", "full"], max_table_rows=50)
     dense, sparse = rows_of(CONFIG, 600)
     labels = (torch.rand(600) < 0.4).float().numpy()
     pieces = [
@@ -183,6 +194,8 @@ def test_scores_are_those_of_the_candidates():
     for name in ("ROBE 3x", "ROBE 3x, eager"):
         assert candidates[name].scores == pytest.approx(want, abs=1e-5)
     assert candidates["full tables"].scores is None, "it was never trained"
+    with pytest.raises(ValueError, match="labels: expected to score models, got none"):
+        score_all(candidates, [Batch(dense.numpy(), sparse.numpy(), None)], told.append)
 
 
 def results():
