@@ -32,7 +32,8 @@ from data.batches import epoch_batches, in_background, rebatch, share, vocabular
 from data.formats.opening import open_source
 from data.parts import Part, check, halves, split
 from data.program import exit_code
-from data.rows import Batch, DataError, Layout
+from data.rows import Batch
+from data.schema import DataError, Layout
 from dlrm import DLRM, PRESETS, checkpoint
 from dlrm.checkpoint import WEIGHTS, Saved, TrainingCheckpoints
 from dlrm.config import EMBEDDINGS, MLPERF_HOTS, OPTIMIZERS, DLRMConfig, TrainingConfig

@@ -11,7 +11,8 @@ import pytest
 import data.batches
 from data.batches import epoch_batches, in_background, rebatch, share, shuffled, split_rows, vocabulary
 from data.formats.criteo_tsv import CriteoTSV
-from data.rows import Batch, DataError, Layout
+from data.rows import Batch
+from data.schema import DataError, Layout
 from data.sources import Several, SeveralRandomAccess
 from tests.data.formats.test_criteo_tsv import make_lines, write
 from tests.data.test_sources import Numbered

@@ -9,7 +9,7 @@ import pytest
 
 from data.counts import IdCounts
 from data.describe import Description, describe, frequency_curve, plot_frequencies, table
-from data.rows import MISSING, Layout
+from data.schema import MISSING, Layout
 from data.sources import RandomAccess
 from tests.data.test_counts import records_of
 from tests.data.test_rows import HOTS, LAYOUTS, fill

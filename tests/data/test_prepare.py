@@ -19,7 +19,7 @@ import data.formats.criteo_tsv
 import data.preparation
 from data import prepare
 from data.formats.opening import open_source
-from data.writers import PartFile
+from data.formats.writer import ShardFile
 from tests.helpers.criteo import make_rows, together, write_log
 
 ROOT = Path(prepare.__file__).parent.parent
@@ -30,7 +30,7 @@ ENDS = (".gz", ".xz", ".zst")
 
 @pytest.fixture(autouse=True)
 def _small_pieces(monkeypatch):
-    monkeypatch.setattr(data.formats.criteo_tsv, "_PIECE_BYTES", 7000)
+    monkeypatch.setattr(data.formats.criteo_tsv, "PIECE_BYTES", 7000)
 
 
 def run(*args):
@@ -169,7 +169,7 @@ def test_a_run_that_stopped_at_a_bad_row_goes_on_without_it(tmp_path, capsys):
     for on_error in (("skip",), ("quarantine", tmp_path / "bad")):  # begun with skip, it can't go on otherwise
         code = run(log, "--output", tmp_path / "out", *options, "--resume", "--on-error", *on_error)
         assert code == (0 if on_error == ("skip",) else 2)
-    assert "options.on_error skip, this is quarantine" in error_of(capsys)
+    assert "options.on_error: the run to resume was started with skip, got quarantine" in error_of(capsys)
     np.testing.assert_array_equal(read(tmp_path / "out")["sparse"], good.ids)
     assert run(log, "--output", tmp_path / "new", *options, "--on-error", "skip") == 0
     assert contents(tmp_path / "out") == contents(tmp_path / "new")
@@ -190,18 +190,18 @@ def test_bad_rows_in_quarantine(tmp_path, capsys):
     assert quarantined(tmp_path / "new" / "bad") == [*BAD.items(), (5, "of day 1")]
     assert len(read(tmp_path / "out")) == len(left) + 99
     # Stopped on its way, and on again.
-    commit = data.preparation._SourceJob._commit
+    commit = data.preparation.SourceJob.commit
     for shards in (1, 3, 6, 9):
         out, count = tmp_path / f"out {shards}", iter(range(shards))
 
         def stop(job, count=count):
             if next(count, None) is None:
-                job._quarantine.flush()
+                job.quarantine.flush()
                 raise OSError(28, "No space left on device")
             commit(job)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(data.preparation._SourceJob, "_commit", stop)
+            patch.setattr(data.preparation.SourceJob, "commit", stop)
             assert run(*sources, "--output", out, *options, tmp_path / "again", "--workers", 1) == 2
         assert run(*sources, "--output", out, *options, tmp_path / "again", "--resume") == 0
         assert (tmp_path / "again").read_bytes() == (tmp_path / "new" / "bad").read_bytes()
@@ -262,10 +262,10 @@ def test_a_folder_with_something_else(tmp_path, days, capsys):
     (tmp_path / "out" / "mine").write_text("x")
     for resume in ((), ("--resume",)):
         assert run(*days, "--output", tmp_path / "out", *resume) == 2
-        assert "there is something else" in error_of(capsys)
+        assert "has other files in it" in error_of(capsys)
     assert os.listdir(tmp_path / "out") == ["mine"]
     assert run(*days, "--output", days[0]) == 2
-    assert "is a file; expected a new name" in error_of(capsys)
+    assert "is a file; expected a new or empty folder" in error_of(capsys)
 
 
 def test_a_second_run(tmp_path, days, capsys):
@@ -278,18 +278,27 @@ def test_a_second_run(tmp_path, days, capsys):
     assert run(*days, "--output", out, "--shard-rows", 30, "--resume") == 0
     assert "480 rows of 3 of 3 sources" in capsys.readouterr().out
     for options, named in (
-        (("--shard-rows", 31), "options.shard_rows 30, this is 31"),
-        (("--shard-rows", 30, "--max-rows", 9), "options.max_rows None, this is 9"),
-        (("--shard-rows", 30, "--max-ind-range", 9), "options.max_ind_range None, this is 9"),
-        (("--shard-rows", 30, "--min-count", 9), "options.min_count None, this is 9"),
-        (("--shard-rows", 31, "--on-error", "skip"), "options.shard_rows 30, this is 31"),
-        (("--shard-rows", 30, "--format", "npz"), "format rows, this is npz"),
-        (("--shard-rows", 30, "--split", "days"), "split.by rows, this is days"),
+        (("--shard-rows", 31), "options.shard_rows: the run to resume was started with 30, got 31"),
+        (("--shard-rows", 30, "--max-rows", 9), "options.max_rows: the run to resume was started with None, got 9"),
+        (
+            ("--shard-rows", 30, "--max-ind-range", 9),
+            "options.max_ind_range: the run to resume was started with None, got 9",
+        ),
+        (("--shard-rows", 30, "--min-count", 9), "options.min_count: the run to resume was started with None, got 9"),
+        (
+            ("--shard-rows", 31, "--on-error", "skip"),
+            "options.shard_rows: the run to resume was started with 30, got 31",
+        ),
+        (("--shard-rows", 30, "--format", "npz"), "format: the run to resume was started with rows, got npz"),
+        (("--shard-rows", 30, "--split", "days"), "split.by: the run to resume was started with rows, got days"),
     ):
         assert run(*days, "--output", out, "--resume", *options) == 2
         assert named in error_of(capsys)
     assert run(*days[:2], "--output", out, "--resume", "--shard-rows", 30) == 2
-    assert "sources ['day_0', 'day_1', 'day_2'], this is ['day_0', 'day_1']" in error_of(capsys)
+    assert (
+        "sources: the run to resume was started with ['day_0', 'day_1', 'day_2'], got ['day_0', 'day_1']"
+        in error_of(capsys)
+    )
     assert before == {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in out.iterdir()}
 
 
@@ -363,14 +372,14 @@ def test_a_broken_manifest_on_resume(tmp_path, days, capsys):
 
 def fail_after(patch, writes):
     """Have the disk be full after so many writes."""
-    write, count = PartFile.write, iter(range(writes))
+    write, count = ShardFile.write, iter(range(writes))
 
     def full(self, content):
         if next(count, None) is None:
             raise OSError(28, "No space left on device")
         write(self, content)
 
-    patch.setattr(PartFile, "write", full)
+    patch.setattr(ShardFile, "write", full)
 
 
 @pytest.mark.parametrize("writes", [0, 1, 7, 14])

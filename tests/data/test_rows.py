@@ -7,7 +7,8 @@ from itertools import product
 import numpy as np
 import pytest
 
-from data.rows import MISSING, Batch, Layout, feature_ids, to_batch, transform_dense
+from data.rows import Batch, feature_ids, to_batch, transform_dense
+from data.schema import MISSING, Layout
 
 HOTS = tuple(1 + i % 3 for i in range(26))
 LAYOUTS = [Layout(*values) for values in product((True, False), ("i4", "f4"), ("u4", "i8"), (None, HOTS))]

@@ -7,7 +7,8 @@ import pytest
 
 import data.formats.criteo_tsv
 from data.formats.criteo_tsv import CriteoTSV
-from data.rows import DataError, Layout, to_batch
+from data.rows import to_batch
+from data.schema import DataError, Layout
 from data.sources import PIECE_ROWS, Fault, Piece, RandomAccess, Several, SeveralRandomAccess, require_one_layout
 from tests.data.formats.test_criteo_tsv import make_lines, write
 
@@ -62,7 +63,7 @@ def test_split_at_every_line(lines, first):
 
 @pytest.fixture(params=[300, 1 << 20], ids=["small pieces", "one piece"])
 def piece_bytes(request, monkeypatch):
-    monkeypatch.setattr(data.formats.criteo_tsv, "_PIECE_BYTES", request.param)
+    monkeypatch.setattr(data.formats.criteo_tsv, "PIECE_BYTES", request.param)
 
 
 SIZES = [7, 1, 12]
@@ -163,7 +164,8 @@ def test_rows_of_two_kinds_are_refused(make):
     same = [Numbered(3, layout=Layout(ids="i8")), Numbered(3, 5, layout=Layout(ids="i8"))]
     assert getattr(make(same), "layout", Layout(ids="i8")) == Layout(ids="i8")
     message = (
-        "from_8: its rows have labels, integers, 32-bit ids, those of from_0 labels, integers, 64-bit ids; expected"
+        "from_8: its rows have labels, integers, 32-bit ids, those of from_0 have labels, integers, 64-bit ids; "
+        "expected one layout"
     )
     with pytest.raises(DataError, match=message):
         make([*same, Numbered(3, 8)])

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.rows import DataError
+from data.schema import DataError
 from data.storage import ArrayFile, natural_order, open_binary, read_at, whole_file, write_json
 
 
@@ -20,9 +20,8 @@ def test_numbers_in_names_are_numbers():
 def test_a_whole_file_takes_its_name_at_the_end(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")
-    with whole_file(path) as file:
-        file.write(b"new")
-        file.flush()
+    with whole_file(path) as unfinished:
+        unfinished.write_text("new")
         assert path.read_text() == "old"
     assert path.read_text() == "new"
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
@@ -32,8 +31,8 @@ def test_a_whole_file_takes_its_name_at_the_end(tmp_path):
 def test_what_was_there_stays_when_writing_fails(tmp_path, error):
     path = tmp_path / "file"
     path.write_text("old")
-    with pytest.raises(type(error)), whole_file(path) as file:  # noqa: PT012
-        file.write(b"new")
+    with pytest.raises(type(error)), whole_file(path) as unfinished:  # noqa: PT012
+        unfinished.write_text("new")
         raise error
     assert path.read_text() == "old"
     assert [file.name for file in tmp_path.iterdir()] == ["file"]

@@ -8,9 +8,9 @@ import polars as pl
 import pytest
 
 from data import prepare
-from data.formats.opening import open_source
-from data.rows import Layout
-from data.writers import WRITERS, Writer
+from data.formats.opening import WRITERS, open_source
+from data.formats.writer import Writer
+from data.schema import Layout
 from tests.helpers.criteo import (
     MISSING,
     NAMES,
@@ -198,14 +198,14 @@ def test_the_same_rows_are_the_same_bytes(tmp_path, log):
 
 
 def test_a_writer_that_cannot_begin_leaves_nothing(tmp_path, monkeypatch):
-    opened = Writer._open
+    opened = Writer.open_file
 
     def second_fails(self, suffix):
         if suffix == "_labels.npy":
             raise OSError(28, "No space left on device")
         return opened(self, suffix)
 
-    monkeypatch.setattr(Writer, "_open", second_fails)
+    monkeypatch.setattr(Writer, "open_file", second_fails)
     with pytest.raises(OSError, match="No space left"):
         WRITERS["npy"](tmp_path, "day_0", Layout())
     assert list(tmp_path.iterdir()) == []

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 import data.formats.criteo_tsv
 from data.formats.criteo_tsv import CriteoTSV, fault, parse
-from data.rows import MISSING, Batch, DataError, transform_dense
+from data.rows import Batch, transform_dense
+from data.schema import MISSING, DataError
 
 
 def zstd_compress(content):
@@ -55,8 +56,8 @@ def read(path, *args):
 def reader(request, monkeypatch):
     """Every test with both readers."""
     if request.param == "polars":
-        monkeypatch.setattr(data.formats.criteo_tsv, "_NATIVE", None)
-    elif data.formats.criteo_tsv._NATIVE is None:
+        monkeypatch.setattr(data.formats.criteo_tsv, "NATIVE", None)
+    elif data.formats.criteo_tsv.NATIVE is None:
         pytest.skip("the compiled reader is not built")
     return request.param
 
@@ -64,7 +65,7 @@ def reader(request, monkeypatch):
 @pytest.fixture(params=[1 << 22, 5000], ids=["one piece", "small pieces"])
 def piece_bytes(request, monkeypatch):
     """Every test of content also runs with pieces that end in the middle of lines."""
-    monkeypatch.setattr(data.formats.criteo_tsv, "_PIECE_BYTES", request.param)
+    monkeypatch.setattr(data.formats.criteo_tsv, "PIECE_BYTES", request.param)
 
 
 @pytest.mark.usefixtures("piece_bytes")
@@ -179,7 +180,7 @@ def test_files_that_are_not_rows(tmp_path):
 
 
 def test_a_line_without_end_is_refused_in_bounded_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(data.formats.criteo_tsv, "_PIECE_BYTES", 1 << 16)
+    monkeypatch.setattr(data.formats.criteo_tsv, "PIECE_BYTES", 1 << 16)
     path = tmp_path / "rows.tsv"
     path.write_bytes((make_lines(1)[0] + "\n").encode() + b"7" * (1 << 20))
     with pytest.raises(DataError, match=r"rows.tsv:2: not a Criteo row: a line of over 65536 bytes"):
@@ -188,7 +189,7 @@ def test_a_line_without_end_is_refused_in_bounded_memory(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("compress", COMPRESS)
 def test_broken_archives(tmp_path, compress, monkeypatch):
-    monkeypatch.setattr(data.formats.criteo_tsv, "_PIECE_BYTES", 5000)
+    monkeypatch.setattr(data.formats.criteo_tsv, "PIECE_BYTES", 5000)
     whole = compress("\n".join(make_lines(500)).encode())
     path = tmp_path / "rows"
     path.write_bytes(whole[: len(whole) * 3 // 4])
@@ -351,7 +352,7 @@ def mixed_file(path, end=b"\n"):
 @pytest.mark.parametrize("size", [1, 300, 1000, 1 << 20])
 @pytest.mark.parametrize("end", [b"\n", b"\r\n"])
 def test_pieces_from_any_line(tmp_path, monkeypatch, size, end):
-    monkeypatch.setattr(data.formats.criteo_tsv, "_PIECE_BYTES", size)
+    monkeypatch.setattr(data.formats.criteo_tsv, "PIECE_BYTES", size)
     path, lines = mixed_file(tmp_path / "rows.tsv", end)
     source = CriteoTSV(path)
     assert source.rows is None
@@ -370,7 +371,7 @@ def test_pieces_from_any_line(tmp_path, monkeypatch, size, end):
 
 
 def test_pieces_may_be_read_in_any_order(tmp_path, monkeypatch):
-    monkeypatch.setattr(data.formats.criteo_tsv, "_PIECE_BYTES", 1000)
+    monkeypatch.setattr(data.formats.criteo_tsv, "PIECE_BYTES", 1000)
     source = CriteoTSV(write(tmp_path / "rows.tsv", make_lines(50)))
     calls = list(source.pieces())
     assert len(calls) > 5
@@ -411,8 +412,8 @@ def test_members_of_an_archive_are_read_one_after_the_other(tmp_path, compress):
 
 @pytest.mark.parametrize("compress", COMPRESS)
 def test_a_long_line_in_a_cut_archive(tmp_path, compress, monkeypatch):
-    monkeypatch.setattr(data.formats.criteo_tsv, "_PIECE_BYTES", 1000)
-    monkeypatch.setattr(data.formats.criteo_tsv, "_MAX_LINE_BYTES", 10**5)
+    monkeypatch.setattr(data.formats.criteo_tsv, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(data.formats.criteo_tsv, "MAX_LINE_BYTES", 10**5)
     row = (make_lines(1)[0] + "\n").encode()
     rest = np.random.default_rng(0).choice([*b"0123456789"], 10**6).astype(np.uint8).tobytes()
     whole = compress(row + rest)

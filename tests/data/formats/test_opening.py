@@ -12,7 +12,8 @@ import pytest
 import data.formats.criteo_tsv
 import data.sources
 from data.formats.opening import open_source, open_sources
-from data.rows import Batch, DataError
+from data.rows import Batch
+from data.schema import DataError
 from tests.helpers.criteo import (
     COMPRESS,
     MISSING,
@@ -71,7 +72,7 @@ def in_format(kind, path, rows):
 @pytest.mark.parametrize("kind", FORMATS)
 def test_rows_come_out_as_they_are(tmp_path, kind, monkeypatch):
     monkeypatch.setattr(data.sources, "PIECE_ROWS", 50)
-    monkeypatch.setattr(data.formats.criteo_tsv, "_PIECE_BYTES", 5000)
+    monkeypatch.setattr(data.formats.criteo_tsv, "PIECE_BYTES", 5000)
     path, dense = in_format(kind, tmp_path / "day_0.npz", ROWS)
     source = open_source(path)
     assert source.labelled
@@ -411,9 +412,21 @@ BAD = {
     "no labels": ("a.npz", arrays(y=None), "a.npz: expected arrays X_int, X_cat or X_cat_t, and y"),
     "no ids": ("a.npz", arrays(X_cat_t=None), "a.npz: expected arrays X_int"),
     "no integers": ("a.npz", arrays(X_int=None), "a.npz: expected arrays X_int"),
-    "12 integers": ("a.npz", arrays(X_int=ROWS.dense[:, :12]), r"a.npz: X_int: unexpected i4 \(120, 12\)"),
-    "integers of one dimension": ("a.npz", arrays(X_int=ROWS.dense[:, 0]), r"a.npz: X_int: unexpected i4 \(120,\)"),
-    "integers are floats": ("a.npz", arrays(X_int=FLOATS), r"a.npz: X_int: unexpected f4 \(120, 13\)"),
+    "12 integers": (
+        "a.npz",
+        arrays(X_int=ROWS.dense[:, :12]),
+        r"a.npz: X_int: expected integers \(120, 13\), got i4 \(120, 12\)",
+    ),
+    "integers of one dimension": (
+        "a.npz",
+        arrays(X_int=ROWS.dense[:, 0]),
+        r"a.npz: X_int: expected integers \(120, 13\), got i4 \(120,\)",
+    ),
+    "integers are floats": (
+        "a.npz",
+        arrays(X_int=FLOATS),
+        r"a.npz: X_int: expected integers \(120, 13\), got f4 \(120, 13\)",
+    ),
     "integers of 64 bits": (
         "a.npz",
         arrays(X_int=with_value(ROWS.dense.clip(0).astype(np.int64), (110, 3), 2**31)),
@@ -424,11 +437,15 @@ BAD = {
         arrays(X_int=with_value(ROWS.dense.clip(0).astype(np.int64), (110, 3), -(2**63))),
         "a.npz: X_int: expected integers of 32 bits, got -9223372036854775808",
     ),
-    "ids not by column": ("a.npz", arrays(X_cat_t=int32(ROWS.ids)), r"a.npz: X_cat_t: unexpected i4 \(120, 26\)"),
+    "ids not by column": (
+        "a.npz",
+        arrays(X_cat_t=int32(ROWS.ids)),
+        r"a.npz: X_cat_t: expected numbers \(26, 120\), got i4 \(120, 26\)",
+    ),
     "ids by column": (
         "a.npz",
         arrays(X_cat_t=None, X_cat=int32(ROWS.ids).T.copy()),
-        r"a.npz: X_cat: unexpected i4 \(26, 120\)",
+        r"a.npz: X_cat: expected numbers \(120, 26\), got i4 \(26, 120\)",
     ),
     "ids in Fortran order": ("a.npz", arrays(X_cat_t=int32(ROWS.ids).T), "a.npz: expected an array of numbers"),
     "ids not whole": (
@@ -456,7 +473,11 @@ BAD = {
         arrays(X_cat_t=np.full((26, 120), "ab")),
         r"a.npz: expected an array of numbers, row by row, got <U2, \(26, 120\)",
     ),
-    "labels of other rows": ("a.npz", arrays(y=ROWS.labels[1:]), r"a.npz: y: unexpected i4 \(119,\)"),
+    "labels of other rows": (
+        "a.npz",
+        arrays(y=ROWS.labels[1:]),
+        r"a.npz: y: expected numbers \(120,\), got i4 \(119,\)",
+    ),
     "labels 2": ("a.npz", arrays(y=with_value(ROWS.labels, 90, 2)), "a.npz: row 91: label: expected 0 or 1, got 2"),
     "labels -1": ("a.npz", arrays(y=with_value(ROWS.labels, 90, -1)), "a.npz: row 91: label: .* got -1"),
     "labels 0.5": (
@@ -538,8 +559,8 @@ BAD = {
     ),
     "npy header": ("day_0_dense.npy", long_header, "day_0_dense.npy: not a .npy array"),
     # Parquet
-    "no column": ("a.parquet", columns(cat_3=None), "a.parquet: expected columns .*; no cat_3"),
-    "no integer column": ("a.parquet", columns(int_12=None), "a.parquet: expected columns .*; no int_12"),
+    "no column": ("a.parquet", columns(cat_3=None), "a.parquet: expected columns .*; there is no cat_3"),
+    "no integer column": ("a.parquet", columns(int_12=None), "a.parquet: expected columns .*; there is no int_12"),
     "not hexadecimal": (
         "a.parquet",
         columns(cat_0=with_value(np.array(TEXT, dtype=object), 60, "xyz").tolist()),
@@ -707,7 +728,9 @@ def test_a_folder_with_rows_of_two_kinds(tmp_path, kind):
         write_parquet(tmp_path / "b", ROWS, cat_0=pl.Series(ROWS.ids[:, 0]))
     else:
         write_parquet(tmp_path / "b", ROWS, int_0=pl.Series([0.5] * 120))
-    with pytest.raises(DataError, match=rf"{tmp_path}/b.*: its rows have .*, those of {tmp_path}/a .*; expected one"):
+    with pytest.raises(
+        DataError, match=rf"{tmp_path}/b.*: its rows have .*, those of {tmp_path}/a have .*; expected one layout"
+    ):
         open_source(tmp_path)
 
 
@@ -733,5 +756,5 @@ def test_a_folder_with_multi_hot_ids_of_other_features(tmp_path):
     hots, _ = multi_hot(ROWS)
     write_npy(tmp_path, "day_0", ROWS, hots=hots, single=False)
     write_npy(tmp_path, "day_1", ROWS, hots=hots | {"0": hots["1"], "1": hots["0"]}, single=False)
-    with pytest.raises(DataError, match=r"day_1.*: its rows have .*expected one kind"):
+    with pytest.raises(DataError, match=r"day_1.*: its rows have .*expected one layout"):
         open_source(tmp_path)

@@ -14,7 +14,8 @@ import data.formats.prepared
 from data import prepare
 from data.formats.opening import open_source
 from data.formats.prepared import Dataset
-from data.rows import Batch, DataError
+from data.rows import Batch
+from data.schema import DataError
 from tests.helpers.criteo import log_dense, make_rows, together, write_log
 
 ROOT = Path(data.formats.prepared.__file__).parents[2]
@@ -129,11 +130,11 @@ def refused(folder, capsys, *parts):
 
 def test_unfinished(own, capsys):
     (own / "day_1.manifest.json").unlink()
-    refused(own, capsys, f"{own}: not complete: 1 of 3 files", "(day_1)", "--resume")
+    refused(own, capsys, f"{own}: not complete: 1 of 3 sources", "(day_1)", "--resume")
     for i in (0, 2):
         manifest = own / f"day_{i}.manifest.json"
         manifest.write_text(manifest.read_text().replace('"complete": true', '"complete": false'))
-    refused(own, capsys, f"{own}: not complete: 3 of 3 files", "(day_0, day_1, day_2)")
+    refused(own, capsys, f"{own}: not complete: 3 of 3 sources", "(day_0, day_1, day_2)")
 
 
 def test_missing_shard(own, capsys):
@@ -177,7 +178,7 @@ def test_a_flipped_bit(own, keep_time, capsys):
     file = own / "day_2-00000.rows"
     flip(file, keep_time)
     dataset = Dataset(own)
-    message = f"{file}: changed since it was written: SHA-256 .*, expected "
+    message = f"{file}: changed since it was written: expected SHA-256 .*, got "
     if keep_time:
         dataset.verify()
     else:
@@ -186,7 +187,7 @@ def test_a_flipped_bit(own, keep_time, capsys):
     with pytest.raises(DataError, match=message):
         dataset.verify(everything=True)
     assert run("--verify", own) == 2
-    assert f"error: {file}: changed since it was written: SHA-256 " in capsys.readouterr().err
+    assert f"error: {file}: changed since it was written: expected SHA-256 " in capsys.readouterr().err
 
 
 def test_another_time_alone_is_no_change(own, capsys):
