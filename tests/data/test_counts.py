@@ -7,6 +7,7 @@ import pytest
 
 from data.counts import RARE_ID, CountMinSketch, Frequent, IdCounts, mix64
 from data.schema import Layout
+from tests.helpers.sources import records_of
 
 HOTS = (3, 1, 2) + (1,) * 23
 LAYOUTS = [Layout(), Layout(ids="i8"), Layout(hots=HOTS), Layout(ids="i8", hots=HOTS)]
@@ -31,13 +32,6 @@ def count(records, features, sample=None, pieces=5):
     for part in np.array_split(records, pieces):
         counts.add(part)
     return counts
-
-
-def records_of(ids):
-    """A feature of these ids; the others are 0."""
-    records = np.zeros(len(ids), Layout().dtype)
-    records["sparse"][:, 0] = ids
-    return records
 
 
 ONE = [slice(0, 1)]

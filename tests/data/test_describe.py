@@ -10,23 +10,7 @@ import pytest
 from data.counts import IdCounts
 from data.describe import Description, describe, frequency_curve, plot_frequencies, table
 from data.schema import MISSING, Layout
-from data.sources import RandomAccess
-from tests.data.test_counts import records_of
-from tests.data.test_rows import HOTS, LAYOUTS, fill
-
-
-class InMemory(RandomAccess):
-    def __init__(self, records, layout):
-        self.path, self.name, self.layout, self.rows, self._records = (
-            Path("mine"),
-            "mine",
-            layout,
-            len(records),
-            records,
-        )
-
-    def fill(self, records, start):
-        records[:] = self._records[start : start + len(records)]
+from tests.helpers.sources import HOTS, LAYOUTS, InMemory, fill, records_of
 
 
 def small(layout, rows=400):

@@ -9,28 +9,9 @@ import data.formats.criteo_tsv
 from data.formats.criteo_tsv import CriteoTSV
 from data.rows import to_batch
 from data.schema import DataError, Layout
-from data.sources import PIECE_ROWS, Fault, Piece, RandomAccess, Several, SeveralRandomAccess, require_one_layout
-from tests.data.formats.test_criteo_tsv import make_lines, write
-
-
-class Numbered(RandomAccess):
-    """Rows whose ids are their number, from ``first`` on."""
-
-    def __init__(self, rows, first=0, layout=Layout(), fail_at=None):  # noqa: B008
-        self.path, self.name, self.layout = Path(f"from_{first}"), f"from_{first}", layout
-        self.rows, self._first, self._fail_at = rows, first, fail_at
-        self.calls = []
-
-    def fill(self, records, start):
-        assert 0 <= start <= start + len(records) <= self.rows, "asked for rows that are not there"
-        if self._fail_at is not None and start <= self._fail_at < start + len(records):
-            raise DataError(f"row {self._fail_at} is broken")
-        self.calls.append((start, len(records)))
-        numbers = np.arange(start, start + len(records)) + self._first
-        if self.layout.labelled:
-            records["label"] = numbers % 2
-        records["dense"] = numbers[:, None] % 1000
-        records["sparse"] = numbers[:, None]
+from data.sources import PIECE_ROWS, Fault, Piece, Several, SeveralRandomAccess, require_one_layout
+from tests.helpers.criteo import make_lines, write_lines
+from tests.helpers.sources import Numbered
 
 
 def numbers(records):
@@ -73,7 +54,7 @@ SIZES = [7, 1, 12]
 def files(tmp_path):
     """Log files, and the ids of their rows."""
     lines = [make_lines(size, seed=seed) for seed, size in enumerate(SIZES)]
-    paths = [write(tmp_path / f"day_{i}", some) for i, some in enumerate(lines)]
+    paths = [write_lines(tmp_path / f"day_{i}", some) for i, some in enumerate(lines)]
     return paths, [int(line.split("\t")[-1] or "0", 16) for some in lines for line in some]
 
 
@@ -121,7 +102,7 @@ def test_a_fault_in_a_later_file_has_the_line_of_that_file(tmp_path, files):
 
 @pytest.mark.usefixtures("piece_bytes")
 def test_a_fault_behind_the_rows_asked_for_does_no_harm(tmp_path):
-    source = CriteoTSV(write(tmp_path / "rows", [*make_lines(5), "x", *make_lines(5)]))
+    source = CriteoTSV(write_lines(tmp_path / "rows", [*make_lines(5), "x", *make_lines(5)]))
     assert sum(map(len, source.records(1, 5))) == 4
     assert sum(map(len, source.records(6, 9))) == 3
     for start, stop in ((0, 6), (5, 6), (0, None)):
@@ -153,7 +134,7 @@ def test_random_access_is_read_in_pieces():
 
 
 def test_read_gives_the_batches_of_the_records(tmp_path):
-    source = CriteoTSV(write(tmp_path / "rows", make_lines(9)))
+    source = CriteoTSV(write_lines(tmp_path / "rows", make_lines(9)))
     (records,), (batch,) = list(source.records(2, 6)), list(source.read(2, 6))
     np.testing.assert_array_equal(batch.dense, to_batch(records).dense)
     assert len(batch) == 4

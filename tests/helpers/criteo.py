@@ -5,6 +5,7 @@ Nothing here imports the project: what the tests compare the readers and writers
 
 import gzip
 import lzma
+import os
 from dataclasses import dataclass
 
 import numpy as np
@@ -123,3 +124,73 @@ def frame(rows, **replaced):
 def write_parquet(path, rows, **replaced):
     frame(rows, **replaced).write_parquet(path, row_group_size=50)
     return path
+
+
+def make_lines(rows, labelled=True, seed=0):
+    """Return random rows as text, with empty fields and negative integers."""
+    rng = np.random.default_rng(seed)
+    lines = []
+    for _ in range(rows):
+        integers = ["" if rng.random() < 0.3 else str(rng.integers(-3, 10**6)) for _ in range(13)]
+        categories = ["" if rng.random() < 0.2 else f"{rng.integers(0, 2**32):08x}" for _ in range(26)]
+        lines.append("\t".join([str(rng.integers(0, 2))] * labelled + integers + categories))
+    return lines
+
+
+def write_lines(path, lines, end="\n"):
+    path.write_bytes(("\n".join(lines) + end).encode())
+    return path
+
+
+def cut(path, share=0.6):
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+
+
+def change(path, at, value):
+    content = bytearray(path.read_bytes())
+    content[at : at + len(value)] = value
+    path.write_bytes(content)
+
+
+def with_value(array, at, value):
+    array = array.copy()
+    array[at] = value
+    return array
+
+
+def written(write, then):
+    """Return a function that writes rows to a path and then damages the file."""
+
+    def make(path):
+        write(path, make_rows(120))
+        then(path)
+
+    return make
+
+
+def make_kind(kind, folder):
+    """Write rows that not every format holds, and return their path and the rows expected."""
+    rows = make_rows(120)
+    if kind == "unlabelled":
+        return write_log(folder / "day_0", rows, labelled=False), Rows(None, rows.dense, rows.ids)
+    if kind == "wide":
+        rows.ids[:, 7] = np.arange(120) * 2**40 - 2**45
+        return write_parquet(folder / "day_0.parquet", rows, cat_7=pl.Series(rows.ids[:, 7])), rows
+    if kind == "floats":
+        return write_npy(folder, "day_0", rows), Rows(rows.labels, log_dense(rows.dense), rows.ids)
+    hots = [1 + i % 3 for i in range(26)]
+    ids = np.random.default_rng(2).integers(0, 2**32, (120, sum(hots)))
+    split = {str(i): int32(part) for i, part in enumerate(np.split(ids, np.cumsum(hots)[:-1], 1))}
+    path = write_npy(folder, "day_0", rows, hots=split, single=False)
+    return path, Rows(rows.labels, log_dense(rows.dense), ids)
+
+
+class Trap:
+    """An object that makes a folder when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)

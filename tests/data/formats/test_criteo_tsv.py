@@ -14,6 +14,7 @@ import data.formats.criteo_tsv
 from data.formats.criteo_tsv import CriteoTSV, fault, parse
 from data.rows import Batch, transform_dense
 from data.schema import MISSING, DataError
+from tests.helpers.criteo import make_lines, write_lines
 
 
 def zstd_compress(content):
@@ -23,17 +24,6 @@ def zstd_compress(content):
 COMPRESS = [gzip.compress, lzma.compress, zstd_compress]
 
 
-def make_lines(rows, labelled=True, seed=0):
-    """Rows as text: random, with empty fields and negative integers."""
-    rng = np.random.default_rng(seed)
-    lines = []
-    for _ in range(rows):
-        integers = ["" if rng.random() < 0.3 else str(rng.integers(-3, 10**6)) for _ in range(13)]
-        categories = ["" if rng.random() < 0.2 else f"{rng.integers(0, 2**32):08x}" for _ in range(26)]
-        lines.append("\t".join([str(rng.integers(0, 2))] * labelled + integers + categories))
-    return lines
-
-
 def expected(lines, labelled=True):
     """What the lines mean: integer x is log(max(x, 0) + 1), a category its number, nothing is 0."""
     fields = [line.split("\t") for line in lines]
@@ -41,11 +31,6 @@ def expected(lines, labelled=True):
     dense = [[math.log1p(max(int(x), 0)) if x else 0.0 for x in f[:13]] for f in fields]
     sparse = [[int(x, 16) if x else 0 for x in f[13:]] for f in fields]
     return np.array(dense), np.array(sparse), labels
-
-
-def write(path, lines, end="\n"):
-    path.write_bytes(("\n".join(lines) + end).encode())
-    return path
 
 
 def read(path, *args):
@@ -73,7 +58,7 @@ def piece_bytes(request, monkeypatch):
 @pytest.mark.parametrize("end", ["\n", ""])
 def test_values_are_those_of_the_lines(tmp_path, labelled, end):
     lines = make_lines(200, labelled)
-    file = CriteoTSV(write(tmp_path / "rows.tsv", lines, end))
+    file = CriteoTSV(write_lines(tmp_path / "rows.tsv", lines, end))
     assert file.labelled == labelled
     batch = Batch.concatenate(list(file.read()))
     dense, sparse, labels = expected(lines, labelled)
@@ -101,7 +86,7 @@ def test_compression_is_told_by_content(tmp_path, name):
 @pytest.mark.parametrize(("start", "stop"), [(0, 10), (57, 58), (90, None), (100, 100), (30, 500)])
 def test_a_range_of_rows(tmp_path, start, stop):
     lines = make_lines(120)
-    pieces = list(CriteoTSV(write(tmp_path / "rows.tsv", lines)).read(start, stop))
+    pieces = list(CriteoTSV(write_lines(tmp_path / "rows.tsv", lines)).read(start, stop))
     rows = expected(lines)[1][start:stop]
     assert sum(map(len, pieces)) == len(rows)
     if len(rows):
@@ -148,7 +133,7 @@ def test_a_bad_field_is_named(tmp_path, field, text, cause):
     fields = lines[70].split("\t")
     fields[field] = text
     lines[70] = "\t".join(fields)
-    path = write(tmp_path / "rows.tsv", lines)
+    path = write_lines(tmp_path / "rows.tsv", lines)
     with pytest.raises(DataError, match=rf"rows.tsv:71: {cause}"):
         read(path)
 
@@ -158,7 +143,7 @@ def test_bad_numbers_of_fields_are_named_even_if_they_add_up(tmp_path):
     lines = make_lines(100)
     short = lines[10].rsplit("\t", 1)[0]
     for bad in ([short], [""], [lines[10] + "\t", short]):
-        path = write(tmp_path / "rows.tsv", lines[:10] + bad + lines[11:])
+        path = write_lines(tmp_path / "rows.tsv", lines[:10] + bad + lines[11:])
         got = bad[0].count("\t") + 1
         with pytest.raises(DataError, match=f"rows.tsv:11: expected 40 tab-separated fields, got {got}"):
             read(path)
@@ -372,7 +357,7 @@ def test_pieces_from_any_line(tmp_path, monkeypatch, size, end):
 
 def test_pieces_may_be_read_in_any_order(tmp_path, monkeypatch):
     monkeypatch.setattr(data.formats.criteo_tsv, "PIECE_BYTES", 1000)
-    source = CriteoTSV(write(tmp_path / "rows.tsv", make_lines(50)))
+    source = CriteoTSV(write_lines(tmp_path / "rows.tsv", make_lines(50)))
     calls = list(source.pieces())
     assert len(calls) > 5
     backwards = [read().records for read in calls[::-1]][::-1]
@@ -390,7 +375,7 @@ def test_a_fault_says_file_and_line(tmp_path):
     [("day_3.gz", "day_3"), ("day_3", "day_3"), ("a.b.tsv.zst", "a.b"), ("x.csv.xz", "x"), ("t.txt", "t")],
 )
 def test_rows_are_named_as_their_file(tmp_path, name, stem):
-    assert CriteoTSV(write(tmp_path / name, make_lines(1))).name == stem
+    assert CriteoTSV(write_lines(tmp_path / name, make_lines(1))).name == stem
 
 
 @pytest.mark.parametrize("compress", COMPRESS)

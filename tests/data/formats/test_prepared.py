@@ -11,20 +11,16 @@ import numpy as np
 import pytest
 
 import data.formats.prepared
-from data import prepare
 from data.formats.opening import open_source
 from data.formats.prepared import Dataset
 from data.rows import Batch
 from data.schema import DataError
 from tests.helpers.criteo import log_dense, make_rows, together, write_log
+from tests.helpers.sources import compare, converted, names, run
 
 ROOT = Path(data.formats.prepared.__file__).parents[2]
 DAYS = [make_rows(count, seed) for seed, count in enumerate((53, 20, 31))]
 ALL = together(*DAYS)
-
-
-def run(*args):
-    return prepare.main([str(arg) for arg in args])
 
 
 def make(folder, *options, days=DAYS):
@@ -33,12 +29,6 @@ def make(folder, *options, days=DAYS):
     sources = [folder / f"day_{i}" for i in range(len(days))]
     assert run(*sources, "--output", folder / "out", "--shard-rows", 20, *options) == 0
     return folder / "out"
-
-
-def compare(records, rows):
-    np.testing.assert_array_equal(records["label"], rows.labels)
-    np.testing.assert_array_equal(records["dense"], rows.dense)
-    np.testing.assert_array_equal(records["sparse"], rows.ids)
 
 
 @pytest.fixture(scope="module")
@@ -226,3 +216,20 @@ def test_a_shard_that_goes_away_while_it_is_read(own):
     (own / "day_0-00001.rows").unlink()
     with pytest.raises(DataError, match=r"day_0-00001.rows: No such file"):
         dataset.take(0, 40)
+
+
+# -- The writer ------------------------------------------------------------------------------------------------------
+
+RECORD = np.dtype([("label", "<i4"), ("dense", "<i4", 13), ("sparse", "<u4", 26)])
+
+
+def test_rows(tmp_path):
+    rows = make_rows(250)
+    log = write_log(tmp_path / "day_0", rows)
+    folder = converted(log, "rows", tmp_path / "out")
+    assert names(folder) == [f"day_0-0000{i}.rows" for i in range(3)]
+    records = np.concatenate([np.fromfile(folder / name, RECORD) for name in names(folder)])
+    assert [(folder / name).stat().st_size for name in names(folder)] == [16000, 16000, 8000]
+    np.testing.assert_array_equal(records["label"], rows.labels)
+    np.testing.assert_array_equal(records["dense"], rows.dense)
+    np.testing.assert_array_equal(records["sparse"], rows.ids)
