@@ -1,13 +1,12 @@
 """Preparation of sources: shards written one after the other, each safe on the disk before a manifest names it."""
 
-import fcntl
 import os
 import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -20,7 +19,7 @@ from data.formats.prepared import MANIFEST, OWN_FORMAT, VERSION, load_json, sour
 from data.formats.writer import Writer
 from data.schema import DataError, Layout
 from data.sources import Piece, Source, require_one_layout
-from data.storage import write_json
+from data.storage import locked, write_json
 
 FAULTS_KEPT = 5  # of each source, for the report
 
@@ -282,7 +281,10 @@ class SourceJob:
         self._name, self._folder, self._layout, self._options, self._sketch = name, folder, layout, options, sketch
         self._make = WRITERS[options.format]
         self._lock = ExitStack()
-        self._lock.enter_context(_locked(folder / f".{name}.lock", wait=False))
+        try:
+            self._lock.enter_context(locked(folder / f".{name}.lock", wait=False))
+        except BlockingIOError:
+            raise DataError(f"{folder / name}: another process is preparing it") from None
         self._manifest = source_manifest(folder, name)
         self._line: int | None = None  # the next one to write; None: none was written since the last shard
         self._writer: Writer | None = None
@@ -369,7 +371,7 @@ def _claim(path: Path, manifest: dict[str, Any], resume: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise DataError(f"{folder}: is a file; expected a new or empty folder")
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder / ".lock", wait=True):
+    with locked(folder / ".lock", wait=True):
         if not path.exists():
             if any(not file.name.startswith(".") for file in folder.iterdir()):
                 raise DataError(f"{folder}: has other files in it; expected a new or empty folder")
@@ -395,18 +397,3 @@ def _flat(manifest: dict[str, Any]) -> dict[str, Any]:
     for name, value in manifest.items():
         flat |= {f"{name}.{inner}": v for inner, v in value.items()} if isinstance(value, dict) else {name: value}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in flat.items()}
-
-
-@contextmanager
-def _locked(path: Path, wait: bool) -> Iterator[None]:
-    """Keep other processes off the same files. The system releases the lock when a process dies."""
-    with open(path, "wb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            name = path.stem.removeprefix(".")
-            raise DataError(f"{path.parent / name}: another process is preparing it") from None
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)

@@ -42,9 +42,9 @@ def make_parser() -> argparse.ArgumentParser:
         prog="python -m data.prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("sources", nargs="*", type=Path, metavar="SRC", help="files or folders, in the order of rows")
-    add_output_options(parser.add_argument_group("output"))
-    add_row_options(parser.add_argument_group("rows and ids"))
-    add_run_options(parser.add_argument_group("run"))
+    add_output_options(parser)
+    add_row_options(parser)
+    add_run_options(parser)
     other = parser.add_argument_group("instead of SRC")
     other.add_argument(
         "--describe",
@@ -59,8 +59,9 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def add_output_options(group: argparse._ArgumentGroup) -> None:
+def add_output_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that say what is written."""
+    group = parser.add_argument_group("output")
     group.add_argument("--output", type=Path, metavar="DIR", help="folder to write, new or empty; required with SRC")
     group.add_argument(
         "--format",
@@ -81,19 +82,25 @@ def add_output_options(group: argparse._ArgumentGroup) -> None:
         choices=("rows", "days"),
         default="rows",
         help="rows to train, validate and test on. rows: the first 5/7, then 1/7, then 1/7 (default). days: the first "
-        "half of the last source is for the test, as in MLPerf, its second half for validation, the other sources for "
-        "training",
+        "half of the last source is to test on, as in MLPerf, its second half to validate on, the other sources are to "
+        "train on",
     )
     group.add_argument(
-        "--validation", nargs="+", type=Path, default=[], metavar="SRC", help="sources to validate on; needs --test too"
+        "--validation",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="SRC",
+        help="sources to validate on; with --test, SRC... are to train on",
     )
     group.add_argument(
-        "--test", nargs="+", type=Path, default=[], metavar="SRC", help="sources to test on; needs --validation too"
+        "--test", nargs="+", type=Path, default=[], metavar="SRC", help="sources to test on; expected with --validation"
     )
 
 
-def add_row_options(group: argparse._ArgumentGroup) -> None:
+def add_row_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that say which rows are kept, and what becomes of ids."""
+    group = parser.add_argument_group("rows and ids")
     group.add_argument("--max-rows", type=int, metavar="N", help="read the first N rows of each source (default: all)")
     group.add_argument(
         "--max-ind-range", type=int, metavar="N", help="replace each id by id %% N (default: ids stay as they are)"
@@ -102,7 +109,7 @@ def add_row_options(group: argparse._ArgumentGroup) -> None:
         "--min-count",
         type=int,
         metavar="N",
-        help="replace ids that occur less than N times by id 1; they are counted exactly, in a pass before (default: "
+        help="replace ids that occur fewer than N times by id 1; a first pass counts them exactly (default: "
         "ids stay as they are)",
     )
     group.add_argument(
@@ -124,8 +131,9 @@ def add_row_options(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def add_run_options(group: argparse._ArgumentGroup) -> None:
+def add_run_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that do not change what is written."""
+    group = parser.add_argument_group("run")
     group.add_argument("--resume", action="store_true", help="go on with what an earlier run left in DIR")
     group.add_argument(
         "--workers",

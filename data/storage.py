@@ -1,5 +1,6 @@
-"""Files: arrays that are read at any place, and files that appear whole or not at all."""
+"""Files: arrays that are read at any place, files that appear whole or not at all, and locks."""
 
+import fcntl
 import io
 import json
 import os
@@ -144,3 +145,23 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
     """Write a JSON file, whole or not at all."""
     with whole_file(path) as unfinished:
         unfinished.write_text(json.dumps(values, indent=2) + "\n")
+
+
+@contextmanager
+def locked(path: Path, wait: bool) -> Iterator[None]:
+    """Keep other processes out. The system releases the lock when the process dies.
+
+    Args:
+        path: of the lock, a file that exists as long as the lock is held.
+        wait: wait for the process that holds the lock.
+
+    Raises:
+        BlockingIOError: another process holds the lock, and ``wait`` is false.
+        OSError: the file can't be opened.
+    """
+    with open(path, "wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)

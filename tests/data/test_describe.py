@@ -1,4 +1,4 @@
-"""What is said of data, against Counter and plain loops."""
+"""Descriptions of data against Counter and plain loops."""
 
 import re
 from collections import Counter

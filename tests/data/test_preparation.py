@@ -43,7 +43,7 @@ def frequent(tmp_path):
 
 
 def with_bad(path, rows, bad):
-    """A log with bad lines {number from 0: text} in place of rows; the rows that are left."""
+    """Write a log with bad lines {number from 0: text} in place of rows, and return the rows that are left."""
     lines = rows.lines()
     for number, text in bad.items():
         lines[number] = text
@@ -123,7 +123,7 @@ def test_a_run_that_stopped_at_a_bad_row_goes_on_without_it(tmp_path, capsys):
 
 
 def quarantined(path):
-    """(line number, text) of a quarantine file."""
+    """Return (line number, text) of each line of a quarantine file."""
     lines = path.read_bytes().removesuffix(b"\n").split(b"\n")
     return [(int(re.match(rb"[^\t]*?:(\d+): ", line)[1]) - 1, line.partition(b"\t")[2].decode()) for line in lines]
 
@@ -265,7 +265,7 @@ def test_a_broken_manifest_on_resume(tmp_path, days, capsys):
 
 
 def fail_after(patch, writes):
-    """Have the disk be full after so many writes."""
+    """Make the disk full after so many writes."""
     write, count = ShardFile.write, iter(range(writes))
 
     def full(self, content):

@@ -125,3 +125,17 @@ def test_from_the_command_line(tmp_path, days):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.splitlines()[-1].startswith(f"error: {tmp_path / 'out'}: has prepared data")
+
+
+def test_shares_of_sources_are_a_partition():
+    sources = list(range(10))
+    assert prepare.share("0/1").of(sources) == sources
+    assert sorted(i for text in ("0/3", "1/3", "2/3") for i in prepare.share(text).of(sources)) == sources
+    assert prepare.share("1/3").of(sources) == [1, 4, 7]
+
+
+@pytest.mark.parametrize("text", ["1", "a/2", "2/2", "-1/2", "0/0", "1/2/3"])
+def test_shares_that_are_none(text, capsys):
+    with pytest.raises(SystemExit):
+        prepare.parse(["day_0", "--output", "out", f"--part={text}"])
+    assert "argument --part: expected I" in capsys.readouterr().err

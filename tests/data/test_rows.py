@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from data.rows import Batch, feature_ids, to_batch, transform_dense
-from data.schema import Layout
+from data.rows import Batch, feature_ids, to_batch, to_frame, transform_dense
+from data.schema import DENSE_NAMES, MISSING, SPARSE_NAMES, Layout
 from tests.helpers.sources import HOTS, LAYOUTS, fill
 
 
@@ -70,3 +70,15 @@ def test_batches_are_cut_and_joined(labelled):
     if labelled:
         np.testing.assert_array_equal(joined.labels, whole.labels)
         assert whole[[4, 2]].labels.tolist() == [whole.labels[4], whole.labels[2]]
+
+
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if not layout.hots], ids=Layout.describe)
+def test_to_frame(layout):
+    records = fill(layout, 20)
+    frame = to_frame(records)
+    assert frame.columns == ["label"] * layout.labelled + DENSE_NAMES + SPARSE_NAMES
+    dense = [tuple(None if x == MISSING else x for x in row["dense"].tolist()) for row in records]
+    assert frame.select(DENSE_NAMES).rows() == dense
+    assert frame.select(SPARSE_NAMES).rows() == [tuple(row["sparse"].tolist()) for row in records]
+    if layout.labelled:
+        assert frame["label"].to_list() == records["label"].tolist()

@@ -19,7 +19,7 @@ def numbers(records):
 
 
 def piece_of(lines, first):
-    """The piece, and each of its lines as "row" or "fault" with its number."""
+    """Return a piece; lines says which of its lines are bad."""
     rows = [i for i, bad in enumerate(lines, first) if not bad]
     records = Layout().records(len(rows))
     records["sparse"] = np.array(rows).reshape(-1, 1)

@@ -1,4 +1,4 @@
-"""The Criteo reader against a reading written by hand in plain Python."""
+"""Both parsers of logs against a reading in plain Python."""
 
 import gzip
 import lzma
@@ -25,7 +25,7 @@ COMPRESS = [gzip.compress, lzma.compress, zstd_compress]
 
 
 def expected(lines, labelled=True):
-    """What the lines mean: integer x is log(max(x, 0) + 1), a category its number, nothing is 0."""
+    """Read lines: an integer x is log(max(x, 0) + 1), a category its number, an empty field 0."""
     fields = [line.split("\t") for line in lines]
     labels = [float(f.pop(0)) for f in fields] if labelled else None
     dense = [[math.log1p(max(int(x), 0)) if x else 0.0 for x in f[:13]] for f in fields]
@@ -207,14 +207,14 @@ def test_the_compiled_reader_runs_where_it_is_built(reader, monkeypatch):
 
 
 def values_of(line, labelled):
-    """A row in plain Python: label, integers, ids."""
+    """Return label, integers and ids of a row, in plain Python."""
     fields = line.decode().removesuffix("\r").split("\t")
     label = [int(fields.pop(0))] if labelled else []
     return label + [int(x) if x else MISSING for x in fields[:13]] + [int(x, 16) if x else 0 for x in fields[13:]]
 
 
 def is_row(line, labelled):
-    """Whether a line is a row, without any of data.formats.criteo_tsv."""
+    """Return whether a line is a row, without data.formats.criteo_tsv."""
     fields = line.removesuffix(b"\r").split(b"\t")
     if len(fields) != 39 + labelled or (labelled and fields.pop(0) not in (b"0", b"1")):
         return False
@@ -226,7 +226,7 @@ def is_row(line, labelled):
 
 
 def check(text, labelled=True):
-    """That the reader takes the rows of text, and names the other lines."""
+    """Check that the parser takes the rows of text, and names the other lines."""
     lines = text.split(b"\n")[:-1]
     piece = parse(text, len(lines), "rows.tsv", 100, labelled)
     rows = [line for line in lines if is_row(line, labelled)]

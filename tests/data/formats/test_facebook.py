@@ -27,9 +27,7 @@ from tests.helpers.criteo import (
 from tests.helpers.sources import check_refused, compare, converted, names, read
 
 ROWS = make_rows(120)
-
-
-LOGGED = make_rows(250)
+LOGGED = make_rows(250)  # what the writers get, by way of a log
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +66,7 @@ def test_bin(tmp_path, log):
 
 
 def arrays(**replaced):
-    """A day_N.npz with other arrays; None: without."""
+    """Return a function that writes a day_N.npz with other arrays, or without those that are None."""
 
     def make(path):
         all_of_them = {"X_int": ROWS.dense, "X_cat_t": int32(ROWS.ids).T.copy(), "y": ROWS.labels} | replaced
@@ -78,7 +76,7 @@ def arrays(**replaced):
 
 
 def member_cut(path):
-    """A .npz whose archive is whole and whose array is too short for its header."""
+    """Write a .npz whose archive is whole and whose array is too short for its header."""
     write_npz(path, ROWS)
     with zipfile.ZipFile(path) as old:
         members = {name: old.read(name) for name in old.namelist()}
@@ -241,7 +239,7 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path):
 
 
 def test_a_bad_row_in_a_later_piece(tmp_path, monkeypatch):
-    """Has its number in the file, and is no matter to the rows before it."""
+    """The row has its number in the file, and does not disturb the rows before it."""
     monkeypatch.setattr(data.sources, "PIECE_ROWS", 50)
     rows = Rows(with_value(ROWS.labels, 50, 9), ROWS.dense, ROWS.ids)
     source = open_source(write_bin(tmp_path / "a.bin", rows))

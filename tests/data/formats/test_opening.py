@@ -6,7 +6,8 @@ import pytest
 
 import data.formats.criteo_tsv
 import data.sources
-from data.formats.opening import open_source, open_sources
+from data.formats.opening import FORMATS as REGISTRY
+from data.formats.opening import WRITERS, open_source, open_sources
 from data.rows import Batch
 from data.schema import MISSING, DataError
 from tests.helpers.criteo import (
@@ -24,7 +25,7 @@ from tests.helpers.criteo import (
     write_processed,
     written,
 )
-from tests.helpers.sources import check_refused, compare, read
+from tests.helpers.sources import check_refused, compare, converted, read
 
 ROWS = make_rows(120)
 
@@ -181,3 +182,12 @@ def test_a_folder_with_rows_of_two_kinds(tmp_path, kind):
         DataError, match=rf"{tmp_path}/b.*: its rows have .*, those of {tmp_path}/a have .*; expected one layout"
     ):
         open_source(tmp_path)
+
+
+def test_every_format_of_the_registry_opens_what_it_writes(tmp_path):
+    assert list(WRITERS) == [format.name for format in REGISTRY]
+    log = write_log(tmp_path / "log", ROWS)
+    for format in REGISTRY:
+        folder = converted(log, format.name, tmp_path / format.name)
+        sources = [source for source in (open_source(folder), *open_sources(folder)) if type(source) is format.reader]
+        assert sources, format.name

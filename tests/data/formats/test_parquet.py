@@ -10,9 +10,7 @@ from tests.helpers.criteo import NAMES, cut, int32, make_rows, with_value, write
 from tests.helpers.sources import check_refused, compare, converted, names, read
 
 ROWS = make_rows(120)
-
-
-LOGGED = make_rows(250)
+LOGGED = make_rows(250)  # what the writers get, by way of a log
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +30,7 @@ COLUMNS = {
 @pytest.mark.parametrize("names", COLUMNS)
 @pytest.mark.parametrize("labelled", [True, False])
 def test_parquet_columns(tmp_path, names, labelled):
-    """In any order, among others."""
+    """Columns are in any order, among others."""
     path = write_parquet(tmp_path / "a.parquet", ROWS)
     frame = pl.read_parquet(path)
     frame.columns = COLUMNS[names]

@@ -1,4 +1,4 @@
-"""A prepared folder: any rows of it, its parts, and what is said when it isn't what was written."""
+"""Prepared folders: any rows, parts, and a clear error for a folder that was changed."""
 
 import itertools
 import json
@@ -63,7 +63,7 @@ def test_any_rows(prepared):
 
 
 def test_a_shard_of_no_rows_between_others(tmp_path):
-    """All its lines were bad."""
+    """A shard is empty if all its lines were bad."""
     rows = make_rows(60)
     lines = rows.lines()
     lines[20:40] = ["bad"] * 20

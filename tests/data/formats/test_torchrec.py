@@ -23,11 +23,7 @@ from tests.helpers.criteo import (
 from tests.helpers.sources import check_refused, compare, converted, names, read
 
 ROWS = make_rows(120)
-
-
-LOGGED = make_rows(250)
-
-
+LOGGED = make_rows(250)  # what the writers get, by way of a log
 HOTS = (1, 3, 2, *(1 + i % 4 for i in range(23)))
 
 
@@ -118,7 +114,7 @@ def test_multi_hot_ids_that_do_not_fit(tmp_path):
 
 
 def test_a_folder_with_multi_hot_ids_of_other_features(tmp_path):
-    """As many in all."""
+    """The number of ids in a row is the same."""
     hots, _ = multi_hot(ROWS)
     write_npy(tmp_path, "day_0", ROWS, hots=hots, single=False)
     write_npy(tmp_path, "day_1", ROWS, hots=hots | {"0": hots["1"], "1": hots["0"]}, single=False)
@@ -154,7 +150,7 @@ def test_multi_hot_ids_as_numpy_reads_them(tmp_path):
 
 
 def triple(**replaced):
-    """A triple with other arrays; None: without."""
+    """Return a function that writes a triple with other arrays, or without those that are None."""
 
     def make(path):
         write_npy(path.parent, "day_0", ROWS)
@@ -173,7 +169,7 @@ def long_header(path):
 
 
 def header(path, shape):
-    """A triple whose first array has another shape in its header."""
+    """Write a triple whose first array has another shape in its header."""
     triple()(path)
     content = path.read_bytes()
     text = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}".encode().ljust(117) + b"\n"

@@ -1,12 +1,13 @@
 """Writers of all formats: rows come back by way of every pair of them, and what a format can't hold is refused."""
 
+import hashlib
 import itertools
 
 import numpy as np
 import pytest
 
 from data.formats.opening import WRITERS
-from data.formats.writer import Writer
+from data.formats.writer import Shard, ShardFile, Writer
 from data.schema import Layout
 from tests.helpers.criteo import (
     log_dense,
@@ -103,3 +104,18 @@ def test_a_writer_that_cannot_begin_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         WRITERS["npy"](tmp_path, "day_0", Layout())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_files_of_a_writer_take_their_names_at_the_end(tmp_path):
+    file = ShardFile(tmp_path / "day_0.rows")
+    file.write(b"12345")
+    assert [path.name for path in tmp_path.iterdir()] == ["day_0.rows.part"]
+    shard = file.finish(3)
+    file.abort()
+    status = (tmp_path / "day_0.rows").stat()
+    assert shard == Shard("day_0.rows", 3, 5, hashlib.sha256(b"12345").hexdigest(), status.st_mtime_ns)
+    file = ShardFile(tmp_path / "day_1.rows")
+    file.stream.write(b"67")  # past the checksum, which is then of the file
+    assert file.finish(1).sha256 == hashlib.sha256(b"67").hexdigest()
+    ShardFile(tmp_path / "day_2.rows").abort()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["day_0.rows", "day_1.rows"]
