@@ -39,7 +39,8 @@ from data.formats.prepared import PARTS
 from data.parts import check, split
 from data.predictions import check_name, predictions_file
 from data.program import exit_code
-from data.rows import NUM_SPARSE, Batch, DataError, to_batch
+from data.rows import Batch, to_batch
+from data.schema import NUM_SPARSE, DataError
 from data.sources import RandomAccess, Source
 from data.synthetic import Signal
 from dlrm import DLRM, checkpoint, plots

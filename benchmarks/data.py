@@ -41,7 +41,8 @@ from data import prepare, synthetic
 from data.batches import MIXED_ROWS, epoch_batches
 from data.formats import criteo_tsv as tsv
 from data.formats.prepared import Dataset
-from data.rows import DENSE_NAMES, SPARSE_NAMES, Batch
+from data.rows import Batch
+from data.schema import DENSE_NAMES, SPARSE_NAMES
 from dlrm import DLRM, PRESETS
 from dlrm.machine import peak_rss_bytes
 from dlrm.training.optimizers import make_optimizers

@@ -1,4 +1,4 @@
-"""From rows to training batches: the split by rows, a shuffle in bounded memory, reading ahead in the background."""
+"""Batches: rows split, shuffled in bounded memory, shared among processes, and read ahead in the background."""
 
 import queue
 import threading
@@ -10,19 +10,25 @@ import numpy as np
 from data.rows import Batch, to_batch
 from data.sources import RandomAccess, Source
 
-# Rows shuffled together: 130,000 rows are 35 MB as arrays. A file with fewer rows is shuffled as a whole.
+# Rows of a stream that are shuffled together: 130,000 rows are 35 MB as arrays. Fewer rows are shuffled as a whole.
 SHUFFLE_ROWS = 1 << 17
-# Rows mixed where blocks of rows come from anywhere: 2.6 MB of records, which stay in a core's cache.
+# Rows of blocks from all over the data that are mixed: 2.6 MB of records, which stay in a core's cache.
 MIXED_ROWS = 1 << 14
 _BLOCK_ROWS = 256
-_ROWS_AT_ONCE = 1 << 11  # handed from one thread to the other, where batches are smaller
+_ROWS_AT_ONCE = 1 << 11  # that one thread hands to the other, where batches are smaller
 
 
 def split_rows(rows: int) -> tuple[range, range, range]:
-    """(train, validation, test): rows in file order, 5/7, 1/7 and 1/7, as the Kaggle data was split by day.
+    """Split rows in their order into 5/7, 1/7 and 1/7, which splits Kaggle's 7 days by day.
+
+    Args:
+        rows: how many there are.
+
+    Returns:
+        the rows for training, validation and test.
 
     Raises:
-        ValueError: fewer than 7 rows, so that a part would be empty.
+        ValueError: there are fewer than 7 rows, so a part would be empty.
     """
     if rows < 7:
         raise ValueError(f"expected at least 7 rows to split 5:1:1 into train, validation and test, got {rows}")
@@ -30,13 +36,13 @@ def split_rows(rows: int) -> tuple[range, range, range]:
     return range(0, first), range(first, second), range(second, rows)
 
 
-def rebatch(pieces: Iterable[Batch], size: int) -> Iterator[Batch]:
-    """The same rows in batches of ``size`` rows, the last one smaller."""
+def rebatch(batches: Iterable[Batch], size: int) -> Iterator[Batch]:
+    """Yield the same rows in batches of ``size`` rows; the last one may be smaller."""
     pending: list[Batch] = []
     rows = 0
-    for piece in pieces:
-        pending.append(piece)
-        rows += len(piece)
+    for batch in batches:
+        pending.append(batch)
+        rows += len(batch)
         if rows < size:
             continue
         whole = Batch.concatenate(pending)
@@ -49,9 +55,9 @@ def rebatch(pieces: Iterable[Batch], size: int) -> Iterator[Batch]:
         yield Batch.concatenate(pending)
 
 
-def shuffled(pieces: Iterable[Batch], generator: np.random.Generator, rows: int = SHUFFLE_ROWS) -> Iterator[Batch]:
-    """The same rows, permuted within runs of ``rows`` rows, so that memory stays bounded."""
-    for run in rebatch(pieces, rows):
+def shuffled(batches: Iterable[Batch], generator: np.random.Generator, rows: int = SHUFFLE_ROWS) -> Iterator[Batch]:
+    """Yield the same rows, permuted within runs of ``rows`` rows so that memory stays bounded."""
+    for run in rebatch(batches, rows):
         yield run[generator.permutation(len(run))]
 
 
@@ -66,19 +72,28 @@ def epoch_batches(
     mixed_rows: int = MIXED_ROWS,
     start: int = 0,
 ) -> Iterator[Batch]:
-    """The training batches of an epoch, in an order that seed and epoch give; the last one is smaller.
+    """Yield the training batches of an epoch, in an order that depends on seed and epoch only.
 
-    Rows that can be read at any place are shuffled in two steps, without memory for each row: the rows are cut into
-    blocks of whole batches, the blocks permuted over the whole range, and then the rows of as many blocks as make
-    ``mixed_rows`` permuted among each other. With ``mixed_rows`` at most ``batch_size`` there is only the first step:
-    a batch is a run of consecutive rows, as in MLPerf's reference. Other sources are read in their order, and permuted
-    within runs of SHUFFLE_ROWS. A thread reads ahead.
+    Rows with random access are shuffled in two steps, without memory for each row. First the rows are cut into blocks
+    of whole batches, and the blocks are permuted over the whole range. Then the rows of as many blocks as make
+    ``mixed_rows`` are permuted among each other. If ``mixed_rows`` is at most ``batch_size``, the second step is left
+    out: a batch is a run of consecutive rows, as in MLPerf's reference. Other sources are read in their order and
+    permuted within runs of SHUFFLE_ROWS. A thread reads ahead.
 
     Args:
-        rows: of the source, its training rows.
-        rank, world_size: of several processes, each gets its part of every batch: together they have the whole one.
-        start: number of batches to leave out: the others are those that come after them, not others. Where rows can be
-            read at any place, what is left out is not read, but for blocks whose rows are mixed with those that follow.
+        source: of the rows.
+        rows: its training rows.
+        batch_size: rows of a batch in all processes together. The last batch may be smaller.
+        seed: other seeds give other orders.
+        epoch: other epochs have other orders.
+        rank: of this process, which gets its share of every batch.
+        world_size: the number of processes.
+        mixed_rows: rows that are permuted among each other.
+        start: batches to leave out; those that follow are the same as without. With random access they are not read,
+            except for blocks whose rows are mixed with later ones.
+
+    Raises:
+        DataError: a row can't be read.
     """
     generator = np.random.default_rng([seed, epoch])
     if isinstance(source, RandomAccess):
@@ -99,7 +114,7 @@ def epoch_batches(
 def _mixed_blocks(
     source: RandomAccess, rows: range, batch_size: int, generator: np.random.Generator, mixed_rows: int, skipped: int
 ) -> Iterator[Batch]:
-    """Whole batches after the skipped ones, one or several at a time. A block of fewer rows stays at the end."""
+    """Yield whole batches after the skipped ones, one or several at a time. A smaller block stays at the end."""
     several = batch_size * max(_ROWS_AT_ONCE // batch_size, 1)
     mixed = mixed_rows > batch_size
     size = batch_size * max(_BLOCK_ROWS // batch_size, 1) if mixed else batch_size
@@ -132,14 +147,24 @@ def _mixed_blocks(
 
 
 def share(rows: range, rank: int, world_size: int) -> range:
-    """One process's part of consecutive rows: the parts differ by a row at most."""
+    """Return a process's share of consecutive rows. The shares differ by one row at most.
+
+    Args:
+        rows: to be shared.
+        rank: of the process.
+        world_size: the number of processes.
+    """
     return rows[len(rows) * rank // world_size : len(rows) * (rank + 1) // world_size]
 
 
 def in_background(make: Callable[[], Iterable[Batch]], depth: int = 1) -> Iterator[Batch]:
-    """Run a reader in a thread, ``depth`` items ahead; parsing and decompression release the interpreter lock.
+    """Yield what a reader yields, while a thread runs it ahead; parsing and decompression release the interpreter lock.
 
     An error of the reader is raised here. Closing the iterator ends the thread.
+
+    Args:
+        make: returns the reader; called in the thread.
+        depth: how many batches the reader may be ahead.
     """
     items: queue.Queue = queue.Queue(depth)
     stopped = threading.Event()
@@ -173,10 +198,18 @@ def in_background(make: Callable[[], Iterable[Batch]], depth: int = 1) -> Iterat
         thread.join()
 
 
-def vocabulary(pieces: Iterable[Batch], features: Sequence[slice]) -> list[np.ndarray]:
-    """The distinct ids of each feature, ascending, one array each. Memory grows with their number."""
+def vocabulary(batches: Iterable[Batch], features: Sequence[slice]) -> list[np.ndarray]:
+    """Collect the distinct ids of each feature. Memory grows with their number.
+
+    Args:
+        batches: of all rows.
+        features: the columns of each feature (`data.schema.Layout.features`).
+
+    Returns:
+        the ids of each feature, ascending.
+    """
     known: list[np.ndarray] = []
-    for piece in pieces:
-        columns = [np.unique(piece.sparse[:, ids]) for ids in features]
-        known = [np.union1d(old, new) for old, new in zip(known, columns)] if known else columns
+    for batch in batches:
+        ids = [np.unique(batch.sparse[:, columns]) for columns in features]
+        known = [np.union1d(old, new) for old, new in zip(known, ids)] if known else ids
     return known

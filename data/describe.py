@@ -1,4 +1,4 @@
-"""What is in Criteo data: how many rows, how many clicks, what is missing, how many ids and how often they occur."""
+"""Description of data: rows, clicks, missing values, ids and their frequencies, as a table and as a plot."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -7,22 +7,28 @@ from pathlib import Path
 import numpy as np
 
 from data.counts import TOP_IDS, IdCounts
-from data.rows import DENSE_NAMES, MISSING, NUM_DENSE, NUM_SPARSE, SPARSE_NAMES
+from data.schema import DENSE_NAMES, MISSING, NUM_DENSE, NUM_SPARSE, SPARSE_NAMES
 from data.sources import Source
 
-SAMPLED_IDS = 1 << 16  # of each feature: numbers of different ids above this are estimated, to half a percent or so
+# Distinct ids of each feature that are counted. The number of distinct ids is exact up to this, above it is estimated
+# with an error of half a percent or so.
+SAMPLED_IDS = 1 << 16
 
 
 @dataclass
 class Description:
-    """Of rows.
+    """Numbers that describe rows.
 
     Attributes:
-        positives: None without labels.
-        missing: share of rows without a value, by column; floating-point columns have no way to tell.
-        smallest, largest: values of the 13 dense columns that are not missing.
-        ids: the counts of the 26 features' ids.
-        zeros: how often each feature has id 0, that is, none.
+        path: of the data.
+        rows: how many there are.
+        positives: how many were clicked; None without labels.
+        missing_dense: (13,), rows without a value, by column; 0 for floating-point columns, which can't be missing.
+        smallest: (13,), the smallest value that is not missing, by column.
+        largest: (13,), the largest one.
+        zeros: (26,), how often a feature has id 0, a missing value.
+        ids: counts of the features' ids.
+        ids_a_row: the number of ids of each feature in a row.
     """
 
     path: Path
@@ -37,7 +43,15 @@ class Description:
 
 
 def describe(source: Source, progress: Callable[[int], object] = lambda _: None) -> Description:
-    """Read all rows once, in bounded memory."""
+    """Describe the rows of a source, which are read once, in bounded memory.
+
+    Args:
+        source: of the rows.
+        progress: called with the number of rows after each piece.
+
+    Raises:
+        DataError: a row can't be read.
+    """
     features = source.layout.features
     counts = IdCounts(features, SAMPLED_IDS)
     found = Description(source.path, positives=0 if source.labelled else None, ids=counts)
@@ -60,7 +74,11 @@ def describe(source: Source, progress: Callable[[int], object] = lambda _: None)
 
 
 def table(found: Description) -> str:
-    """As text. Ids: how many different ones (~: estimated), and how many rows the most frequent one is in."""
+    """Return a description as a table of text.
+
+    For each category it has the share of missing values, the number of distinct ids (~ if estimated), the share of the
+    most frequent id, and the share of ids that occur once.
+    """
     assert found.ids is not None
     rate = "no labels" if found.positives is None else f"{found.positives / max(found.rows, 1):.4%} positive"
     lines = [f"{found.path}: {found.rows:,} rows, {rate}", "", f"{'':8}{'missing':>9}{'smallest':>14}{'largest':>14}"]
@@ -71,19 +89,24 @@ def table(found: Description) -> str:
     for feature, name in enumerate(SPARSE_NAMES):
         occurrences = max(found.rows * found.ids_a_row[feature], 1)
         _, counts = found.ids.counts(feature)
-        sample, share = found.ids.sampled(feature)
+        sample, fraction = found.ids.sampled(feature)
         top = counts[0] if len(counts) else 0
-        different = f"{'~' if share < 1 else ''}{found.ids.distinct(feature):,}"
+        distinct = f"{'~' if fraction < 1 else ''}{found.ids.distinct(feature):,}"
         once = (sample == 1).mean() if len(sample) else 0
         lines.append(
-            f"{name:8}{found.zeros[feature] / occurrences:9.2%}{different:>14}{top / occurrences:16.2%}{once:11.1%}"
+            f"{name:8}{found.zeros[feature] / occurrences:9.2%}{distinct:>14}{top / occurrences:16.2%}{once:11.1%}"
         )
     return "\n".join(lines)
 
 
 def plot_frequencies(found: Description, path: Path) -> None:
-    """Draw, for each feature, the share of rows of an id against its rank; a PNG."""
-    import matplotlib  # imported where it is used: it takes half a second
+    """Draw the share of rows that have an id against its rank, a curve for each feature, into a PNG file.
+
+    Args:
+        found: the description.
+        path: of the PNG.
+    """
+    import matplotlib  # here because it takes half a second
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -102,20 +125,23 @@ def plot_frequencies(found: Description, path: Path) -> None:
         title=f"How often ids occur: {found.path.name}, {found.rows:,} rows",
     )
     axes.grid(alpha=0.3)
-    axes.legend(title="feature (different ids)", ncols=2, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes.legend(title="feature (distinct ids)", ncols=2, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 
 
 def frequency_curve(found: Description, feature: int) -> tuple[np.ndarray, np.ndarray]:
-    """(ranks, share of rows): the most frequent ids one by one, the others by the sample."""
+    """Return the curve of a feature: ranks from 1, and the share of rows that have the id of each rank.
+
+    The most frequent ids are there one by one. The others are represented by the sample, if there is one.
+    """
     assert found.ids is not None
     _, counts = found.ids.counts(feature)
-    sample, share = found.ids.sampled(feature)
-    if share < 1:
-        # The first ones are among those that are always kept; below them, each of the sample stands for 1 / share ids.
+    sample, fraction = found.ids.sampled(feature)
+    if fraction < 1:
+        # The first ids are always kept. Below them, an id of the sample stands for 1 / fraction ids.
         top = counts[: TOP_IDS // 2]
-        ranks = np.arange(1, len(sample) + 1) / share
+        ranks = np.arange(1, len(sample) + 1) / fraction
         below = ranks > len(top)
         rest = np.minimum(sample[below], top[-1])
         return np.concatenate([np.arange(1, len(top) + 1), ranks[below]]), np.concatenate([top, rest]) / found.rows

@@ -1,7 +1,5 @@
-"""Click probabilities as a file: one row for each row of the data, in its order, under the name "probability"."""
+"""Files of click probabilities: one row for each row of the data, in its order, in a column called "probability"."""
 
-import os
-import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,8 +10,9 @@ import numpy as np
 import polars as pl
 from polars.io.plugins import register_io_source
 
+from data.formats.parquet import disk_errors
+from data.npy import npy_header
 from data.storage import whole_file
-from data.writers import npy_header
 
 FORMATS = (".csv", ".parquet", ".npy")
 _NAME = "probability"
@@ -23,7 +22,11 @@ Write = Callable[[np.ndarray], object]
 
 
 def check_name(path: Path) -> None:
-    """Raise ValueError where ``path`` can't be the name of a file of predictions."""
+    """Check that ``path`` can be the name of a file of predictions.
+
+    Raises:
+        ValueError: it is a folder, or its suffix is no format.
+    """
     if path.is_dir():
         raise ValueError(f"{path}: is a folder; expected the name of a file")
     if path.suffix not in FORMATS:
@@ -32,21 +35,25 @@ def check_name(path: Path) -> None:
 
 @contextmanager
 def predictions_file(path: Path) -> Iterator[Write]:
-    """A file of predictions, of the format its name says; it has that name once all are written.
+    """Write a file of predictions in the format of its suffix, in bounded memory.
 
-    Memory stays bounded. CSV has the shortest decimals that give the float32 back; .npy is float32 (rows,).
+    The file takes its name when all predictions are written. CSV has the shortest decimals that give the float32 back;
+    .npy is float32 (rows,).
 
-    Returns:
-        what to call with the probabilities, float32 (B,), batch after batch.
+    Args:
+        path: of the file. Its folder is made if need be.
+
+    Yields:
+        a function to call with the probabilities of each batch, float32 (B,).
 
     Raises:
-        ValueError: as check_name.
-        OSError: it can't be written; names ``path``, and there is nothing new at it.
+        ValueError: it is a folder, or its suffix is no format.
+        OSError: it can't be written. The error names ``path``, and a file that was there stays as it was.
     """
     check_name(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     make = {".csv": _csv, ".parquet": _parquet, ".npy": _npy}[path.suffix]
-    with whole_file(path) as file, make(file, path) as write:
+    with whole_file(path) as unfinished, open(unfinished, "wb") as file, make(file, path) as write:
         yield write
 
 
@@ -63,24 +70,19 @@ def _npy(file: BinaryIO, path: Path) -> Iterator[Write]:
     yield lambda values: file.write(values.astype(dtype, copy=False).tobytes())
     rows = (file.tell() - length) // dtype.itemsize
     file.seek(0)
-    file.write(npy_header((rows,), dtype))  # numpy leaves room in it for any number of rows
+    file.write(npy_header((rows,), dtype))  # as long as before: numpy leaves room for any number of rows
 
 
 @contextmanager
 def _parquet(file: BinaryIO, path: Path) -> Iterator[Write]:
-    # polars writes a file of many pieces only if it may ask for them, so they wait in a nameless file.
+    # polars writes a file bit by bit only if it can ask for the values, so they wait in a nameless file.
     with tempfile.TemporaryFile(dir=path.parent) as values_file:
         yield lambda values: values_file.write(values.tobytes())
         values_file.seek(0)
 
-        def pieces(with_columns, predicate, n_rows, batch_size):
+        def frames(with_columns, predicate, n_rows, batch_size):
             while len(values := np.frombuffer(values_file.read(4 * _ROWS_AT_ONCE), np.float32)):
                 yield pl.DataFrame({_NAME: values})
 
-        try:
-            register_io_source(pieces, schema={_NAME: pl.Float32}).sink_parquet(file)
-        except pl.exceptions.PolarsError as error:
-            number = re.search(r"os error (\d+)", str(error))
-            if not number:
-                raise
-            raise OSError(int(number[1]), os.strerror(int(number[1]))) from None
+        with disk_errors():
+            register_io_source(frames, schema={_NAME: pl.Float32}).sink_parquet(file)

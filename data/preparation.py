@@ -1,42 +1,53 @@
-"""Sources on their way to a folder: shards written one after the other, each safe before the manifest names it."""
+"""Preparation of sources: shards written one after the other, each safe on the disk before a manifest names it."""
 
-import fcntl
 import os
 import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from data.counts import CountMinSketch, Frequent, IdCounts
-from data.formats.prepared import MANIFEST, OWN_FORMAT, VERSION, load_json, part_manifest
-from data.rows import DataError, Layout
+from data.formats.opening import WRITERS
+from data.formats.prepared import MANIFEST, OWN_FORMAT, VERSION, load_json, source_manifest
+from data.formats.writer import Writer
+from data.schema import DataError, Layout
 from data.sources import Piece, Source, require_one_layout
-from data.storage import write_json
-from data.writers import WRITERS, Writer
+from data.storage import locked, write_json
 
-FAULTS_KEPT = 5  # of each source, with their text, for the report
+FAULTS_KEPT = 5  # of each source, for the report
 
 
 @dataclass(frozen=True)
-class Options:
-    """What the bytes depend on, beside the sources."""
+class PrepareOptions:
+    """Options that the bytes written depend on, besides the sources.
+
+    Args:
+        format: of the files, a name in `data.formats.opening.FORMATS`.
+        shard_rows: lines that become one shard.
+        max_rows: lines to read of each source; None: all.
+        max_ind_range: ids become id % max_ind_range, as in facebookresearch/dlrm; None: they stay.
+        min_count: ids that occur less often become `data.counts.RARE_ID`; None: they stay.
+        sketch_bytes: memory to count ids for min_count in the same pass; None: count exactly, in a pass of its own.
+        on_error: "raise", "skip" or "quarantine" a bad row.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
 
     format: str = OWN_FORMAT
     shard_rows: int = 1 << 20
-    max_rows: int | None = None  # lines read of each source
-    max_ind_range: int | None = None  # ids become id % max_ind_range, as in facebookresearch/dlrm
-    min_count: int | None = None  # ids seen less often become data.counts.RARE
-    sketch_bytes: int | None = (
-        None  # min_count: count in the same pass, in so much memory; None: exactly, in one before
-    )
-    on_error: str = "raise"  # of a bad row: "raise", "skip" or "quarantine"
+    max_rows: int | None = None
+    max_ind_range: int | None = None
+    min_count: int | None = None
+    sketch_bytes: int | None = None
+    on_error: str = "raise"
 
     def __post_init__(self):
         for name in ("shard_rows", "max_rows", "max_ind_range", "min_count", "sketch_bytes"):
@@ -48,49 +59,72 @@ class Options:
 
 
 @dataclass
-class Progress:
-    """How far a source has been prepared: its manifest."""
+class SourceProgress:
+    """Progress of a source, and its manifest.
+
+    Attributes:
+        version: of the manifest.
+        complete: whether all of the source is prepared.
+        lines: that were read, and whose rows are safe in shards.
+        rows: in the shards.
+        bad_rows: lines that are not rows.
+        bad_bytes: of the quarantine file.
+        bad_examples: file, line and cause of the first bad rows.
+        shards: the files, as `data.formats.writer.Shard` has them.
+    """
 
     version: int = VERSION
     complete: bool = False
-    lines: int = 0  # read, and what they hold safe in shards
+    lines: int = 0
     rows: int = 0
     bad_rows: int = 0
-    bad_bytes: int = 0  # of the quarantine file
+    bad_bytes: int = 0
     bad_examples: list[str] = field(default_factory=list)
     shards: list[dict[str, Any]] = field(default_factory=list)
 
 
+class Share(NamedTuple):
+    """A process's share of the sources: every ``step``-th, beginning with number ``start``."""
+
+    start: int = 0
+    step: int = 1
+
+    def of(self, sources: list[Source]) -> list[Source]:
+        """Return the sources of this share."""
+        return sources[self.start :: self.step]
+
+
 def quarantine_file(folder: Path, name: str) -> Path:
-    """Where the bad rows of a source go: file:line and cause, a tab, the line as it was."""
+    """Return the path of a source's bad rows. Each line has file:line and cause, a tab, and the line as it was."""
     return folder / f"{name}.bad"
 
 
 class Preparation:
-    """A run over sources.
+    """A run that prepares sources, or a share of them.
 
     Args:
-        sources: with different names; the order of the rows.
-        output: the folder.
-        options: see Options.
-        split: for the reader of the data: {"by": "rows" or "days"}, or {"by": "files", "train": [names], "validation":
-            [names], "test": [names]} in the order of the sources.
-        part: (i, n): prepare every n-th source, beginning with number i.
+        sources: to be prepared, in the order of their rows. Their names have to differ.
+        output: the folder to write.
+        options: of the preparation.
+        split: how the reader of the folder is to split the rows: {"by": "rows" or "days"}, or {"by": "files",
+            "train": [names], "validation": [names], "test": [names]} in the order of the sources.
+        share: of the sources, for this process.
         workers: threads that parse.
-        resume: go on with what is there.
-        advance: called with the number of rows that were written.
+        resume: go on with what is in the folder.
+        advance: called with the number of rows after each piece was written.
 
     Raises:
-        DataError: sources that don't fit together or into the format, or the folder holds something else.
+        DataError: the sources have no common layout or do not fit into the format, or the folder has something else.
+        ValueError: ``share`` is not of all sources, and ids are to be counted.
     """
 
     def __init__(
         self,
         sources: list[Source],
         output: Path,
-        options: Options,
+        options: PrepareOptions,
         split: dict[str, Any],
-        part: tuple[int, int] = (0, 1),
+        share: Share = Share(),  # noqa: B008
         workers: int = 1,
         resume: bool = False,
         advance: Callable[[int], object] = lambda _: None,
@@ -100,15 +134,18 @@ class Preparation:
         names: dict[str, Source] = {}
         for source in sources:
             if source.name in names:
-                raise DataError(f"{source.path} and {names[source.name].path}: expected files of different names")
+                raise DataError(
+                    f"{source.path} and {names[source.name].path}: expected files of different names, "
+                    f"got two of {source.name}"
+                )
             names[source.name] = source
         self.layout = require_one_layout(sources)
         WRITERS[options.format].check(self.layout)
-        if part[1] > 1 and options.min_count is not None:
-            raise ValueError("min_count: counts the ids of all sources; expected no parts")
-        self._mine = sources[part[0] :: part[1]]
+        if share.step > 1 and options.min_count is not None:
+            raise ValueError("min_count: counts the ids of all sources; expected one process (no --part)")
+        self._mine = share.of(sources)
         self._stop = threading.Event()
-        self._filters: list[Callable[[np.ndarray], None]] = []  # of records, in any order
+        self._filters: list[Callable[[np.ndarray], None]] = []  # change ids, in pieces of any order
         self._sketch: CountMinSketch | None = None
         _claim(
             output / MANIFEST,
@@ -123,15 +160,15 @@ class Preparation:
             resume,
         )
 
-    def run(self) -> list[Progress]:
-        """Prepare the sources of this part.
+    def run(self) -> list[SourceProgress]:
+        """Prepare this process's share of the sources.
 
         Returns:
-            the manifest of each.
+            the progress of each source of the share.
 
         Raises:
-            DataError: a source that can't be read, or with on_error "raise" a bad row.
-            OSError: a file that can't be written. What is in the manifests is safe in either case.
+            DataError: a source can't be read, or has a bad row and on_error is "raise".
+            OSError: a file can't be written. Whatever the error, what is in the manifests is safe.
         """
         options, features = self._options, self.layout.features
         with ThreadPoolExecutor(self._workers) as parsers:
@@ -150,8 +187,8 @@ class Preparation:
             finally:
                 self._stop.set()
 
-    def _run_sources(self, parsers: ThreadPoolExecutor) -> list[Progress]:
-        # What a sketch says of a row depends on all before it: one source after the other.
+    def _run_sources(self, parsers: ThreadPoolExecutor) -> list[SourceProgress]:
+        # What a sketch makes of a row depends on all rows before it, so sources are read one after the other.
         at_once = 1 if self._sketch or not self._mine else min(self._workers, len(self._mine))
         with ThreadPoolExecutor(at_once) as readers:
             running = [readers.submit(self._run_source, source, parsers, at_once) for source in self._mine]
@@ -161,17 +198,17 @@ class Preparation:
                     if future.done() and (error := future.exception()):
                         raise error
             finally:
-                self._stop.set()  # the others leave off after their piece
+                self._stop.set()  # the others stop after their piece
                 for future in running:
                     future.cancel()
         return [future.result() for future in running]
 
-    def _run_source(self, source: Source, parsers: ThreadPoolExecutor, at_once: int) -> Progress:
-        job = _SourceJob(source.name, self._output, self.layout, self._options, self._sketch)
+    def _run_source(self, source: Source, parsers: ThreadPoolExecutor, at_once: int) -> SourceProgress:
+        job = SourceJob(source.name, self._output, self.layout, self._options, self._sketch)
         try:
             self._advance(job.progress.rows)
             if not job.progress.complete or self._sketch:
-                # A sketch has to see again what it has seen before; the job then leaves out what is there.
+                # A sketch has to see all rows again; the job leaves out those that are in shards.
                 start = 0 if self._sketch else job.progress.lines
                 for piece in self._read(source, start, parsers, self._workers // at_once + 1):
                     self._advance(job.add(piece))
@@ -183,7 +220,7 @@ class Preparation:
             job.close()
 
     def _read(self, source: Source, start: int, parsers: ThreadPoolExecutor, ahead: int) -> Iterator[Piece]:
-        """The pieces from line ``start`` to the last one wanted, some of them read ahead."""
+        """Yield the pieces from line ``start`` to the last one wanted, some of them read ahead."""
         stop = sys.maxsize if self._options.max_rows is None else self._options.max_rows
         if start >= stop:
             return
@@ -198,7 +235,7 @@ class Preparation:
                 raise InterruptedError("another source failed")
 
     def _in_order(self, calls: Iterable[Callable[[], Piece]], pool: ThreadPoolExecutor, ahead: int) -> Iterator[Piece]:
-        """What the calls return, in their order, while the next ones run."""
+        """Yield what the calls return, in their order, while the next ones run."""
         waiting: deque[Future[Piece]] = deque()
         try:
             for call in calls:
@@ -221,30 +258,49 @@ class Preparation:
         records["sparse"] %= self._options.max_ind_range
 
 
-class _SourceJob:
-    """Writes what a source becomes, and its manifest."""
+class SourceJob:
+    """Writes the shards of a source and its manifest.
 
-    def __init__(self, name: str, folder: Path, layout: Layout, options: Options, sketch: CountMinSketch | None):
+    Args:
+        name: of the source.
+        folder: to write.
+        layout: of the records.
+        options: of the preparation.
+        sketch: replaces rare ids, in the order of the rows; None: no sketch.
+
+    Attributes:
+        progress: of the source.
+        quarantine: the open file of its bad rows; None unless on_error is "quarantine".
+
+    Raises:
+        DataError: another process is preparing the source, or its manifest is broken.
+        OSError: a file can't be opened.
+    """
+
+    def __init__(self, name: str, folder: Path, layout: Layout, options: PrepareOptions, sketch: CountMinSketch | None):
         self._name, self._folder, self._layout, self._options, self._sketch = name, folder, layout, options, sketch
         self._make = WRITERS[options.format]
         self._lock = ExitStack()
-        self._lock.enter_context(_locked(folder / f".{name}.lock", wait=False))
-        self._manifest = part_manifest(folder, name)
-        self._line: int | None = None  # the next one
-        self._writer: Writer | None = None
-        self._quarantine: BinaryIO | None = None
         try:
-            self.progress = Progress(**load_json(self._manifest)) if self._manifest.exists() else Progress()
+            self._lock.enter_context(locked(folder / f".{name}.lock", wait=False))
+        except BlockingIOError:
+            raise DataError(f"{folder / name}: another process is preparing it") from None
+        self._manifest = source_manifest(folder, name)
+        self._line: int | None = None  # the next one to write; None: none was written since the last shard
+        self._writer: Writer | None = None
+        self.quarantine: BinaryIO | None = None
+        try:
+            self.progress = SourceProgress(**load_json(self._manifest)) if self._manifest.exists() else SourceProgress()
             if options.on_error == "quarantine" and not self.progress.complete:
-                self._quarantine = open(quarantine_file(folder, name), "ab")  # noqa: SIM115
-                self._quarantine.truncate(self.progress.bad_bytes)
+                self.quarantine = open(quarantine_file(folder, name), "ab")  # noqa: SIM115
+                self.quarantine.truncate(self.progress.bad_bytes)
         except BaseException:
             self.close()
             raise
         self._bad_rows, self._bad_examples = 0, list(self.progress.bad_examples)
 
     def add(self, piece: Piece) -> int:
-        """Take the lines of a piece; those that are in the shards already are left out. Returns the rows written."""
+        """Write the rows of a piece, without those that are in shards already. Returns the number of rows written."""
         written = 0
         while piece.lines:
             shard_end = (piece.first // self._options.shard_rows + 1) * self._options.shard_rows
@@ -257,23 +313,23 @@ class _SourceJob:
             written += len(head.records)
             self._line = head.first + head.lines
             if self._line == shard_end and self._make.sharded:
-                self._commit()
+                self.commit()
         return written
 
     def complete(self) -> None:
-        """All lines are through."""
+        """Write the last shard; all lines were added."""
         if not self.progress.complete:
             if self._line is not None or not self.progress.shards:
-                self._commit()
+                self.commit()
             self.progress.complete = True
             write_json(self._manifest, asdict(self.progress))
 
     def close(self) -> None:
-        """Leave nothing unfinished behind."""
+        """Release the source, and remove what is unfinished."""
         if self._writer:
             self._writer.abort()
-        if self._quarantine:
-            self._quarantine.close()
+        if self.quarantine:
+            self.quarantine.close()
         self._lock.close()
 
     def _open(self) -> Writer:
@@ -289,16 +345,17 @@ class _SourceJob:
             where = fault.describe(piece.path)
             if len(self._bad_examples) < FAULTS_KEPT:
                 self._bad_examples.append(where)
-            if self._quarantine:
-                self._quarantine.write(where.encode() + b"\t" + fault.text + b"\n")
+            if self.quarantine:
+                self.quarantine.write(where.encode() + b"\t" + fault.text + b"\n")
 
-    def _commit(self) -> None:
+    def commit(self) -> None:
+        """Finish the shard, then enter it into the manifest."""
         writer, progress = self._open(), self.progress
         shards = writer.finish()
-        if self._quarantine:
-            self._quarantine.flush()
-            os.fsync(self._quarantine.fileno())
-            progress.bad_bytes = self._quarantine.tell()
+        if self.quarantine:
+            self.quarantine.flush()
+            os.fsync(self.quarantine.fileno())
+            progress.bad_bytes = self.quarantine.tell()
         progress.shards += [asdict(shard) for shard in shards]
         progress.rows += writer.rows
         progress.lines = self._line or 0
@@ -309,48 +366,34 @@ class _SourceJob:
 
 
 def _claim(path: Path, manifest: dict[str, Any], resume: bool) -> None:
-    """Have a folder be that of a preparation."""
+    """Write the manifest of a preparation into its folder; on resuming, check that it is there."""
     folder = path.parent
     if folder.exists() and not folder.is_dir():
-        raise DataError(f"{folder}: is a file; expected a new name or an empty folder")
+        raise DataError(f"{folder}: is a file; expected a new or empty folder")
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder / ".lock", wait=True):
+    with locked(folder / ".lock", wait=True):
         if not path.exists():
             if any(not file.name.startswith(".") for file in folder.iterdir()):
-                raise DataError(f"{folder}: there is something else; expected a new name or an empty folder")
+                raise DataError(f"{folder}: has other files in it; expected a new or empty folder")
             return write_json(path, manifest)
         if not resume:
-            raise DataError(f"{folder}: has prepared data; go on with --resume, or choose another --output")
+            raise DataError(f"{folder}: has prepared data; go on with --resume or choose another --output")
         there, here = _flat(load_json(path)), _flat(manifest)
         differences = [what for what in here if there.get(what) != here[what]]
         if differences == ["options.on_error"] and there[differences[0]] == "raise":
-            # Up to now there was no bad row, so it does not matter what would have become of one.
+            # There has been no bad row so far, so it does not matter how one would have been treated.
             return write_json(path, manifest)
         if differences:
             what = differences[0]
             raise DataError(
-                f"{folder}: was begun with {what} {there.get(what)}, this is {here[what]}; expected the same command"
+                f"{folder}: {what}: the run to resume was started with {there.get(what)}, got {here[what]}; "
+                "expected the same command"
             )
 
 
 def _flat(manifest: dict[str, Any]) -> dict[str, Any]:
-    """With "options.max_rows" in place of nested values, so that a difference has a name."""
+    """Name nested values in the manner of "options.max_rows", so that a difference has a name."""
     flat: dict[str, Any] = {}
     for name, value in manifest.items():
         flat |= {f"{name}.{inner}": v for inner, v in value.items()} if isinstance(value, dict) else {name: value}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in flat.items()}
-
-
-@contextmanager
-def _locked(path: Path, wait: bool) -> Iterator[None]:
-    """Keep other processes off the same files. The system lets go of a lock when a process dies."""
-    with open(path, "wb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            name = path.stem.removeprefix(".")
-            raise DataError(f"{path.parent / name}: another process is preparing it") from None
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)

@@ -1,15 +1,21 @@
-"""How the programs end: an exit code, and for an error one line on stderr."""
+"""Exit codes of the programs, and the one line that an error puts on stderr."""
 
 import sys
 from collections.abc import Callable
 
 
 def exit_code(program: Callable[[], None]) -> int:
-    """Run a program.
+    """Run a program, and print an error as one line on stderr.
+
+    Args:
+        program: to run.
 
     Returns:
-        0: done. 2: input, options or machine did not allow it. 130: interrupted. An exception that has an ``exit_code``
-        of its own: that. One without a message is not printed: another process has said why.
+        0 if it is done; 2 if input, options or machine did not allow it; 130 if it was interrupted; the ``exit_code``
+        of a RuntimeError that has one. An error without a message is not printed: another process has said why.
+
+    Raises:
+        Exception: any other one is a bug, and keeps its traceback.
     """
     try:
         program()

@@ -1,7 +1,7 @@
-"""Where rows come from: what every format has in common.
+"""Sources of rows: what all formats have in common.
 
-A source is read as pieces, calls that read some rows each and may be made in any thread and any order. Sources with
-``take`` read any rows at once; the others are read from the beginning.
+A source is read in pieces: calls that read consecutive lines each, in any thread and any order. A source with random
+access also reads any rows at once; the others are read from the beginning.
 """
 
 from abc import ABC, abstractmethod
@@ -14,36 +14,52 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.rows import Batch, DataError, Layout, to_batch
+from data.rows import Batch, to_batch
+from data.schema import DataError, Layout
 
-PIECE_ROWS = 1 << 14  # rows read at a time where a source has no sizes of its own
+PIECE_ROWS = 1 << 14  # of sources with random access, which could be read in pieces of any size
 
 
 class Fault(NamedTuple):
-    """A line that is no row."""
+    """A line that is not a row.
 
-    line: int  # counted from 0
+    Attributes:
+        line: its number in the file, counted from 0.
+        cause: what is wrong with it.
+        text: the line, without its end.
+    """
+
+    line: int
     cause: str
     text: bytes
 
     def describe(self, path: Path) -> str:
-        """file:line and the cause."""
+        """Return file:line, counted from 1, and the cause."""
         return f"{path}:{self.line + 1}: {self.cause}"
 
 
 @dataclass
 class Piece:
-    """Some lines of a source."""
+    """Consecutive lines of a source.
+
+    Attributes:
+        path: of the file they are in.
+        first: the number of the first line in the source, counted from 0.
+        lines: how many there are.
+        records: of the lines that are rows.
+        faults: the other lines.
+        before: the number of lines in the files before this one: those that ``first`` counts and the faults don't.
+    """
 
     path: Path
-    first: int  # line, counted from 0
+    first: int
     lines: int
     records: np.ndarray
     faults: list[Fault] = field(default_factory=list)
-    before: int = 0  # lines of the files before this one, which ``first`` counts and the faults don't
+    before: int = 0
 
     def split(self, line: int) -> "tuple[Piece, Piece]":
-        """The lines before a line, and the others."""
+        """Return the lines before a line of the source, and the others."""
         lines = min(max(line - self.first, 0), self.lines)
         faults = bisect_left(self.faults, self.first + lines - self.before, key=lambda fault: fault.line)
         rows = lines - faults
@@ -64,9 +80,9 @@ class Source(ABC):
 
     Attributes:
         path: of the file or folder.
-        name: of the rows, for files made of them: day_3 of day_3.gz.
+        name: for files made of it: day_3 for day_3.gz.
         layout: of the records.
-        rows: how many there are; None where only reading tells, until it has come to the end once.
+        rows: the number of rows. None for a log until it has been read to its end once.
     """
 
     path: Path
@@ -76,21 +92,22 @@ class Source(ABC):
 
     @property
     def labelled(self) -> bool:
+        """Whether the rows have a label."""
         return self.layout.labelled
 
     @abstractmethod
     def pieces(self, start: int = 0) -> Iterator[Callable[[], Piece]]:
-        """Calls that read the lines from number ``start`` on, piece by piece in order. Faulty lines are in the piece.
+        """Yield calls that read the lines from ``start`` on, piece by piece in their order.
 
         Raises:
-            DataError: a file that can't be read on.
+            DataError: a file can't be read on. A fault raises nothing: it is in the piece.
         """
 
     def records(self, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
-        """Rows start to stop (default: the end) in order, however many at a time.
+        """Yield the records of rows start to stop (default: the end) in their order, however many at a time.
 
         Raises:
-            DataError: a line that is no row, or a file that can't be read on.
+            DataError: a line is not a row, or a file can't be read on.
         """
         if stop is not None and start >= stop:
             return
@@ -104,37 +121,42 @@ class Source(ABC):
                 return
 
     def read(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
-        """Rows start to stop (default: the end) as batches of whatever size is cheap to read."""
+        """Return rows start to stop (default: the end) in batches of any size that is cheap to read.
+
+        Raises:
+            DataError: a line is not a row, or a file can't be read on.
+        """
         return map(to_batch, self.records(start, stop))
 
     def parts(self) -> dict[str, range] | None:
-        """Rows of "train", "validation" and "test", where the data says so."""
+        """Return the rows of "train", "validation" and "test", or None if the data does not define them."""
         return None
 
     def verify(self) -> None:  # noqa: B027
-        """Raise DataError if the files are not those that were written. Only the project's own format can tell."""
+        """Raise DataError if files were changed since they were written. Only prepared folders can tell."""
 
 
 class RandomAccess(Source):
-    """A source any rows of which can be read at once."""
+    """A source whose rows can be read from any place."""
 
     rows: int
 
     @abstractmethod
     def fill(self, records: np.ndarray, start: int) -> None:
-        """Put the rows from ``start`` on into records. Safe to call in several threads.
+        """Fill records with the rows from ``start`` on. Threads may call this at the same time.
 
         Raises:
-            DataError: they can't be read.
+            DataError: the rows can't be read.
         """
 
     def take(self, start: int, stop: int) -> np.ndarray:
-        """The records of rows start to stop."""
+        """Return the records of rows start to stop."""
         records = self.layout.records(stop - start)
         self.fill(records, start)
         return records
 
     def pieces(self, start: int = 0) -> Iterator[Callable[[], Piece]]:
+        """Yield calls that read the rows from ``start`` on, piece by piece."""
         for first in range(start, self.rows, PIECE_ROWS):
             last = min(first + PIECE_ROWS, self.rows)
             yield partial(self._piece, first, last)
@@ -146,8 +168,12 @@ class RandomAccess(Source):
 class Several(Source):
     """Sources one behind the other.
 
+    Args:
+        path: that they have in common.
+        sources: in their order.
+
     Raises:
-        DataError: they have rows of different layouts.
+        DataError: their layouts differ.
     """
 
     def __init__(self, path: Path, sources: Sequence[Source]):
@@ -156,62 +182,92 @@ class Several(Source):
 
     @property
     def rows(self) -> int | None:  # type: ignore[override]
+        """The number of rows in all sources, or None if that of one is not known."""
         rows = [source.rows for source in self.sources]
         return None if None in rows else sum(rows)  # type: ignore[arg-type]
 
     def pieces(self, start: int = 0) -> Iterator[Callable[[], Piece]]:
+        """Yield calls that read the lines from ``start`` on, piece by piece."""
         before = 0
         for source in self.sources:
             if source.rows is None or start < before + source.rows:
                 for read in source.pieces(max(start - before, 0)):
-                    yield partial(_later, read, before)
+                    yield partial(_read_behind, read, before)
             assert source.rows is not None, "known once its pieces are through"
             before += source.rows
 
 
-def _later(read: Callable[[], Piece], rows: int) -> Piece:
+def _read_behind(read: Callable[[], Piece], lines: int) -> Piece:
     piece = read()
-    return replace(piece, first=piece.first + rows, before=piece.before + rows)
+    return replace(piece, first=piece.first + lines, before=piece.before + lines)
 
 
 class SeveralRandomAccess(Several, RandomAccess):  # type: ignore[misc]
-    """Random-access sources one behind the other."""
+    """Sources with random access one behind the other.
+
+    Args:
+        path: that they have in common.
+        sources: in their order.
+
+    Raises:
+        DataError: their layouts differ.
+    """
 
     def __init__(self, path: Path, sources: Sequence[RandomAccess]):
         super().__init__(path, sources)
         self._starts = np.cumsum([0] + [source.rows for source in sources]).tolist()
 
     def fill(self, records: np.ndarray, start: int) -> None:
-        for number, part, first in each_part(records, start, self._starts):
-            self.sources[number].fill(part, first)  # type: ignore[attr-defined]
+        """Fill records with the rows from ``start`` on."""
+        for section in sections(records, start, self._starts):
+            self.sources[section.number].fill(section.records, section.first)  # type: ignore[attr-defined]
 
 
-def each_part(records: np.ndarray, start: int, starts: Sequence[int]) -> Iterator[tuple[int, np.ndarray, int]]:
-    """Deal out records to be filled with the rows from ``start`` on, where part i has rows starts[i] to starts[i + 1].
+class Section(NamedTuple):
+    """Records that one of several sources or shards is to fill.
 
-    Returns:
-        (part, its records, the first of its rows that is wanted) of each part that has some.
+    Attributes:
+        number: of the source or shard, from 0.
+        records: to be filled.
+        first: the first row wanted, counted in that source or shard.
     """
-    part, filled = bisect_right(starts, start) - 1, 0
+
+    number: int
+    records: np.ndarray
+    first: int
+
+
+def sections(records: np.ndarray, start: int, starts: Sequence[int]) -> Iterator[Section]:
+    """Deal out records, to be filled with the rows from ``start`` on, to the sources or shards that hold these rows.
+
+    Args:
+        records: to be filled.
+        start: the row that belongs in the first of them.
+        starts: the first row of each source or shard, ascending, and at the end the number of all rows.
+
+    Yields:
+        a section for each source or shard that has some of the rows.
+    """
+    number, filled = bisect_right(starts, start) - 1, 0
     while filled < len(records):
-        first = start + filled - starts[part]
-        rows = min(starts[part + 1] - starts[part] - first, len(records) - filled)
+        first = start + filled - starts[number]
+        rows = min(starts[number + 1] - starts[number] - first, len(records) - filled)
         if rows:
-            yield part, records[filled : filled + rows], first
-        part, filled = part + 1, filled + rows
+            yield Section(number, records[filled : filled + rows], first)
+        number, filled = number + 1, filled + rows
 
 
 def require_one_layout(sources: Sequence[Source]) -> Layout:
-    """The layout of sources that are to be one behind the other.
+    """Return the layout that all sources have.
 
     Raises:
-        DataError: they have different ones.
+        DataError: their layouts differ.
     """
     first = sources[0]
     for source in sources:
         if source.layout != first.layout:
             raise DataError(
-                f"{source.path}: its rows have {source.layout.describe()}, those of {first.path} "
-                f"{first.layout.describe()}; expected one kind"
+                f"{source.path}: its rows have {source.layout.describe()}, those of {first.path} have "
+                f"{first.layout.describe()}; expected one layout"
             )
     return first.layout

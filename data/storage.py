@@ -1,14 +1,10 @@
-"""Files: arrays read at any place, and files that appear whole or not at all."""
+"""Files: arrays that are read at any place, files that appear whole or not at all, and locks."""
 
+import fcntl
 import io
 import json
-import math
 import os
 import re
-import shutil
-import tempfile
-import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,23 +12,28 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from data.rows import DataError
+from data.schema import DataError
 
 
 def natural_order(path: Path) -> list[Any]:
-    """A key by which day_2 comes before day_10."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
+    """Return a sort key that puts day_2 before day_10."""
+    return [int(text) if text.isdigit() else text for text in re.split(r"(\d+)", path.name)]
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message."""
+    return str(error).partition("\n")[0]
 
 
 class ClosedWhenUnused(io.FileIO):
-    """A file of which it is meant that it stays open as long as something refers to it, and no longer."""
+    """A file that closes with the last reference to it, on purpose and therefore without a ResourceWarning."""
 
     def __del__(self):
         self.close()
 
 
 def open_binary(path: Path) -> BinaryIO:
-    """Open a file for reading, unbuffered; it is closed with the last reference to it.
+    """Open a file for reading, unbuffered. It closes with the last reference to it.
 
     Raises:
         DataError: it can't be opened.
@@ -44,13 +45,20 @@ def open_binary(path: Path) -> BinaryIO:
 
 
 class ArrayFile:
-    """An array of ``rows`` items in a file, from an offset on, read piece by piece.
+    """An array that is stored in a file from an offset on, and read in slices.
 
-    Read, not mapped: as fast (the pages are in the same cache), a disk's error and a file cut short are exceptions and
-    not the end of the process, and memory stays bounded.
+    It is read, not mapped: as fast (the pages are in the same cache), memory stays bounded, and a disk error or a file
+    that was cut short raises an exception where a mapping would end the process.
+
+    Args:
+        file: open for reading.
+        path: the file's name, for messages.
+        dtype: of an item, its shape included.
+        offset: position of the first item, in bytes.
+        rows: number of items; None: as many as the file has.
 
     Raises:
-        DataError: the file is too short for it.
+        DataError: the file is too short.
     """
 
     def __init__(self, file: BinaryIO, path: Path, dtype: np.dtype, offset: int, rows: int | None = None):
@@ -61,8 +69,13 @@ class ArrayFile:
         if there < self.rows:
             raise DataError(f"{path}: truncated: expected {self.rows} rows, got {there}")
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the whole array."""
+        return (self.rows, *self.dtype.shape)
+
     def elements(self) -> "ArrayFile":
-        """The same array as one of single numbers."""
+        """Return the same array as a flat one of single numbers."""
         return ArrayFile(
             self._file,
             self.path,
@@ -72,13 +85,13 @@ class ArrayFile:
         )
 
     def take(self, start: int, stop: int) -> np.ndarray:
-        """Items start to stop."""
+        """Return items start to stop."""
         items = np.empty(stop - start, self.dtype)
         self.read(items, start)
         return items
 
     def read(self, items: np.ndarray, start: int) -> None:
-        """Fill an array with the items from ``start`` on; safe in several threads."""
+        """Fill an array with the items from ``start`` on. Threads may call this at the same time."""
         read_at(self._file.fileno(), self.path, items, self.offset + start * self.dtype.itemsize)
 
 
@@ -86,7 +99,7 @@ def read_at(descriptor: int, path: Path, items: np.ndarray, position: int) -> No
     """Fill an array with the bytes of an open file from a position on.
 
     Raises:
-        DataError: the file ends before.
+        DataError: the file ends too early, or can't be read.
     """
     rest = memoryview(items.reshape(-1).view(np.uint8).data) if items.size else memoryview(b"")
     while rest:
@@ -99,84 +112,9 @@ def read_at(descriptor: int, path: Path, items: np.ndarray, position: int) -> No
         rest, position = rest[got:], position + got
 
 
-def read_npy_header(file: BinaryIO, path: Path, offset: int) -> tuple[ArrayFile, tuple[int, ...]]:
-    """The rows of the .npy array that begins at an offset of a file, and its shape."""
-    try:
-        file.seek(offset)
-        version = np.lib.format.read_magic(file)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, column_order, dtype = read(file)
-    except (ValueError, EOFError) as error:
-        raise DataError(f"{path}: not a .npy array: {first_line(error)}") from None
-    numbers = (
-        dtype.kind in "biuf" and not column_order and bool(shape) and shape[0] >= 0 and min(shape[1:], default=1) > 0
-    )
-    if not numbers or math.prod(shape[1:]) >= 1 << 31:
-        raise DataError(f"{path}: expected an array of numbers, row by row, got {dtype}, {shape}")
-    return ArrayFile(file, path, np.dtype((dtype, shape[1:])) if shape[1:] else dtype, file.tell(), shape[0]), shape
-
-
-class NpzFile:
-    """The arrays of a .npz file: where they lie if they are stored, else unpacked into temporary files.
-
-    Raises:
-        DataError: it isn't one.
-    """
-
-    def __init__(self, path: Path):
-        self._path = path
-        try:
-            self._zip = zipfile.ZipFile(open_binary(path))
-        except zipfile.BadZipFile as error:
-            raise DataError(f"{path}: not a .npz file, or one that ends early: {error}") from None
-        self.names = {name.removesuffix(".npy") for name in self._zip.namelist()}
-
-    def __enter__(self) -> "NpzFile":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._zip.close()
-
-    def array(self, name: str) -> tuple[ArrayFile, tuple[int, ...]]:
-        """The rows of an array, and its shape.
-
-        Raises:
-            DataError: it is broken, or not one of numbers.
-            OSError: there is no room to unpack it.
-        """
-        info = self._zip.getinfo(name + ".npy")
-        if info.compress_type == zipfile.ZIP_STORED:
-            file = open_binary(self._path)
-            file.seek(info.header_offset + 26)  # of the local header: the lengths of name and extra field
-            lengths = np.frombuffer(file.read(4), "<u2").astype(int)
-            start = info.header_offset + 30 + int(lengths.sum())
-            array, shape = read_npy_header(file, self._path, start)
-            there = start + info.file_size - array.offset
-            if there < array.rows * array.dtype.itemsize:
-                raise DataError(f"{self._path}: {name}: truncated: {shape} {array.dtype.base.str[1:]} in {there} bytes")
-            return array, shape
-        try:
-            with tempfile.TemporaryFile() as temporary, self._zip.open(info) as member:
-                shutil.copyfileobj(member, temporary, 1 << 20)
-                temporary.flush()
-                unpacked = ClosedWhenUnused(os.dup(temporary.fileno()))
-        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # RuntimeError: encrypted, or how
-            raise DataError(f"{self._path}: {name}: corrupt archive: {error}") from None
-        except OSError as error:
-            raise OSError(
-                error.errno, f"{error.strerror}, while unpacking {self._path}", tempfile.gettempdir()
-            ) from None
-        return read_npy_header(unpacked, self._path, 0)
-
-
-def first_line(error: Exception) -> str:
-    """Of an error's message."""
-    return str(error).partition("\n")[0]
-
-
-def rename(part: Path, path: Path) -> None:
-    """Have a file take its name, also after a power cut."""
-    os.replace(part, path)
+def rename(unfinished: Path, path: Path) -> None:
+    """Give a file its final name, safe against a power cut."""
+    os.replace(unfinished, path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -185,26 +123,45 @@ def rename(part: Path, path: Path) -> None:
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write: it takes the name ``path`` when all went well, else nothing is left of it.
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yield the name of a file to write, which becomes ``path`` if all goes well and is removed otherwise.
 
     Raises:
-        OSError: it can't be written; names ``path``.
+        OSError: it can't be written. The error names ``path``.
     """
-    part = path.with_name(path.name + ".part")
+    unfinished = path.with_name(path.name + ".part")
     try:
-        with open(part, "wb") as file:
-            yield file
-            file.flush()
+        yield unfinished
+        with open(unfinished, "rb") as file:
             os.fsync(file.fileno())
-        rename(part, path)
+        rename(unfinished, path)
     except OSError as error:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from None
     finally:
-        part.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write a JSON file: whole, or not at all."""
-    with whole_file(path) as file:
-        file.write((json.dumps(values, indent=2) + "\n").encode())
+    """Write a JSON file, whole or not at all."""
+    with whole_file(path) as unfinished:
+        unfinished.write_text(json.dumps(values, indent=2) + "\n")
+
+
+@contextmanager
+def locked(path: Path, wait: bool) -> Iterator[None]:
+    """Keep other processes out. The system releases the lock when the process dies.
+
+    Args:
+        path: of the lock, a file that exists as long as the lock is held.
+        wait: wait for the process that holds the lock.
+
+    Raises:
+        BlockingIOError: another process holds the lock, and ``wait`` is false.
+        OSError: the file can't be opened.
+    """
+    with open(path, "wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)

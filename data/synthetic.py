@@ -1,11 +1,15 @@
-"""Generated Criteo rows with a known answer: every row's true click probability, and so the best possible AUC.
+"""Generate Criteo rows whose click probabilities are known, and so the best AUC that any model can reach.
 
-    python -m data.synthetic --rows 200000 --seed 0 --output rows.tsv        (.tsv or .tsv.gz)
+    python -m data.synthetic --rows 200000 --seed 0 --output rows.tsv
+    python -m data.synthetic --rows 5000000 --output rows.tsv.gz
 
-Columns have the cardinalities and about the missing shares of the Kaggle data. Ids follow a bounded Zipf law. A click
-is drawn from sigmoid(logit), where the logit is a sum of an effect per id, products of effects of pairs of features,
-and linear terms in the integers. All effects are hashed from the seed, so no table of them exists: ``Signal.logits``
-scores any rows of the file, read back by any reader, as the best possible model would.
+The file is a log in Criteo's format: label, 13 integers and 26 categories, separated by tabs. One core writes about
+130,000 rows a second. Then the program takes some 5 seconds to estimate the best possible AUC, and prints it.
+
+Columns have the number of distinct ids and about the share of missing values of the Kaggle data. Ids follow a bounded
+Zipf law. A click is drawn with probability sigmoid(logit), where the logit is the sum of an effect of each id, products
+of two such effects for pairs of features, and linear terms in the integers. Effects are hashes of ids and seed, not
+tables, so `Signal.logits` scores any rows of the file as the best possible model would.
 """
 
 import argparse
@@ -19,11 +23,13 @@ import numpy as np
 from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 
-from data.rows import MISSING, NUM_DENSE, NUM_SPARSE, Layout, to_batch
+from data.formats.criteo_tsv import write_tsv
+from data.program import exit_code
+from data.rows import to_batch, to_frame
+from data.schema import MISSING, NUM_DENSE, NUM_SPARSE, Layout
 from data.storage import whole_file
-from data.writers import to_frame, write_tsv
 
-# Criteo Kaggle: distinct values per category, and roughly the share of rows in which a field is empty.
+# The Kaggle data: distinct ids of each category, and roughly the share of rows in which a field is empty.
 CARDINALITIES = (
     1460, 583, 10131227, 2202608, 305, 24, 12517, 633, 3, 93145, 5683, 8351593, 3194,
     27, 14992, 5461306, 10, 5652, 2173, 4, 7046547, 18, 15, 286181, 105, 142572,
@@ -33,19 +39,19 @@ SPARSE_MISSING = (
     0, 0, 0.03, 0, 0, 0.44, 0.44, 0.03, 0.76, 0, 0.03, 0.44, 0.44,
 )  # fmt: skip
 DENSE_MISSING = (0.45, 0, 0.21, 0.22, 0.03, 0.22, 0.04, 0, 0.04, 0.45, 0.04, 0.77, 0.22)
-DENSE_SCALE = (1, 20, 6, 6, 3000, 40, 6, 10, 60, 0.5, 2, 0.5, 6)  # median of the integers that are there
+DENSE_SCALE = (1, 20, 6, 6, 3000, 40, 6, 10, 60, 0.5, 2, 0.5, 6)  # medians of the integers that are not missing
 ZIPF_EXPONENT = 1.1
 POSITIVE_RATE = 0.2568
 
-# Scale of each part of the logit, set so that the best possible AUC lies near 0.8, as it seems to on the real data.
+# Scales of the terms of the logit. With these, the best possible AUC is near 0.8, as it seems to be on the real data.
 _ID_EFFECT, _PAIR_EFFECT, _DENSE_EFFECT, _PAIRS = 0.4, 0.35, 0.1, 8
-# The effect of the id of rank r is scaled by 1 / sqrt(1 + r / _RANK_SCALE): in logs, too, rare ids say little.
+# The effect of the id of rank r is scaled by 1 / sqrt(1 + r / _RANK_SCALE): in real logs, too, rare ids say little.
 _RANK_SCALE = 100
 _ROWS_AT_A_TIME = 50_000
 
 
 def _permute32(x: np.ndarray) -> np.ndarray:
-    """A bijection on 32-bit values (Wellons' lowbias32), so that ids look hashed and never collide within a column."""
+    """Map 32-bit values one to one (Wellons' lowbias32): ids look hashed, and none collide within a column."""
     x = x.astype(np.uint32)
     x ^= x >> np.uint32(16)
     x *= np.uint32(0x7FEB352D)
@@ -55,6 +61,7 @@ def _permute32(x: np.ndarray) -> np.ndarray:
 
 
 def _unpermute32(x: np.ndarray) -> np.ndarray:
+    """Invert _permute32."""
     x = x.astype(np.uint32)
     x ^= x >> np.uint32(16)
     x *= np.uint32(pow(0x846CA68B, -1, 1 << 32))
@@ -64,7 +71,7 @@ def _unpermute32(x: np.ndarray) -> np.ndarray:
 
 
 def _normal(key: int, x: np.ndarray) -> np.ndarray:
-    """A standard normal number for every integer x, always the same one for the same key: hash, then Box-Muller."""
+    """Return a standard normal number for each integer x, a function of key and x: a hash, then Box-Muller."""
     z = x.astype(np.uint64) + np.uint64((key * 0x9E3779B97F4A7C15) % (1 << 64))
     for shift, multiplier in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         z = (z ^ (z >> np.uint64(shift))) * np.uint64(multiplier)
@@ -75,12 +82,12 @@ def _normal(key: int, x: np.ndarray) -> np.ndarray:
 
 
 def _column_offsets() -> np.ndarray:
-    """Where each column's ranks begin before the permutation: columns share no values, and none has 0, "missing"."""
+    """Return the first value of each column before the permutation. Columns share no values, and none has 0."""
     return np.concatenate([[1], 1 + np.cumsum(CARDINALITIES)[:-1]]).astype(np.uint32)
 
 
 class Signal:
-    """The distribution of the rows and the planted signal.
+    """The distribution of generated rows, and the true logit of each.
 
     Args:
         seed: other seeds give other effects and other rows.
@@ -95,11 +102,19 @@ class Signal:
         self._offset = self._calibrate()
 
     def sample(self, rows: int, stream: int) -> np.ndarray:
-        """Records of drawn rows; the same (seed, rows, stream) draws the same ones."""
+        """Draw rows.
+
+        Args:
+            rows: how many.
+            stream: other streams have other rows.
+
+        Returns:
+            the records, a function of the seed, ``rows`` and ``stream``.
+        """
         rng = np.random.default_rng([self.seed, 1, stream])
         spread = rng.lognormal(0, 1.5, (rows, NUM_DENSE)) * DENSE_SCALE
         integers = spread.astype(np.int64)
-        integers[:, 1] -= 3 * (rng.random(rows) < 0.1)  # the only column of the logs that goes below zero
+        integers[:, 1] -= 3 * (rng.random(rows) < 0.1)  # the only column of the logs that has negative values
         integers[rng.random((rows, NUM_DENSE)) < DENSE_MISSING] = MISSING
         # Inverse of the distribution function of a power law on [1, n + 1), rounded down.
         power = 1 - ZIPF_EXPONENT
@@ -114,7 +129,15 @@ class Signal:
         return records
 
     def logits(self, dense: np.ndarray, sparse: np.ndarray) -> np.ndarray:
-        """The true log-odds of rows as models get them: dense (B, 13), sparse (B, 26). Returns (B,) float64."""
+        """Return the true logits of rows, in the form that models get them.
+
+        Args:
+            dense: (B, 13) float, transformed integers.
+            sparse: (B, 26) int64, ids.
+
+        Returns:
+            (B,) float64.
+        """
         ranks = (_unpermute32(sparse) - _column_offsets()).astype(np.float64)
         damping = np.where(sparse == 0, 1, 1 / np.sqrt(1 + ranks / _RANK_SCALE))
 
@@ -130,7 +153,11 @@ class Signal:
         return total
 
     def bayes_auc(self, rows: int = 500_000) -> float:
-        """The AUC of the true probabilities on freshly drawn rows: no model can be better, but for chance."""
+        """Return the AUC of the true probabilities on newly drawn rows. Except by chance, no model can do better.
+
+        Args:
+            rows: how many to draw, rounded up to 50,000.
+        """
         scores, labels = [], []
         for stream in range(-(-rows // _ROWS_AT_A_TIME)):
             records = self.sample(_ROWS_AT_A_TIME, -1 - stream & 0xFFFFFFFF)
@@ -139,7 +166,7 @@ class Signal:
         return float(roc_auc_score(np.concatenate(labels), np.concatenate(scores)))
 
     def _calibrate(self) -> float:
-        """The offset at which a pilot sample has the positive rate of the logs."""
+        """Return the offset that gives a sample the click rate of the Kaggle data."""
         logits = self._logits(self.sample(_ROWS_AT_A_TIME, 0xFFFFFFFF))
         low, high = -20.0, 20.0
         for _ in range(60):
@@ -153,24 +180,35 @@ class Signal:
         return self.logits(batch.dense, batch.sparse)
 
     def records(self, rows: int) -> Iterator[np.ndarray]:
-        """The rows, some at a time."""
+        """Yield the records of the first ``rows`` rows, 50,000 at a time."""
         for start in range(0, rows, _ROWS_AT_A_TIME):
             yield self.sample(min(_ROWS_AT_A_TIME, rows - start), start // _ROWS_AT_A_TIME)
 
 
 def write(path: str | Path, rows: int, seed: int = 0, labelled: bool = True, progress: bool = False) -> Signal:
-    """Write a Criteo TSV, gzipped if the name ends in .gz. The file appears whole or not at all.
+    """Write generated rows as a log. The file appears whole or not at all.
+
+    Args:
+        path: of the file, compressed if it ends with .gz.
+        rows: how many.
+        seed: of the signal.
+        labelled: whether the rows have a label.
+        progress: show a progress bar.
 
     Returns:
-        the Signal that made it.
+        the signal that the rows were drawn from.
+
+    Raises:
+        OSError: the file can't be written.
     """
     path = Path(path)
     signal = Signal(seed)
     with (
-        whole_file(path) as file,
+        whole_file(path) as unfinished,
+        open(unfinished, "wb") as file,
         tqdm(total=rows, unit="row", unit_scale=True, desc=path.name, disable=not progress) as bar,
     ):
-        # Without name and time, the same rows are the same bytes.
+        # Without name and time, the same rows give the same bytes.
         packed = gzip.GzipFile("", "wb", 4, file, mtime=0) if path.suffix == ".gz" else nullcontext(file)
         with packed as text:
             for records in signal.records(rows):
@@ -180,22 +218,41 @@ def write(path: str | Path, rows: int, seed: int = 0, labelled: bool = True, pro
     return signal
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Generate a Criteo TSV with a planted signal.")
-    parser.add_argument("--rows", type=int, default=200_000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, required=True, help="a .tsv or .tsv.gz file")
-    arguments = parser.parse_args()
-    if arguments.rows < 1:
-        parser.error("--rows: expected at least 1")
-    try:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        signal = write(arguments.output, arguments.rows, arguments.seed, progress=True)
-    except OSError as error:
-        print(f"error: {error.filename or arguments.output}: {error.strerror}", file=sys.stderr)
-        return 2
-    print(f"{arguments.output}: {arguments.rows} rows, best possible AUC {signal.bayes_auc():.4f}")
-    return 0
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m data.synthetic", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--rows",
+        type=int,
+        default=200_000,
+        metavar="N",
+        help="rows to generate (default: %(default)s, which take 49 MB)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="other seeds give other rows and clicks (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="FILE", help="file to write; compressed if it ends with .gz"
+    )
+    args = parser.parse_args(arguments)
+    if args.rows < 1:
+        parser.error(f"--rows: expected at least 1, got {args.rows}")
+    return args
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the program, and return its exit code."""
+    args = parse(arguments)
+    return exit_code(lambda: run(args.output, args.rows, args.seed))
+
+
+def run(path: Path, rows: int, seed: int) -> None:
+    """Write a file of generated rows, and print their best possible AUC."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    signal = write(path, rows, seed, progress=True)
+    print(f"{path}: {rows} rows, best possible AUC {signal.bayes_auc():.4f}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The formats of click logs, one module each, and `open_source`, which recognizes them."""
+"""Formats of click logs, a module each, and `open_source`, which recognizes them."""
 
 from data.formats.opening import open_source, open_sources
 

@@ -1,11 +1,11 @@
-"""Criteo's click logs: one streaming pass, memory bounded whatever the file's size.
+"""Criteo's click logs: text that is read and written as a stream, in bounded memory whatever the file's size.
 
 A row is a line of tab-separated fields without a header: the label (0 or 1), 13 integers of 32 bits, 26 categories of
-up to 8 hexadecimal digits; an empty field is a missing value. Without the label (39 fields) the rows are to be
-predicted. Files may be plain, gzip, xz or zstandard; their content tells, not their name.
+up to 8 hexadecimal digits. An empty field is a missing value. Rows whose clicks are to be predicted have no label, thus
+39 fields. Files may be plain or compressed by gzip, xz or zstandard; their content tells which, not their name.
 
-Two readers give the same records: csrc/tsv.cpp, and polars where that is not compiled. The environment's ROBE_READER
-names another compilation of it.
+Two parsers give the same records: data/csrc/criteo_tsv.cpp, and polars where that is not compiled. The environment
+variable ROBE_READER names another build of it.
 """
 
 import ctypes
@@ -16,21 +16,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import polars as pl
 from backports import zstd
 from isal import igzip, isal_zlib
 
-from data.rows import DENSE_NAMES, MISSING, NUM_DENSE, NUM_SPARSE, SPARSE_NAMES, DataError, Layout
+from data.formats.writer import Writer
+from data.rows import to_frame
+from data.schema import DENSE_NAMES, MISSING, NUM_DENSE, NUM_SPARSE, SPARSE_NAMES, DataError, Layout
 from data.sources import Fault, Piece, Source
 
-MAX_HEX_DIGITS = 8
-SUFFIXES = (".gz", ".xz", ".zst", ".tsv", ".txt", ".csv")
-
-_PIECE_BYTES = 1 << 21  # of text parsed at a time, 9,000 rows: larger pieces parse no faster and take more memory
-_MAX_LINE_BYTES = 1 << 16
+PIECE_BYTES = 1 << 21  # of text, 9,000 rows: larger pieces parse no faster and take more memory
+MAX_LINE_BYTES = 1 << 16
+_MAX_HEX_DIGITS = 8
+_SUFFIXES = (".gz", ".xz", ".zst", ".tsv", ".txt", ".csv")
 _OPENERS: dict[bytes, Callable[..., Any]] = {
     b"\x1f\x8b": igzip.open,
     b"\xfd7zXZ\x00": lzma.open,
@@ -40,7 +41,7 @@ _BROKEN: tuple[Any, ...] = (igzip.BadGzipFile, isal_zlib.error, lzma.LZMAError, 
 
 
 class CriteoTSV(Source):
-    """A file of Criteo rows.
+    """A log.
 
     Args:
         path: of the file.
@@ -55,10 +56,10 @@ class CriteoTSV(Source):
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.name = self.path.name
-        while self.name.endswith(SUFFIXES):
+        while self.name.endswith(_SUFFIXES):
             self.name = self.name.rpartition(".")[0]
         with self._open() as file, self._reading(1):
-            head = file.readline(_MAX_LINE_BYTES)
+            head = file.readline(MAX_LINE_BYTES)
         if not head:
             raise DataError(f"{self.path}: the file is empty")
         fields = head.count(b"\t") + 1
@@ -69,6 +70,7 @@ class CriteoTSV(Source):
         self.layout = Layout(labelled=fields == NUM_SPARSE + NUM_DENSE + 1)
 
     def pieces(self, start: int = 0) -> Iterator[Callable[[], Piece]]:
+        """Yield calls that parse the lines from ``start`` on, piece by piece."""
         line = 0  # lines before this text
         for text, lines in self._whole_lines():
             if line >= start:
@@ -78,8 +80,6 @@ class CriteoTSV(Source):
                 yield partial(parse, rest, line + lines - start, self.path, start, self.labelled)
             line += lines
         self.rows = line
-
-    # ----------------------------------------------------------------------------------------------------------------
 
     def _open(self) -> io.BufferedIOBase:
         try:
@@ -94,7 +94,7 @@ class CriteoTSV(Source):
 
     @contextmanager
     def _reading(self, line: int) -> Iterator[None]:
-        """Turns the several errors of a broken archive into one that says how far it could be read."""
+        """Turn the errors of a broken archive into a DataError that says how far it could be read."""
         try:
             yield
         except EOFError:
@@ -105,21 +105,21 @@ class CriteoTSV(Source):
             raise DataError(f"{self.path}: {error.strerror or error}") from None
 
     def _whole_lines(self) -> Iterator[tuple[bytes, int]]:
-        """The text in pieces that end with a line end, and how many lines each has."""
+        """Yield the text in pieces that end with a line end, and the number of lines in each."""
         line = 1
         with self._open() as file:
             while True:
                 with self._reading(line):
-                    text = file.read(_PIECE_BYTES)
+                    text = file.read(PIECE_BYTES)
                     if text and not text.endswith(b"\n"):
-                        text += file.readline(_MAX_LINE_BYTES)
+                        text += file.readline(MAX_LINE_BYTES)
                     too_long = bool(text) and not text.endswith(b"\n") and bool(file.read(1))
                 if not text:
                     return
                 if not text.endswith(b"\n"):
                     if too_long:
                         line += text.count(b"\n")
-                        raise DataError(f"{self.path}:{line}: not a Criteo row: a line of over {_MAX_LINE_BYTES} bytes")
+                        raise DataError(f"{self.path}:{line}: not a Criteo row: a line of over {MAX_LINE_BYTES} bytes")
                     text += b"\n"
                 lines = text.count(b"\n")
                 yield text, lines
@@ -127,8 +127,19 @@ class CriteoTSV(Source):
 
 
 def parse(text: bytes, lines: int, path: Path, first: int, labelled: bool) -> Piece:
-    """The records and the faulty lines of text of so many whole lines, the first of which is number ``first``."""
-    records, bad = (_parse_native if _NATIVE else _parse_polars)(text, lines, labelled)
+    """Parse whole lines.
+
+    Args:
+        text: that ends with a line end.
+        lines: the number of lines in it.
+        path: of the file, for the piece.
+        first: the number of the first line in the file.
+        labelled: whether the rows have a label.
+
+    Returns:
+        the records, and the lines that are no rows.
+    """
+    records, bad = (_parse_native if NATIVE else _parse_polars)(text, lines, labelled)
     if not len(bad):
         return Piece(path, first, lines, records)
     split = text.split(b"\n")
@@ -137,7 +148,10 @@ def parse(text: bytes, lines: int, path: Path, first: int, labelled: bool) -> Pi
 
 
 def fault(line: bytes, labelled: bool) -> str | None:
-    """What is wrong with a line, None if it is a row. The specification of a row: both readers agree with it."""
+    """Return what is wrong with a line, or None if it is a row.
+
+    This is the specification of a row: both parsers agree with it.
+    """
     names = (["label"] if labelled else []) + DENSE_NAMES + SPARSE_NAMES
     fields = line.removesuffix(b"\r").split(b"\t")
     if len(fields) != len(names):
@@ -148,8 +162,8 @@ def fault(line: bytes, labelled: bool) -> str | None:
             if text not in (b"0", b"1"):
                 return f"{where} 0 or 1{got}"
         elif name in SPARSE_NAMES:
-            if len(text) > MAX_HEX_DIGITS or set(text) - _HEX_DIGITS:
-                return f"{where} up to {MAX_HEX_DIGITS} hexadecimal digits{got}"
+            if len(text) > _MAX_HEX_DIGITS or set(text) - _HEX_DIGITS:
+                return f"{where} up to {_MAX_HEX_DIGITS} hexadecimal digits{got}"
         elif text and not _is_int32(text):
             return f"{where} an integer of 32 bits{got}"
     return None
@@ -163,7 +177,7 @@ def _is_int32(text: bytes) -> bool:
     return digits.isdigit() and len(digits.lstrip(b"0")) <= 10 and int(digits) <= np.iinfo(np.int32).max
 
 
-# -- The compiled reader ----------------------------------------------------------------------------------------------
+# -- The compiled parser ----------------------------------------------------------------------------------------------
 
 
 def _load() -> ctypes.CDLL | None:
@@ -177,26 +191,26 @@ def _load() -> ctypes.CDLL | None:
     return library
 
 
-_NATIVE = _load()
+NATIVE = _load()
 
 
 def reader() -> str:
-    """Which reader reads text: "native" or "polars"."""
-    return "native" if _NATIVE else "polars"
+    """Return the parser in use: "native" or "polars"."""
+    return "native" if NATIVE else "polars"
 
 
 def _parse_native(text: bytes, lines: int, labelled: bool) -> tuple[np.ndarray, np.ndarray]:
-    assert _NATIVE is not None
+    assert NATIVE is not None
     records = Layout(labelled).records(lines)
     bad_lines = np.empty(lines, np.int64)
     bad = ctypes.c_int64()
-    rows = _NATIVE.read_criteo(
+    rows = NATIVE.read_criteo(
         text, len(text), labelled, records.ctypes.data, bad_lines.ctypes.data, ctypes.addressof(bad)
     )
     return records[:rows], bad_lines[: bad.value]
 
 
-# -- The reader in polars ---------------------------------------------------------------------------------------------
+# -- The parser in polars ---------------------------------------------------------------------------------------------
 
 
 def _parse_polars(text: bytes, lines: int, labelled: bool) -> tuple[np.ndarray, list[int]]:
@@ -212,7 +226,7 @@ def _parse_polars(text: bytes, lines: int, labelled: bool) -> tuple[np.ndarray, 
 
 
 def _parse_rows(text: bytes, lines: int, labelled: bool) -> np.ndarray | None:
-    """The records of text; None if there is a line in it that is not a row."""
+    """Return the records of text, or None if a line in it is not a row."""
     layout = Layout(labelled)
     if not lines:
         return layout.records(0)
@@ -229,19 +243,19 @@ def _parse_rows(text: bytes, lines: int, labelled: bool) -> np.ndarray | None:
             quote_char=None,
             schema=dict.fromkeys(names, pl.Int32) | dict.fromkeys(SPARSE_NAMES, pl.String),
         )
-        # Not the value: it may have zeros before it.
+        # The length and not the value: there may be leading zeros.
         longest = frame.select(pl.max_horizontal(pl.col(SPARSE_NAMES).str.len_bytes().max())).item()
         frame = frame.with_columns(pl.col(SPARSE_NAMES).str.to_integer(base=16, dtype=pl.Int64))
     except pl.exceptions.PolarsError:
         return None
-    # polars skips blank lines and fills short ones up with nulls: the counts show both.
+    # polars skips blank lines and pads short ones with nulls: the counts show both.
     if frame.height != lines or text.count(b"\t") != lines * (len(frame.columns) - 1):
         return None
     sparse = frame.select(pl.col(SPARSE_NAMES).fill_null(0)).to_numpy()
     dense = frame.select(DENSE_NAMES)
     if (
         sparse.min() < 0
-        or (longest or 0) > MAX_HEX_DIGITS
+        or (longest or 0) > _MAX_HEX_DIGITS
         or (labelled and not frame["label"].fill_null(-1).is_in([0, 1]).all())
         or (dense.min_horizontal() == MISSING).any()
         or b"+" in text  # polars reads "+1" and " 1" as numbers
@@ -254,3 +268,53 @@ def _parse_rows(text: bytes, lines: int, labelled: bool) -> np.ndarray | None:
     records["dense"] = dense.select(pl.all().fill_null(MISSING)).to_numpy()
     records["sparse"] = sparse
     return records
+
+
+# -- The writer -------------------------------------------------------------------------------------------------------
+
+
+class SupportsWrite(Protocol):
+    """A file that takes bytes."""
+
+    def write(self, data: bytes, /) -> Any:
+        """Append bytes."""
+
+
+class TSVWriter(Writer):
+    """Writes a log. A category of id 0 becomes an empty field, a missing one."""
+
+    holds = "rows with integers and one 32-bit id a feature"
+
+    @staticmethod
+    def can_hold(layout: Layout) -> bool:
+        """Return whether the format can hold such records."""
+        return layout == Layout(labelled=layout.labelled)
+
+    def begin(self) -> None:
+        """Open the file."""
+        self._file = self.open_file(".tsv")
+
+    def add(self, records: np.ndarray) -> None:
+        """Write records."""
+        write_tsv(self._file, to_frame(records))
+
+
+def write_tsv(file: SupportsWrite, frame: pl.DataFrame) -> None:
+    """Write rows as lines of a log.
+
+    Args:
+        file: open for writing.
+        frame: the rows, as from `data.rows.to_frame`.
+    """
+    text = frame.with_columns(_hexadecimal(frame[name].to_numpy()).alias(name) for name in SPARSE_NAMES)
+    file.write(text.write_csv(separator="\t", include_header=False).encode())
+
+
+def _hexadecimal(ids: np.ndarray) -> pl.Series:
+    """Return 32-bit ids as Criteo writes them: 8 hexadecimal digits, null for id 0."""
+    ids = ids.astype(np.uint32)
+    text = _FOUR_DIGITS.gather(ids >> 16) + _FOUR_DIGITS.gather(ids & 0xFFFF)
+    return text.set(pl.Series(ids == 0), None)
+
+
+_FOUR_DIGITS = pl.Series([f"{i:04x}" for i in range(1 << 16)])

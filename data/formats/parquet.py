@@ -1,16 +1,22 @@
-"""Criteo rows in Parquet, as Spark, NVTabular and the Hugging Face hub have them."""
+"""Criteo rows in Parquet, with the column names of Spark, NVTabular and the Hugging Face hub."""
 
+import os
+import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 
-from data.rows import DENSE_NAMES, MISSING, NUM_DENSE, NUM_SPARSE, SPARSE_NAMES, DataError, Layout, check_labels
+from data.formats.writer import Writer
+from data.rows import check_labels, to_frame
+from data.schema import DENSE_NAMES, MISSING, NUM_DENSE, NUM_SPARSE, SPARSE_NAMES, DataError, Layout
 from data.sources import Piece, Source
 from data.storage import first_line
 
+# The names that a file may use: this project's, short ones, long ones.
 _NAMES = (
     ["label", *DENSE_NAMES, *SPARSE_NAMES],
     ["label", *(f"I{i + 1}" for i in range(NUM_DENSE)), *(f"C{i + 1}" for i in range(NUM_SPARSE))],
@@ -24,10 +30,16 @@ _INTEGERS = (pl.Int8, pl.Int16, pl.Int32, pl.Int64, pl.UInt8, pl.UInt16, pl.UInt
 
 
 class CriteoParquet(Source):
-    """A Parquet file with a column for each feature. Read from the beginning, some rows at a time.
+    """A Parquet file with a column for each feature, read from the beginning, some rows at a time.
 
     Integer features may be missing (null); floating-point ones are taken as they are. Categories are integers, or
-    text of up to 8 hexadecimal digits; missing ones are id 0.
+    text of up to 8 hexadecimal digits; missing ones are id 0. Other columns are ignored.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        DataError: the file is missing, broken or empty, or a column is missing or has another type.
     """
 
     rows: int | None
@@ -50,7 +62,10 @@ class CriteoParquet(Source):
                 break
         else:
             missing = sorted(set(_NAMES[0][1:]) - set(schema), key=_NAMES[0].index)
-            raise DataError(f"{self.path}: expected columns label, int_0 .. int_12, cat_0 .. cat_25; no {missing[0]}")
+            raise DataError(
+                f"{self.path}: expected columns int_0 .. int_12, cat_0 .. cat_25 and, unless rows have none, label; "
+                f"there is no {missing[0]}"
+            )
         dense = [schema[name] for name in names[1 : 1 + NUM_DENSE]]
         for name, kind in zip(names[1:], dense):
             if kind not in _INTEGERS and not kind.is_float():
@@ -67,6 +82,7 @@ class CriteoParquet(Source):
         )
 
     def pieces(self, start: int = 0) -> Iterator[Callable[[], Piece]]:
+        """Yield calls that read the rows from ``start`` on, piece by piece."""
         names = self._names if self.labelled else self._names[1:]
         try:
             batches = self._scan.select(names).slice(start).collect_batches(chunk_size=1 << 16, maintain_order=True)
@@ -119,3 +135,44 @@ class CriteoParquet(Source):
         if len(at):
             where, got = f"row {start + at[0] + 1}, column {column.name}", repr(column[at[0]])
             raise DataError(f"{self.path}: {where}: expected {expected}, got {got}")
+
+
+class ParquetWriter(Writer):
+    """Writes Parquet shards with columns label, int_0 .. int_12 (null where missing) and cat_0 .. cat_25."""
+
+    sharded = True
+    holds = "rows with one id a feature"
+
+    @staticmethod
+    def can_hold(layout: Layout) -> bool:
+        """Return whether the format can hold such records."""
+        return layout.hots is None
+
+    def begin(self) -> None:
+        """Open the file."""
+        self._file = self.open_file(".parquet")
+        self._frames: list[pl.DataFrame] = []
+
+    def add(self, records: np.ndarray) -> None:
+        """Keep records for the end."""
+        self._frames.append(to_frame(records))
+
+    def end(self) -> None:
+        """Write the file."""
+        # Without rows there is still a file with its columns.
+        frames = self._frames or [to_frame(self.layout.records(0))]
+        with disk_errors():
+            pl.concat(frames).write_parquet(self._file.stream)
+        self._frames.clear()
+
+
+@contextmanager
+def disk_errors() -> Iterator[None]:
+    """Turn polars' errors about the disk, such as a full one, into OSError."""
+    try:
+        yield
+    except pl.exceptions.PolarsError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if not number:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from None

@@ -11,10 +11,11 @@ import pytest
 import data.batches
 from data.batches import epoch_batches, in_background, rebatch, share, shuffled, split_rows, vocabulary
 from data.formats.criteo_tsv import CriteoTSV
-from data.rows import Batch, DataError, Layout
+from data.rows import Batch
+from data.schema import DataError, Layout
 from data.sources import Several, SeveralRandomAccess
-from tests.data.formats.test_criteo_tsv import make_lines, write
-from tests.data.test_sources import Numbered
+from tests.helpers.criteo import make_lines, write_lines
+from tests.helpers.sources import Numbered
 
 
 def pieces(sizes):
@@ -107,7 +108,7 @@ def test_vocabulary_is_the_distinct_ids_of_each_column():
 def numbered_log(path, first, rows):
     """A log whose ids are the numbers of its rows."""
     lines = [line.rsplit("\t", 26)[0] for line in make_lines(rows)]
-    return CriteoTSV(write(path, [line + f"\t{first + i:x}" * 26 for i, line in enumerate(lines)]))
+    return CriteoTSV(write_lines(path, [line + f"\t{first + i:x}" * 26 for i, line in enumerate(lines)]))
 
 
 def make_source(kind, rows, folder):
@@ -229,7 +230,7 @@ def test_the_parts_of_the_processes_make_the_batch(tmp_path, world_size, kind):
 def test_errors_of_the_source_reach_the_consumer(tmp_path, mixed_rows):
     with pytest.raises(DataError, match="row 70 is broken"):
         list(epoch_batches(Numbered(100, fail_at=70), range(100), 10, mixed_rows=mixed_rows))
-    log = CriteoTSV(write(tmp_path / "rows", [*make_lines(30), "x"]))
+    log = CriteoTSV(write_lines(tmp_path / "rows", [*make_lines(30), "x"]))
     with pytest.raises(DataError, match="rows:31: expected 40"):
         list(epoch_batches(log, range(31), 10))
 

@@ -5,18 +5,19 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from data.counts import RARE, CountMinSketch, Frequent, IdCounts, mix64
-from data.rows import Layout
+from data.counts import RARE_ID, CountMinSketch, Frequent, IdCounts, mix64
+from data.schema import Layout
+from tests.helpers.sources import records_of
 
 HOTS = (3, 1, 2) + (1,) * 23
 LAYOUTS = [Layout(), Layout(ids="i8"), Layout(hots=HOTS), Layout(ids="i8", hots=HOTS)]
 
 
 def random_records(layout, rows, ids=200, seed=0):
-    """Zipf-like, id 0 and RARE among them, other ids as large as they can be."""
+    """Zipf-like, id 0 and RARE_ID among them, other ids as large as they can be."""
     rng = np.random.default_rng(seed)
     spread = rng.integers(2, 2**32 if layout.ids == "u4" else 2**63, ids, dtype=np.uint64)
-    spread[:2] = 0, RARE
+    spread[:2] = 0, RARE_ID
     records = layout.records(rows)
     records["sparse"] = spread[(ids * rng.random((rows, layout.num_ids)) ** 3).astype(int)]
     return records
@@ -31,13 +32,6 @@ def count(records, features, sample=None, pieces=5):
     for part in np.array_split(records, pieces):
         counts.add(part)
     return counts
-
-
-def records_of(ids):
-    """A feature of these ids; the others are 0."""
-    records = np.zeros(len(ids), Layout().dtype)
-    records["sparse"][:, 0] = ids
-    return records
 
 
 ONE = [slice(0, 1)]
@@ -57,7 +51,7 @@ def test_mix64_in_python_integers():
 @pytest.mark.parametrize("merge_rows", [1, 700, 1 << 19])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=Layout.describe)
 def test_exact_counts(layout, merge_rows, monkeypatch):
-    monkeypatch.setattr("data.counts._MERGE_ROWS", merge_rows)
+    monkeypatch.setattr("data.counts.MERGE_ROWS", merge_rows)
     records = random_records(layout, 1000)
     counts = count(records, layout.features)
     for feature, column in enumerate(columns_of(records, layout.features)):
@@ -79,7 +73,7 @@ def test_records_may_change_after_they_were_counted():
 
 
 def test_a_sample_of_many_ids(monkeypatch):
-    monkeypatch.setattr("data.counts._MERGE_ROWS", 1 << 15)
+    monkeypatch.setattr("data.counts.MERGE_ROWS", 1 << 15)
     rng = np.random.default_rng(0)
     top = np.repeat(np.arange(1, 51), 300)
     ids = rng.permutation(np.concatenate([np.arange(1000, 301_000), rng.integers(1000, 301_000, 100_000), top]))
@@ -115,17 +109,17 @@ def test_frequent_ids_stay(layout, least):
     Frequent(count(records, layout.features), least)(changed)
     for before, after in zip(columns_of(records, layout.features), columns_of(changed, layout.features)):
         times = Counter(before)
-        assert after == [i if times[i] >= least or i == 0 else RARE for i in before]
+        assert after == [i if times[i] >= least or i == 0 else RARE_ID for i in before]
         assert 0 in after
 
 
 def test_frequent_of_ids_it_has_not_seen():
     changed = records_of([3, 4, 2**32 - 1, 0, 1, 2])
     Frequent(count(records_of([4, 4, 3]), ONE), 2)(changed)
-    assert changed["sparse"][:, 0].tolist() == [RARE, 4, RARE, 0, RARE, RARE]
+    assert changed["sparse"][:, 0].tolist() == [RARE_ID, 4, RARE_ID, 0, RARE_ID, RARE_ID]
     none = records_of([3, 0])
     Frequent(count(records_of([3]), ONE), 2)(none)
-    assert none["sparse"][:, 0].tolist() == [RARE, 0]
+    assert none["sparse"][:, 0].tolist() == [RARE_ID, 0]
 
 
 @pytest.mark.parametrize("least", [2, 3, 255])
@@ -138,7 +132,7 @@ def test_a_sketch_of_few_ids_counts_exactly(layout, least):
         sketch(records)
         for times, ids, after in zip(seen, before, columns_of(records, layout.features)):
             times.update(ids)
-            assert after == [i if times[i] >= least or i == 0 else RARE for i in ids]
+            assert after == [i if times[i] >= least or i == 0 else RARE_ID for i in ids]
 
 
 @pytest.mark.parametrize("bytes", [4, 64, 4096])
@@ -150,7 +144,7 @@ def test_a_full_sketch_never_calls_a_frequent_id_rare(bytes):
         sketch(records)
         for times, ids, after in zip(seen, before, columns_of(records, sketch.features)):
             times.update(ids)
-            assert all(got in (i, RARE) for i, got in zip(ids, after))
+            assert all(got in (i, RARE_ID) for i, got in zip(ids, after))
             assert all(got == i for i, got in zip(ids, after) if times[i] >= 4 or i == 0)
     assert sketch.counters.max() == 4
     assert sketch.counters.nbytes == bytes
@@ -160,7 +154,7 @@ def test_features_of_a_sketch_do_not_share_counts():
     sketch, records = CountMinSketch(Layout().features, 2, 1 << 20), records_of([7])
     records["sparse"] = 7
     sketch(records)
-    assert (records["sparse"] == RARE).all()
+    assert (records["sparse"] == RARE_ID).all()
 
 
 def test_a_sketch_errs_rarely():
@@ -171,7 +165,7 @@ def test_a_sketch_errs_rarely():
         sketch = CountMinSketch(ONE, 2, 1 << 20)
         for some in np.array_split(part, 100):
             sketch(some)
-            assert (some["sparse"][:, 0] != RARE).mean() < 0.01
+            assert (some["sparse"][:, 0] != RARE_ID).mean() < 0.01
 
 
 @pytest.mark.parametrize("least", [0, 1, 256])

@@ -1,4 +1,4 @@
-"""What is said of data, against Counter and plain loops."""
+"""Descriptions of data against Counter and plain loops."""
 
 import re
 from collections import Counter
@@ -9,24 +9,8 @@ import pytest
 
 from data.counts import IdCounts
 from data.describe import Description, describe, frequency_curve, plot_frequencies, table
-from data.rows import MISSING, Layout
-from data.sources import RandomAccess
-from tests.data.test_counts import records_of
-from tests.data.test_rows import HOTS, LAYOUTS, fill
-
-
-class InMemory(RandomAccess):
-    def __init__(self, records, layout):
-        self.path, self.name, self.layout, self.rows, self._records = (
-            Path("mine"),
-            "mine",
-            layout,
-            len(records),
-            records,
-        )
-
-    def fill(self, records, start):
-        records[:] = self._records[start : start + len(records)]
+from data.schema import MISSING, Layout
+from tests.helpers.sources import HOTS, LAYOUTS, InMemory, fill, records_of
 
 
 def small(layout, rows=400):

@@ -3,7 +3,10 @@
 import pytest
 
 from data.program import exit_code
-from dlrm.training.trainer import TrainingError
+
+
+class DivergedError(RuntimeError):
+    exit_code = 3
 
 
 @pytest.mark.parametrize(
@@ -13,7 +16,7 @@ from dlrm.training.trainer import TrainingError
         (OSError(28, "No space left on device", "runs/a"), 2, "error: runs/a: No space left on device"),
         (OSError(28, "No space left on device"), 2, "error: No space left on device"),
         (MemoryError("too large"), 2, "error: too large"),
-        (TrainingError("the loss is nan"), 3, "error: the loss is nan"),
+        (DivergedError("the loss is nan"), 3, "error: the loss is nan"),
         (KeyboardInterrupt(), 130, "error: interrupted"),
     ],
 )

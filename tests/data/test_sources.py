@@ -7,29 +7,11 @@ import pytest
 
 import data.formats.criteo_tsv
 from data.formats.criteo_tsv import CriteoTSV
-from data.rows import DataError, Layout, to_batch
-from data.sources import PIECE_ROWS, Fault, Piece, RandomAccess, Several, SeveralRandomAccess, require_one_layout
-from tests.data.formats.test_criteo_tsv import make_lines, write
-
-
-class Numbered(RandomAccess):
-    """Rows whose ids are their number, from ``first`` on."""
-
-    def __init__(self, rows, first=0, layout=Layout(), fail_at=None):  # noqa: B008
-        self.path, self.name, self.layout = Path(f"from_{first}"), f"from_{first}", layout
-        self.rows, self._first, self._fail_at = rows, first, fail_at
-        self.calls = []
-
-    def fill(self, records, start):
-        assert 0 <= start <= start + len(records) <= self.rows, "asked for rows that are not there"
-        if self._fail_at is not None and start <= self._fail_at < start + len(records):
-            raise DataError(f"row {self._fail_at} is broken")
-        self.calls.append((start, len(records)))
-        numbers = np.arange(start, start + len(records)) + self._first
-        if self.layout.labelled:
-            records["label"] = numbers % 2
-        records["dense"] = numbers[:, None] % 1000
-        records["sparse"] = numbers[:, None]
+from data.rows import to_batch
+from data.schema import DataError, Layout
+from data.sources import PIECE_ROWS, Fault, Piece, Several, SeveralRandomAccess, require_one_layout
+from tests.helpers.criteo import make_lines, write_lines
+from tests.helpers.sources import Numbered
 
 
 def numbers(records):
@@ -37,7 +19,7 @@ def numbers(records):
 
 
 def piece_of(lines, first):
-    """The piece, and each of its lines as "row" or "fault" with its number."""
+    """Return a piece; lines says which of its lines are bad."""
     rows = [i for i, bad in enumerate(lines, first) if not bad]
     records = Layout().records(len(rows))
     records["sparse"] = np.array(rows).reshape(-1, 1)
@@ -62,7 +44,7 @@ def test_split_at_every_line(lines, first):
 
 @pytest.fixture(params=[300, 1 << 20], ids=["small pieces", "one piece"])
 def piece_bytes(request, monkeypatch):
-    monkeypatch.setattr(data.formats.criteo_tsv, "_PIECE_BYTES", request.param)
+    monkeypatch.setattr(data.formats.criteo_tsv, "PIECE_BYTES", request.param)
 
 
 SIZES = [7, 1, 12]
@@ -72,7 +54,7 @@ SIZES = [7, 1, 12]
 def files(tmp_path):
     """Log files, and the ids of their rows."""
     lines = [make_lines(size, seed=seed) for seed, size in enumerate(SIZES)]
-    paths = [write(tmp_path / f"day_{i}", some) for i, some in enumerate(lines)]
+    paths = [write_lines(tmp_path / f"day_{i}", some) for i, some in enumerate(lines)]
     return paths, [int(line.split("\t")[-1] or "0", 16) for some in lines for line in some]
 
 
@@ -120,7 +102,7 @@ def test_a_fault_in_a_later_file_has_the_line_of_that_file(tmp_path, files):
 
 @pytest.mark.usefixtures("piece_bytes")
 def test_a_fault_behind_the_rows_asked_for_does_no_harm(tmp_path):
-    source = CriteoTSV(write(tmp_path / "rows", [*make_lines(5), "x", *make_lines(5)]))
+    source = CriteoTSV(write_lines(tmp_path / "rows", [*make_lines(5), "x", *make_lines(5)]))
     assert sum(map(len, source.records(1, 5))) == 4
     assert sum(map(len, source.records(6, 9))) == 3
     for start, stop in ((0, 6), (5, 6), (0, None)):
@@ -152,7 +134,7 @@ def test_random_access_is_read_in_pieces():
 
 
 def test_read_gives_the_batches_of_the_records(tmp_path):
-    source = CriteoTSV(write(tmp_path / "rows", make_lines(9)))
+    source = CriteoTSV(write_lines(tmp_path / "rows", make_lines(9)))
     (records,), (batch,) = list(source.records(2, 6)), list(source.read(2, 6))
     np.testing.assert_array_equal(batch.dense, to_batch(records).dense)
     assert len(batch) == 4
@@ -163,7 +145,8 @@ def test_rows_of_two_kinds_are_refused(make):
     same = [Numbered(3, layout=Layout(ids="i8")), Numbered(3, 5, layout=Layout(ids="i8"))]
     assert getattr(make(same), "layout", Layout(ids="i8")) == Layout(ids="i8")
     message = (
-        "from_8: its rows have labels, integers, 32-bit ids, those of from_0 labels, integers, 64-bit ids; expected"
+        "from_8: its rows have labels, integers, 32-bit ids, those of from_0 have labels, integers, 64-bit ids; "
+        "expected one layout"
     )
     with pytest.raises(DataError, match=message):
         make([*same, Numbered(3, 8)])

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.rows import DataError
-from data.storage import ArrayFile, natural_order, open_binary, read_at, whole_file, write_json
+from data.schema import DataError
+from data.storage import ArrayFile, locked, natural_order, open_binary, read_at, whole_file, write_json
 
 
 def test_numbers_in_names_are_numbers():
@@ -20,9 +20,8 @@ def test_numbers_in_names_are_numbers():
 def test_a_whole_file_takes_its_name_at_the_end(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")
-    with whole_file(path) as file:
-        file.write(b"new")
-        file.flush()
+    with whole_file(path) as unfinished:
+        unfinished.write_text("new")
         assert path.read_text() == "old"
     assert path.read_text() == "new"
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
@@ -32,8 +31,8 @@ def test_a_whole_file_takes_its_name_at_the_end(tmp_path):
 def test_what_was_there_stays_when_writing_fails(tmp_path, error):
     path = tmp_path / "file"
     path.write_text("old")
-    with pytest.raises(type(error)), whole_file(path) as file:  # noqa: PT012
-        file.write(b"new")
+    with pytest.raises(type(error)), whole_file(path) as unfinished:  # noqa: PT012
+        unfinished.write_text("new")
         raise error
     assert path.read_text() == "old"
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
@@ -83,3 +82,15 @@ def test_files_that_are_too_short(tmp_path):
 
 def test_reading_into_nothing_reads_nothing(tmp_path):
     read_at(-1, tmp_path, np.empty(0, "<i4"), 0)
+
+
+def test_a_lock_keeps_others_out_until_it_is_released(tmp_path):
+    path = tmp_path / ".lock"
+    with locked(path, wait=True):
+        with pytest.raises(BlockingIOError), locked(path, wait=False):
+            pass
+        assert path.exists()
+    assert not path.exists()
+    with pytest.raises(KeyError), locked(path, wait=False):
+        raise KeyError
+    assert not path.exists()

@@ -1,4 +1,4 @@
-"""The Criteo reader against a reading written by hand in plain Python."""
+"""Both parsers of logs against a reading in plain Python."""
 
 import gzip
 import lzma
@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 import data.formats.criteo_tsv
 from data.formats.criteo_tsv import CriteoTSV, fault, parse
-from data.rows import MISSING, Batch, DataError, transform_dense
+from data.rows import Batch, transform_dense
+from data.schema import MISSING, DataError
+from tests.helpers.criteo import make_lines, write_lines
 
 
 def zstd_compress(content):
@@ -22,29 +24,13 @@ def zstd_compress(content):
 COMPRESS = [gzip.compress, lzma.compress, zstd_compress]
 
 
-def make_lines(rows, labelled=True, seed=0):
-    """Rows as text: random, with empty fields and negative integers."""
-    rng = np.random.default_rng(seed)
-    lines = []
-    for _ in range(rows):
-        integers = ["" if rng.random() < 0.3 else str(rng.integers(-3, 10**6)) for _ in range(13)]
-        categories = ["" if rng.random() < 0.2 else f"{rng.integers(0, 2**32):08x}" for _ in range(26)]
-        lines.append("\t".join([str(rng.integers(0, 2))] * labelled + integers + categories))
-    return lines
-
-
 def expected(lines, labelled=True):
-    """What the lines mean: integer x is log(max(x, 0) + 1), a category its number, nothing is 0."""
+    """Read lines: an integer x is log(max(x, 0) + 1), a category its number, an empty field 0."""
     fields = [line.split("\t") for line in lines]
     labels = [float(f.pop(0)) for f in fields] if labelled else None
     dense = [[math.log1p(max(int(x), 0)) if x else 0.0 for x in f[:13]] for f in fields]
     sparse = [[int(x, 16) if x else 0 for x in f[13:]] for f in fields]
     return np.array(dense), np.array(sparse), labels
-
-
-def write(path, lines, end="\n"):
-    path.write_bytes(("\n".join(lines) + end).encode())
-    return path
 
 
 def read(path, *args):
@@ -55,8 +41,8 @@ def read(path, *args):
 def reader(request, monkeypatch):
     """Every test with both readers."""
     if request.param == "polars":
-        monkeypatch.setattr(data.formats.criteo_tsv, "_NATIVE", None)
-    elif data.formats.criteo_tsv._NATIVE is None:
+        monkeypatch.setattr(data.formats.criteo_tsv, "NATIVE", None)
+    elif data.formats.criteo_tsv.NATIVE is None:
         pytest.skip("the compiled reader is not built")
     return request.param
 
@@ -64,7 +50,7 @@ def reader(request, monkeypatch):
 @pytest.fixture(params=[1 << 22, 5000], ids=["one piece", "small pieces"])
 def piece_bytes(request, monkeypatch):
     """Every test of content also runs with pieces that end in the middle of lines."""
-    monkeypatch.setattr(data.formats.criteo_tsv, "_PIECE_BYTES", request.param)
+    monkeypatch.setattr(data.formats.criteo_tsv, "PIECE_BYTES", request.param)
 
 
 @pytest.mark.usefixtures("piece_bytes")
@@ -72,7 +58,7 @@ def piece_bytes(request, monkeypatch):
 @pytest.mark.parametrize("end", ["\n", ""])
 def test_values_are_those_of_the_lines(tmp_path, labelled, end):
     lines = make_lines(200, labelled)
-    file = CriteoTSV(write(tmp_path / "rows.tsv", lines, end))
+    file = CriteoTSV(write_lines(tmp_path / "rows.tsv", lines, end))
     assert file.labelled == labelled
     batch = Batch.concatenate(list(file.read()))
     dense, sparse, labels = expected(lines, labelled)
@@ -100,7 +86,7 @@ def test_compression_is_told_by_content(tmp_path, name):
 @pytest.mark.parametrize(("start", "stop"), [(0, 10), (57, 58), (90, None), (100, 100), (30, 500)])
 def test_a_range_of_rows(tmp_path, start, stop):
     lines = make_lines(120)
-    pieces = list(CriteoTSV(write(tmp_path / "rows.tsv", lines)).read(start, stop))
+    pieces = list(CriteoTSV(write_lines(tmp_path / "rows.tsv", lines)).read(start, stop))
     rows = expected(lines)[1][start:stop]
     assert sum(map(len, pieces)) == len(rows)
     if len(rows):
@@ -147,7 +133,7 @@ def test_a_bad_field_is_named(tmp_path, field, text, cause):
     fields = lines[70].split("\t")
     fields[field] = text
     lines[70] = "\t".join(fields)
-    path = write(tmp_path / "rows.tsv", lines)
+    path = write_lines(tmp_path / "rows.tsv", lines)
     with pytest.raises(DataError, match=rf"rows.tsv:71: {cause}"):
         read(path)
 
@@ -157,7 +143,7 @@ def test_bad_numbers_of_fields_are_named_even_if_they_add_up(tmp_path):
     lines = make_lines(100)
     short = lines[10].rsplit("\t", 1)[0]
     for bad in ([short], [""], [lines[10] + "\t", short]):
-        path = write(tmp_path / "rows.tsv", lines[:10] + bad + lines[11:])
+        path = write_lines(tmp_path / "rows.tsv", lines[:10] + bad + lines[11:])
         got = bad[0].count("\t") + 1
         with pytest.raises(DataError, match=f"rows.tsv:11: expected 40 tab-separated fields, got {got}"):
             read(path)
@@ -179,7 +165,7 @@ def test_files_that_are_not_rows(tmp_path):
 
 
 def test_a_line_without_end_is_refused_in_bounded_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(data.formats.criteo_tsv, "_PIECE_BYTES", 1 << 16)
+    monkeypatch.setattr(data.formats.criteo_tsv, "PIECE_BYTES", 1 << 16)
     path = tmp_path / "rows.tsv"
     path.write_bytes((make_lines(1)[0] + "\n").encode() + b"7" * (1 << 20))
     with pytest.raises(DataError, match=r"rows.tsv:2: not a Criteo row: a line of over 65536 bytes"):
@@ -188,7 +174,7 @@ def test_a_line_without_end_is_refused_in_bounded_memory(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("compress", COMPRESS)
 def test_broken_archives(tmp_path, compress, monkeypatch):
-    monkeypatch.setattr(data.formats.criteo_tsv, "_PIECE_BYTES", 5000)
+    monkeypatch.setattr(data.formats.criteo_tsv, "PIECE_BYTES", 5000)
     whole = compress("\n".join(make_lines(500)).encode())
     path = tmp_path / "rows"
     path.write_bytes(whole[: len(whole) * 3 // 4])
@@ -221,14 +207,14 @@ def test_the_compiled_reader_runs_where_it_is_built(reader, monkeypatch):
 
 
 def values_of(line, labelled):
-    """A row in plain Python: label, integers, ids."""
+    """Return label, integers and ids of a row, in plain Python."""
     fields = line.decode().removesuffix("\r").split("\t")
     label = [int(fields.pop(0))] if labelled else []
     return label + [int(x) if x else MISSING for x in fields[:13]] + [int(x, 16) if x else 0 for x in fields[13:]]
 
 
 def is_row(line, labelled):
-    """Whether a line is a row, without any of data.formats.criteo_tsv."""
+    """Return whether a line is a row, without data.formats.criteo_tsv."""
     fields = line.removesuffix(b"\r").split(b"\t")
     if len(fields) != 39 + labelled or (labelled and fields.pop(0) not in (b"0", b"1")):
         return False
@@ -240,7 +226,7 @@ def is_row(line, labelled):
 
 
 def check(text, labelled=True):
-    """That the reader takes the rows of text, and names the other lines."""
+    """Check that the parser takes the rows of text, and names the other lines."""
     lines = text.split(b"\n")[:-1]
     piece = parse(text, len(lines), "rows.tsv", 100, labelled)
     rows = [line for line in lines if is_row(line, labelled)]
@@ -351,7 +337,7 @@ def mixed_file(path, end=b"\n"):
 @pytest.mark.parametrize("size", [1, 300, 1000, 1 << 20])
 @pytest.mark.parametrize("end", [b"\n", b"\r\n"])
 def test_pieces_from_any_line(tmp_path, monkeypatch, size, end):
-    monkeypatch.setattr(data.formats.criteo_tsv, "_PIECE_BYTES", size)
+    monkeypatch.setattr(data.formats.criteo_tsv, "PIECE_BYTES", size)
     path, lines = mixed_file(tmp_path / "rows.tsv", end)
     source = CriteoTSV(path)
     assert source.rows is None
@@ -370,8 +356,8 @@ def test_pieces_from_any_line(tmp_path, monkeypatch, size, end):
 
 
 def test_pieces_may_be_read_in_any_order(tmp_path, monkeypatch):
-    monkeypatch.setattr(data.formats.criteo_tsv, "_PIECE_BYTES", 1000)
-    source = CriteoTSV(write(tmp_path / "rows.tsv", make_lines(50)))
+    monkeypatch.setattr(data.formats.criteo_tsv, "PIECE_BYTES", 1000)
+    source = CriteoTSV(write_lines(tmp_path / "rows.tsv", make_lines(50)))
     calls = list(source.pieces())
     assert len(calls) > 5
     backwards = [read().records for read in calls[::-1]][::-1]
@@ -389,7 +375,7 @@ def test_a_fault_says_file_and_line(tmp_path):
     [("day_3.gz", "day_3"), ("day_3", "day_3"), ("a.b.tsv.zst", "a.b"), ("x.csv.xz", "x"), ("t.txt", "t")],
 )
 def test_rows_are_named_as_their_file(tmp_path, name, stem):
-    assert CriteoTSV(write(tmp_path / name, make_lines(1))).name == stem
+    assert CriteoTSV(write_lines(tmp_path / name, make_lines(1))).name == stem
 
 
 @pytest.mark.parametrize("compress", COMPRESS)
@@ -411,8 +397,8 @@ def test_members_of_an_archive_are_read_one_after_the_other(tmp_path, compress):
 
 @pytest.mark.parametrize("compress", COMPRESS)
 def test_a_long_line_in_a_cut_archive(tmp_path, compress, monkeypatch):
-    monkeypatch.setattr(data.formats.criteo_tsv, "_PIECE_BYTES", 1000)
-    monkeypatch.setattr(data.formats.criteo_tsv, "_MAX_LINE_BYTES", 10**5)
+    monkeypatch.setattr(data.formats.criteo_tsv, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(data.formats.criteo_tsv, "MAX_LINE_BYTES", 10**5)
     row = (make_lines(1)[0] + "\n").encode()
     rest = np.random.default_rng(0).choice([*b"0123456789"], 10**6).astype(np.uint8).tobytes()
     whole = compress(row + rest)

@@ -1,4 +1,4 @@
-"""A prepared folder: any rows of it, its parts, and what is said when it isn't what was written."""
+"""Prepared folders: any rows, parts, and a clear error for a folder that was changed."""
 
 import itertools
 import json
@@ -11,19 +11,16 @@ import numpy as np
 import pytest
 
 import data.formats.prepared
-from data import prepare
 from data.formats.opening import open_source
 from data.formats.prepared import Dataset
-from data.rows import Batch, DataError
+from data.rows import Batch
+from data.schema import DataError
 from tests.helpers.criteo import log_dense, make_rows, together, write_log
+from tests.helpers.sources import compare, converted, names, run
 
 ROOT = Path(data.formats.prepared.__file__).parents[2]
 DAYS = [make_rows(count, seed) for seed, count in enumerate((53, 20, 31))]
 ALL = together(*DAYS)
-
-
-def run(*args):
-    return prepare.main([str(arg) for arg in args])
 
 
 def make(folder, *options, days=DAYS):
@@ -32,12 +29,6 @@ def make(folder, *options, days=DAYS):
     sources = [folder / f"day_{i}" for i in range(len(days))]
     assert run(*sources, "--output", folder / "out", "--shard-rows", 20, *options) == 0
     return folder / "out"
-
-
-def compare(records, rows):
-    np.testing.assert_array_equal(records["label"], rows.labels)
-    np.testing.assert_array_equal(records["dense"], rows.dense)
-    np.testing.assert_array_equal(records["sparse"], rows.ids)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +63,7 @@ def test_any_rows(prepared):
 
 
 def test_a_shard_of_no_rows_between_others(tmp_path):
-    """All its lines were bad."""
+    """A shard is empty if all its lines were bad."""
     rows = make_rows(60)
     lines = rows.lines()
     lines[20:40] = ["bad"] * 20
@@ -129,11 +120,11 @@ def refused(folder, capsys, *parts):
 
 def test_unfinished(own, capsys):
     (own / "day_1.manifest.json").unlink()
-    refused(own, capsys, f"{own}: not complete: 1 of 3 files", "(day_1)", "--resume")
+    refused(own, capsys, f"{own}: not complete: 1 of 3 sources", "(day_1)", "--resume")
     for i in (0, 2):
         manifest = own / f"day_{i}.manifest.json"
         manifest.write_text(manifest.read_text().replace('"complete": true', '"complete": false'))
-    refused(own, capsys, f"{own}: not complete: 3 of 3 files", "(day_0, day_1, day_2)")
+    refused(own, capsys, f"{own}: not complete: 3 of 3 sources", "(day_0, day_1, day_2)")
 
 
 def test_missing_shard(own, capsys):
@@ -177,7 +168,7 @@ def test_a_flipped_bit(own, keep_time, capsys):
     file = own / "day_2-00000.rows"
     flip(file, keep_time)
     dataset = Dataset(own)
-    message = f"{file}: changed since it was written: SHA-256 .*, expected "
+    message = f"{file}: changed since it was written: expected SHA-256 .*, got "
     if keep_time:
         dataset.verify()
     else:
@@ -186,7 +177,7 @@ def test_a_flipped_bit(own, keep_time, capsys):
     with pytest.raises(DataError, match=message):
         dataset.verify(everything=True)
     assert run("--verify", own) == 2
-    assert f"error: {file}: changed since it was written: SHA-256 " in capsys.readouterr().err
+    assert f"error: {file}: changed since it was written: expected SHA-256 " in capsys.readouterr().err
 
 
 def test_another_time_alone_is_no_change(own, capsys):
@@ -225,3 +216,20 @@ def test_a_shard_that_goes_away_while_it_is_read(own):
     (own / "day_0-00001.rows").unlink()
     with pytest.raises(DataError, match=r"day_0-00001.rows: No such file"):
         dataset.take(0, 40)
+
+
+# -- The writer ------------------------------------------------------------------------------------------------------
+
+RECORD = np.dtype([("label", "<i4"), ("dense", "<i4", 13), ("sparse", "<u4", 26)])
+
+
+def test_rows(tmp_path):
+    rows = make_rows(250)
+    log = write_log(tmp_path / "day_0", rows)
+    folder = converted(log, "rows", tmp_path / "out")
+    assert names(folder) == [f"day_0-0000{i}.rows" for i in range(3)]
+    records = np.concatenate([np.fromfile(folder / name, RECORD) for name in names(folder)])
+    assert [(folder / name).stat().st_size for name in names(folder)] == [16000, 16000, 8000]
+    np.testing.assert_array_equal(records["label"], rows.labels)
+    np.testing.assert_array_equal(records["dense"], rows.dense)
+    np.testing.assert_array_equal(records["sparse"], rows.ids)

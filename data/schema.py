@@ -1,0 +1,83 @@
+"""Definition of a row: the names of its columns, the value of a missing integer, and the layout of a record."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+NUM_DENSE, NUM_SPARSE = 13, 26
+MISSING = np.iinfo(np.int32).min  # a missing integer in a record
+DENSE_NAMES = [f"int_{i}" for i in range(NUM_DENSE)]
+SPARSE_NAMES = [f"cat_{i}" for i in range(NUM_SPARSE)]
+
+
+class DataError(ValueError):
+    """Data that can't be read. The message names the file and the place, and says what was expected and found."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Fields of a record: a little-endian structure of label, dense and sparse, 160 bytes for Criteo's logs.
+
+    Args:
+        labelled: whether there is a label, int32.
+        dense: "i4" for the integers of a log, MISSING where there is none; "f4" for numbers that the model gets as they
+            are.
+        ids: "u4" for Criteo's 32-bit hashes and for numbers that other tools give them; "i8" for 64-bit ids.
+        hots: the number of ids of each feature in a row; None: one each.
+    """
+
+    labelled: bool = True
+    dense: str = "i4"
+    ids: str = "u4"
+    hots: tuple[int, ...] | None = None
+
+    def __post_init__(self):
+        if self.dense not in ("i4", "f4") or self.ids not in ("u4", "i8"):
+            raise ValueError(f"expected dense i4 or f4 and ids u4 or i8, got {self.dense} and {self.ids}")
+        if self.hots is not None and (len(self.hots) != NUM_SPARSE or min(self.hots) < 1):
+            raise ValueError(f"hots: expected {NUM_SPARSE} numbers of at least 1, got {self.hots}")
+
+    @cached_property
+    def dtype(self) -> np.dtype:
+        """Return the numpy type of a record."""
+        label = [("label", "<i4")] if self.labelled else []
+        return np.dtype(
+            label + [("dense", "<" + self.dense, (NUM_DENSE,)), ("sparse", "<" + self.ids, (self.num_ids,))]
+        )
+
+    @property
+    def num_ids(self) -> int:
+        """H, the number of ids in a row."""
+        return NUM_SPARSE if self.hots is None else sum(self.hots)
+
+    @property
+    def features(self) -> list[slice]:
+        """The columns of `sparse` that hold each feature's ids."""
+        ends = np.cumsum(self.hots or (1,) * NUM_SPARSE).tolist()
+        return [slice(start, end) for start, end in zip([0, *ends], ends)]
+
+    def records(self, rows: int) -> np.ndarray:
+        """Return an array of ``rows`` records whose values are not set."""
+        return np.empty(rows, self.dtype)
+
+    def describe(self) -> str:
+        """Return the layout in words, for messages."""
+        return ", ".join(
+            [
+                "labels" if self.labelled else "no labels",
+                {"i4": "integers", "f4": "floating-point numbers"}[self.dense],
+                {"u4": "32-bit ids", "i8": "64-bit ids"}[self.ids],
+                *([f"{self.num_ids} ids a row"] if self.hots else []),
+            ]
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the arguments, ready for JSON."""
+        return {"labelled": self.labelled, "dense": self.dense, "ids": self.ids, "hots": self.hots}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Layout":
+        """Return the layout that `to_dict` described, also after a trip through JSON."""
+        return cls(**{**values, "hots": None if values.get("hots") is None else tuple(values["hots"])})
