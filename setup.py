@@ -8,7 +8,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, find_packages, setup
+from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
@@ -31,33 +31,6 @@ class BuildKernels(build_ext):
 
 
 setup(
-    name="robe-dlrm",
-    version="0.8.0",
-    description="Embedding tables of any size on one small shared array (ROBE), and a DLRM built on it",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
-    long_description_content_type="text/markdown",
-    python_requires=">=3.11",
-    packages=find_packages(include=["robe*", "dlrm*"]),
-    install_requires=["torch>=2.10", "numpy>=1.26"],
-    extras_require={
-        "train": [
-            "polars>=1.35",
-            "isal>=1.7",
-            "backports.zstd>=1.0",
-            "scikit-learn>=1.4",
-            "tqdm>=4.60",
-            "safetensors>=0.4",
-            "matplotlib>=3.8",
-            "tensorboard>=2.15",
-            "mlperf-logging>=4.1",
-        ],
-        "hub": ["huggingface_hub>=0.30", "safetensors>=0.4"],
-        "export": ["onnx>=1.17", "onnxruntime>=1.20"],
-        "loadgen": ["mlcommons-loadgen>=5.0"],
-        "dev": ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6", "ruff>=0.8", "mypy>=1.10"],
-        "bench": ["fbgemm-gpu-cpu==1.8.0"],
-        "triton": ["triton>=3.6"],  # kernels for GPUs; torch's builds for CUDA bring it themselves
-    },
     ext_modules=[
         Extension(
             "robe._cpu",
