@@ -44,7 +44,7 @@ test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not install"
 
 # The project installed into clean environments by pip, by uv and from the wheel, with and without a compiler.
-test-install: setup
+test-install: wheel
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m install tests/test_install.py
 
 # Other people's models, compressed and trained: torchrec's, deepctr-torch's. Their packages ask for builds of torch that

@@ -106,7 +106,7 @@ class BuildLibraries(build_ext):
         line = f"robe-dlrm: built without {', '.join(sorted(self.failed))}: {reason}"
         if os.environ.get(REQUIRED, "0") != "0":
             raise CompileError(f"{line}, and {REQUIRED} is set")
-        line += ". Slow code in plain torch runs instead. Install a C++17 compiler, then install robe-dlrm again"
+        line += ". Slow Python runs instead. Install a C++17 compiler, then install again (uv: with --reinstall)"
         print(line, file=sys.stderr)
         show(line)
 
