@@ -23,7 +23,6 @@ import robe
 ROOT = Path(__file__).parents[1]
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
 UV = shutil.which("uv", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-NOT_VISIBLE = ("robe", "__editable__", "__pycache__")  # of the packages here
 LOOKUP = """
 import robe, torch
 layer = robe.RobeEmbedding(100, 8, robe_size=64)
@@ -53,9 +52,8 @@ class Environment:
         venv.create(self.folder, symlinks=True)
         self.python = self.folder / "bin" / "python"
         self.site = Path(sysconfig.get_path("purelib", "venv", {"base": str(self.folder)}))
-        for package in Path(sysconfig.get_path("purelib")).iterdir():
-            if not package.name.startswith(NOT_VISIBLE) and package.suffix != ".pth":
-                (self.site / package.name).symlink_to(package)
+        # A path, never links: what an installer replaces in this environment must not be the packages themselves.
+        (self.site / "packages.pth").write_text(sysconfig.get_path("purelib") + "\n")
         dropped = ("ROBE_", "PYTHON", "CC", "CXX", "VIRTUAL_ENV", "UV_PYTHON")
         self.variables = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
         self.variables |= {
@@ -79,9 +77,9 @@ class Environment:
 
     def install(self, *arguments, **options):
         """Install by pip, or by uv if that is the first argument; return the output."""
-        words = [self.python, "-m", "pip", "install"]
+        words = [self.python, "-m", "pip", "install", "--no-deps", "--ignore-installed"]  # it removes nothing
         if arguments[0] == "uv":
-            words, arguments = [UV, "pip", "install", "--python", self.python], arguments[1:]
+            words, arguments = [UV, "pip", "install", "--no-deps", "--python", self.python], arguments[1:]
         result = self.run(*words, *arguments, **options)
         assert result.returncode == 0, result.stdout
         return result.stdout
@@ -214,7 +212,7 @@ def test_installing_says_that_the_compiler_is_missing(tool, without_compiler, so
 
 
 def test_kernels_can_be_required(without_compiler, sources):
-    command = [without_compiler.python, "-m", "pip", "install", "--no-build-isolation", "."]
+    command = [without_compiler.python, "-m", "pip", "install", "--no-deps", "--ignore-installed", "--no-build-isolation", "."]
     result = without_compiler.run(*command, folder=sources, ROBE_REQUIRE_KERNELS="1")
     assert result.returncode != 0
     (line,) = [line for line in result.stdout.splitlines() if MISSING in line]
