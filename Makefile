@@ -1,28 +1,26 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-KERNELS := robe/_cpu.abi3.so
-READER := data/_tsv.so
+PIP := $(BIN)/pip --quiet --disable-pip-version-check
+SOURCES := $(wildcard robe/csrc/* dlrm/csrc/* data/csrc/*)
 SANITIZED := build/sanitized/_cpu.so
 SANITIZED_READER := build/sanitized/_tsv.so
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 
-.PHONY: setup train bench test test-integrations test-triton test-sanitized lint format
+.PHONY: setup train bench wheel test test-install test-integrations test-triton test-sanitized lint format
 
-setup: .venv/installed $(KERNELS) $(READER)
+# A virtual environment with the pinned packages and this project in editable mode. Without a compiler the project is
+# installed all the same, and says what is missing.
+setup: .venv/project
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(PIP) install -r requirements.txt
 	touch $@
 
-# Without a compiler this only warns: robe then runs on its reference.
-$(KERNELS): .venv/installed setup.py $(wildcard robe/csrc/*)
-	$(BIN)/python setup.py --quiet build_ext --inplace
-
-# Without a compiler, polars reads the logs.
-$(READER): data/csrc/criteo_tsv.cpp
-	-$(CXX) -std=c++17 -O3 -Wall -Wextra -shared -fPIC $< -o $@
+.venv/project: .venv/installed setup.py pyproject.toml robe/version.py $(SOURCES)
+	$(PIP) install --no-deps --no-build-isolation -c requirements.txt -e .
+	touch $@
 
 # Generate rows with a known best AUC, train full tables and ROBE on them, compare.
 train: setup
@@ -30,15 +28,24 @@ train: setup
 
 # Speed against nn.EmbeddingBag and fbgemm, and of the data: about 10 minutes on a quiet machine. Takes 15 GB of memory.
 bench: setup
-	$(BIN)/pip install --quiet --disable-pip-version-check -c requirements.txt fbgemm-gpu-cpu==1.8.0
+	$(PIP) install -c requirements.txt fbgemm-gpu-cpu==1.8.0
 	$(BIN)/python -m benchmarks.embedding --output runs/embedding.json
 	$(BIN)/python -m benchmarks.step --output runs/step.json
 	$(BIN)/python -m benchmarks.data --output runs/data.json
 	$(BIN)/python -m benchmarks.training --output runs/training.json
 
+# dist/*.whl for every Python and every torch from 2.10 on. What older builds left must not get into it.
+wheel: setup
+	rm -rf build/lib* build/bdist* dist/*.whl
+	$(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist .
+
 # Each worker computes on one thread: as many workers as cores already.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not install"
+
+# The project installed into clean environments by pip, by uv and from the wheel, with and without a compiler.
+test-install: wheel
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m install tests/test_install.py
 
 # Other people's models, compressed and trained: torchrec's, deepctr-torch's. Their packages ask for builds of torch that
 # bring CUDA, so they come without dependencies, into a folder of their own.

@@ -12,6 +12,7 @@ from robe.layers.collection import EmbeddingBagConfig, RobeEmbeddingBagCollectio
 from robe.layers.embedding import RobeEmbedding, RobeEmbeddingBag
 from robe.layers.keyed import RobeKeyedEmbeddingBagCollection
 from robe.saving import load, save
+from robe.version import __version__
 
 __all__ = [
     "Admission",
@@ -24,6 +25,7 @@ __all__ = [
     "RobeEmbeddingBag",
     "RobeEmbeddingBagCollection",
     "RobeKeyedEmbeddingBagCollection",
+    "__version__",
     "backend",
     "compress",
     "load",
