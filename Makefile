@@ -95,7 +95,7 @@ format: setup
 # environment of their own; the build makes no requests, and any broken link or reference ends it.
 .PHONY: docs
 docs: build/docs/installed
-	NO_MKDOCS_2_WARNING=1 build/docs/bin/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 build/docs/bin/mkdocs build
 
 build/docs/installed: requirements-docs.txt
 	rm -rf build/docs

@@ -1,4 +1,4 @@
-"""The Python of the README and the docs runs, and their programs take the options that are shown."""
+"""Run the Python of the README and the docs, and check that the programs take the options shown there."""
 
 import os
 import re
@@ -20,39 +20,40 @@ PROGRAMS = {
     "-m data.prepare": data.prepare.parse,
     "-m benchmarks.accuracy": lambda arguments: benchmarks.accuracy.parse(),
 }
+DOCS = sorted(ROOT.joinpath("docs").rglob("*.md"))
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]
+NEEDS_A_CHECKPOINT = {"inference.md"}  # its snippet has a test of its own
 
 
-def python_of(name):
-    return re.findall(r"```python\n(.*?)```", ROOT.joinpath(name).read_text(), re.DOTALL)
+def python_of(page):
+    return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
 
 
 def commands():
-    """(program, arguments) of all pages, of lines that start with four spaces."""
+    """Yield (program, arguments) of all pages, from lines indented by four spaces."""
     line = re.compile(r"^ {4}(?:python|torchrun --nproc-per-node \d+) (" + "|".join(PROGRAMS) + ") (.+)$", re.MULTILINE)
-    for page in (ROOT / "README.md", *sorted(ROOT.joinpath("docs").glob("*.md"))):
+    for page in PAGES:
         for program, arguments in line.findall(page.read_text().replace("\\\n", " ")):
             yield pytest.param(program, shlex.split(arguments, comments=True), id=f"{page.name}: {program} {arguments}")
 
 
 COMMANDS = list(commands())
-
-
-PAGES = ("README.md", "docs/compress.md", "docs/hash.md", "docs/layers.md", "docs/saving.md")
-SNIPPETS = [snippet for page in PAGES for snippet in python_of(page)]
+SNIPPETS = [snippet for page in PAGES if page.name not in NEEDS_A_CHECKPOINT for snippet in python_of(page)]
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=range(len(SNIPPETS)))
 def test_snippet_prints_what_it_says(snippet, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(snippet, {"__name__": "snippet"})
-    promised = re.search(r"print\(.*\)  # (\d+)", snippet)
+    promised = re.findall(r"print\(.*\)  # (\d+|\[.*\])", snippet)
     table = "2 of 3 tables swapped; floats of embeddings: 1,920,112 before, 38,512 after, 38,400 of them shared"
-    said = promised[1] if promised else table if "weekday" in snippet else "torch.Size(["
-    assert said in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    for said in promised or [table if "weekday" in snippet else "torch.Size(["]:
+        assert said in printed
 
 
 def test_there_are_snippets_and_commands():
-    assert len(SNIPPETS) >= 10
+    assert len(SNIPPETS) >= 15
     assert {command.values[0] for command in COMMANDS} == set(PROGRAMS)
 
 
@@ -66,10 +67,41 @@ def test_command_is_understood(program, arguments, monkeypatch):
 
 
 def test_predictor_of_the_docs(tmp_path, monkeypatch):
-    (snippet,) = python_of("docs/inference.md")
+    (snippet,) = python_of(ROOT / "docs" / "inference.md")
     config = DLRMConfig(embedding_dim=4, bottom_mlp=(8, 4), top_mlp=(8, 1), table_rows=(10,) * 26, compression=3)
     checkpoint.save(tmp_path / "runs" / "robe", DLRM(config))
     monkeypatch.chdir(tmp_path)
     names = {}
     exec(snippet, names)
     assert names["probabilities"].shape == (64,)
+
+
+def test_readme_is_short_and_shows_the_layer_first():
+    text = ROOT.joinpath("README.md").read_text()
+    lines = text.splitlines()
+    assert len(lines) <= 200
+    first_screen = "\n".join(lines[:40])
+    for part in ("pip install", "robe.compress", "docs/images/accuracy.png", "docs/architecture.md"):
+        assert part in first_screen
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_images_lead_to_files(page):
+    prose = re.sub(r"```.*?```|`[^`]*`", "", page.read_text(), flags=re.DOTALL)
+    for target in re.findall(r"\]\((?!https?://|#)([^)#\s]+)", prose):
+        assert (page.parent / target).exists(), target
+
+
+def test_images_are_small():
+    for path in (*ROOT.joinpath("docs/images").iterdir(), *ROOT.joinpath("docs/results").glob("*")):
+        assert path.stat().st_size <= 100_000, path
+
+
+def test_architecture_names_files_that_exist():
+    """Every path in backquotes, such as `robe/hashing.py` or `dlrm/training/`, is in the checkout."""
+    text = ROOT.joinpath("docs/architecture.md").read_text()
+    roots = "robe|dlrm|data|tests|benchmarks|docs"
+    paths = re.findall(rf"`((?:{roots})/[\w./*]*|\w+\.(?:py|toml|yml))`", text)
+    assert len(paths) > 40
+    for path in paths:
+        assert list(ROOT.glob(path)), path
