@@ -97,3 +97,15 @@ lint: setup
 format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# The site of the docs and the docstrings in build/site, in half a minute. Its packages need no torch and get a virtual
+# environment of their own; the build makes no requests, and any broken link or reference ends it.
+.PHONY: docs
+docs: build/docs/installed
+	NO_MKDOCS_2_WARNING=1 build/docs/bin/mkdocs build
+
+build/docs/installed: requirements-docs.txt
+	rm -rf build/docs
+	$(PYTHON) -m venv build/docs
+	build/docs/bin/pip install --quiet --disable-pip-version-check -r $<
+	touch $@
