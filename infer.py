@@ -44,7 +44,6 @@ from data.schema import NUM_SPARSE, DataError
 from data.sources import RandomAccess, Source
 from data.synthetic import Signal
 from dlrm import DLRM, checkpoint, plots
-from dlrm.checkpoint import write_json
 from dlrm.inference import loadgen
 from dlrm.inference.export import FORMATS, export
 from dlrm.inference.loadgen_logs import describe
@@ -54,6 +53,7 @@ from dlrm.inference.throughput import BATCH_SIZES, STAGES, make_candidates, meas
 from dlrm.machine import environment
 from dlrm.metrics import EVALUATION_BATCH, Scores
 from robe import backend
+from robe.files import write_json
 
 TIMED_ROWS = 1 << 16  # so many that their ids do not stay in the caches
 

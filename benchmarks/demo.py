@@ -21,8 +21,8 @@ from data.batches import split_rows
 from data.formats.criteo_tsv import CriteoTSV
 from data.rows import Batch
 from data.synthetic import Signal, write
-from dlrm.checkpoint import write_json
 from dlrm.plots import learning_curves
+from robe.files import write_json
 
 COMPRESSIONS = (10, 100, 1000)
 AVERAGED = ("--averaging-steps", 500)

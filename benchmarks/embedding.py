@@ -38,6 +38,8 @@ from benchmarks.timing import (
     times_without_admission,
 )
 from dlrm.presets import PRESETS
+from robe.ops import REFERENCE
+from robe.ops.layout import Tables
 
 BATCHES = {"cpu": (1, 64, 2048), "cuda": (64, 2048, 65536)}
 INFERENCE_ROWS = 300_000  # limit of a table of fbgemm's inference kernel
@@ -123,8 +125,17 @@ def _fbgemm(table_rows: tuple[int, ...], dim: int, device: str):
 
 def reference(layer: robe.RobeEmbeddingBagCollection):
     """Return the layer's lookup by the reference, in plain torch."""
-    weight, tables = layer.array.weight.detach(), layer._tables()
-    return lambda ids: robe.ops.REFERENCE["lookup"](weight, ids, *tables)
+    weight = layer.array.weight.detach()
+    tables = Tables(
+        table_keys=layer.table_keys,
+        num_embeddings=layer.num_embeddings_per_feature,
+        embedding_dim=layer.embedding_dim,
+        block_size=layer.block_size,
+        hash=layer.hash,
+        sign=layer.sign,
+        padding_idx=None,
+    )
+    return lambda ids: REFERENCE["lookup"](weight, ids, *tables)
 
 
 def measure(name: str, max_rows: int, seconds: float, device: str, bar: tqdm) -> list[dict]:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 import robe
-from dlrm.checkpoint import write_json
 from dlrm.machine import environment
+from robe.files import write_json
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:

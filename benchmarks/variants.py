@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from robe import RobeEmbeddingBagCollection
-from robe.admission import RARE
 from robe.hashing import slots
+from robe.sketches import SHARED_ID
 
 _SECOND_TABLE_ID = 1000  # of the second lookup; far above those of the first
 
@@ -146,7 +146,7 @@ def places(layer: RobeEmbeddingBagCollection, feature: int, ids: Tensor) -> Tens
     """Return the places in the array that ids (n,) of a feature read, (n * D,)."""
     key = layer.table_keys[feature]
     if layer.admission is not None:
-        ids = ids.where(layer.admission.admits(ids, key), RARE)
+        ids = ids.where(layer.admission.admits(ids, key), SHARED_ID)
     found, _ = slots(
         ids,
         key,

@@ -19,7 +19,8 @@ from data.formats.prepared import MANIFEST, OWN_FORMAT, VERSION, load_json, sour
 from data.formats.writer import Writer
 from data.schema import DataError, Layout
 from data.sources import Piece, Source, require_one_layout
-from data.storage import locked, write_json
+from data.storage import locked
+from robe.files import write_json
 
 FAULTS_KEPT = 5  # of each source, for the report
 

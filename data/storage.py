@@ -1,8 +1,7 @@
-"""Files: arrays that are read at any place, files that appear whole or not at all, and locks."""
+"""Files: arrays that are read at any place, and locks."""
 
 import fcntl
 import io
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -110,41 +109,6 @@ def read_at(descriptor: int, path: Path, items: np.ndarray, position: int) -> No
         if not got:
             raise DataError(f"{path}: truncated: it ends at byte {position}")
         rest, position = rest[got:], position + got
-
-
-def rename(unfinished: Path, path: Path) -> None:
-    """Give a file its final name, safe against a power cut."""
-    os.replace(unfinished, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Yield the name of a file to write, which becomes ``path`` if all goes well and is removed otherwise.
-
-    Raises:
-        OSError: it can't be written. The error names ``path``.
-    """
-    unfinished = path.with_name(path.name + ".part")
-    try:
-        yield unfinished
-        with open(unfinished, "rb") as file:
-            os.fsync(file.fileno())
-        rename(unfinished, path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write a JSON file, whole or not at all."""
-    with whole_file(path) as unfinished:
-        unfinished.write_text(json.dumps(values, indent=2) + "\n")
 
 
 @contextmanager

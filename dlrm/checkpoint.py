@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from dlrm.config import DLRMConfig
 from dlrm.model import DLRM
 from robe import IdCounter
-from robe.saving import whole_file
+from robe.files import whole_file, write_json
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 # Counts of an admission that chooses ids during training. Only checkpoints of training keep them.
@@ -26,12 +26,6 @@ _COUNTERS = "embeddings.admission.counter.counters"
 
 class CheckpointError(ValueError):
     """A folder that is not a checkpoint, or whose weights do not fit its config."""
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write a JSON file: whole, or not at all."""
-    with whole_file(path) as part:
-        part.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def save(folder: str | Path, model: DLRM, training: dict[str, Any] | None = None) -> None:

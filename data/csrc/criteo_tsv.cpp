@@ -1,4 +1,4 @@
-// Criteo's tab-separated rows to fixed-size records. data/tsv.py does the same in polars, and says what is wrong with a
+// Criteo's tab-separated rows to fixed-size records. data/formats/criteo_tsv.py does the same in polars, and says what is wrong with a
 // line that is refused here.
 //
 // A field is read 8 characters at a time in one 64-bit word, without a branch on its length: lengths are what a branch

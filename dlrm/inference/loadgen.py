@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from dlrm.checkpoint import write_json
 from dlrm.inference.loadgen_logs import SAMPLES_A_QUERY, SIZES, read_accuracy, read_speed, sample_bounds, trace
 from dlrm.inference.loadgen_system import BATCH_ROWS, LabelledRows, System
 from dlrm.inference.predictor import Predictor
 from dlrm.machine import environment
 from dlrm.metrics import score
+from robe.files import write_json
 
 SCENARIOS = ("Offline", "Server", "SingleStream", "MultiStream")
 MODEL = "dlrm-v2"  # LoadGen silently ignores names that it does not know

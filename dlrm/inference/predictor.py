@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from dlrm.batch import Batch
 from dlrm.embeddings import bags, synthetic_ids
 from dlrm.model import DLRM, MLP, CrossInteraction
-from robe import RobeEmbeddingBagCollection, backend
 from dlrm.ops import pack_linear
+from robe import RobeEmbeddingBagCollection, backend
 
 DTYPES = ("float32", "bfloat16", "int8")
 

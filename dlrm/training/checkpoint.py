@@ -25,10 +25,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import robe.optim
-from dlrm.checkpoint import WEIGHTS, CheckpointError, build_model, contiguous_state, read_tensors, write_json
+from dlrm.checkpoint import WEIGHTS, CheckpointError, build_model, contiguous_state, read_tensors
 from dlrm.config import DLRMConfig
 from dlrm.model import DLRM
-from robe.saving import whole_file
+from robe.files import whole_file, write_json
 
 BEST, OPTIMIZER, STATE = "best.safetensors", "optimizer.safetensors", "state.json"
 VERSION = 1

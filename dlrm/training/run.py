@@ -22,6 +22,7 @@ from dlrm.training.plan import METRICS, Builder, Built, OpenData, Plan, Request
 from dlrm.training.signals import StopSignals
 from dlrm.training.summary import describe_model, describe_result, describe_rows, summary
 from dlrm.training.trainer import Progress, Stopped, Trainer, TrainingError
+from robe.files import write_json
 
 CURVES = "learning_curve.png"
 
@@ -196,5 +197,5 @@ class _Run:
         metrics["seconds"] = time.perf_counter() - self.start.clock
         metrics["environment"] = environment() | {"command": self.plan.command}
         if self.world.is_first:
-            checkpoint.write_json(self.request.output / METRICS, metrics)
+            write_json(self.request.output / METRICS, metrics)
         self.say(f"{describe_result(metrics)}; in {self.request.output}")

@@ -175,7 +175,7 @@ class RobeTables(nn.Module):
     def _feature_rows(self, feature: int, padding_idx: int | None = None) -> Tensor:
         """The virtual table of a feature, (num_embeddings, embedding_dim), with autograd."""
         if not self._rows[feature]:
-            raise ValueError("full_weight: expected a table with num_embeddings, got an unbounded one")
+            raise ValueError("full_weight: a table without num_embeddings has no end")
         weight, scale = self.array.read()
         ids = torch.arange(self._rows[feature], device=weight.device).unsqueeze(1)
         keys, bounds, *layout = self._tables(padding_idx)
@@ -246,7 +246,7 @@ def _check(num_embeddings: Sequence[int | None], embedding_dim: int, block_size:
     if hash not in HASHES:
         raise ValueError(f"hash: expected one of {', '.join(HASHES)}, got {hash!r}")
     if hash == "identity" and None in num_embeddings:
-        raise ValueError("num_embeddings: expected of every table with hash='identity', got None")
+        raise ValueError("hash='identity': every table needs num_embeddings")
 
 
 def _check_room(

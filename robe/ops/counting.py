@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from robe.hashing import row_hash
 from robe.ops.layout import check_filter, check_ids

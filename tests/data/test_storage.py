@@ -1,58 +1,19 @@
-"""Files that appear whole or not at all, and arrays read at any place of a file."""
+"""Arrays read at any place of a file, and locks."""
 
 import os
-import stat
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from data.schema import DataError
-from data.storage import ArrayFile, locked, natural_order, open_binary, read_at, whole_file, write_json
+from data.storage import ArrayFile, locked, natural_order, open_binary, read_at
 
 
 def test_numbers_in_names_are_numbers():
     names = ["day_10.gz", "day_2.gz", "day_2", "a", "day_10_b", "day_1"]
     ordered = sorted(map(Path, names), key=natural_order)
     assert [path.name for path in ordered] == ["a", "day_1", "day_2", "day_2.gz", "day_10.gz", "day_10_b"]
-
-
-def test_a_whole_file_takes_its_name_at_the_end(tmp_path):
-    path = tmp_path / "file"
-    path.write_text("old")
-    with whole_file(path) as unfinished:
-        unfinished.write_text("new")
-        assert path.read_text() == "old"
-    assert path.read_text() == "new"
-    assert [file.name for file in tmp_path.iterdir()] == ["file"]
-
-
-@pytest.mark.parametrize("error", [ValueError("a bad row"), KeyboardInterrupt()])
-def test_what_was_there_stays_when_writing_fails(tmp_path, error):
-    path = tmp_path / "file"
-    path.write_text("old")
-    with pytest.raises(type(error)), whole_file(path) as unfinished:  # noqa: PT012
-        unfinished.write_text("new")
-        raise error
-    assert path.read_text() == "old"
-    assert [file.name for file in tmp_path.iterdir()] == ["file"]
-
-
-def test_errors_of_the_disk_name_the_file(tmp_path):
-    with pytest.raises(OSError, match="No space left") as error, whole_file(tmp_path / "file"):
-        raise OSError(28, "No space left on device")
-    assert error.value.filename == str(tmp_path / "file")
-    with pytest.raises(OSError, match="No such file") as error:
-        write_json(tmp_path / "nowhere" / "a.json", {})
-    assert error.value.filename == str(tmp_path / "nowhere" / "a.json")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_files_are_as_the_umask_has_them(tmp_path):
-    write_json(tmp_path / "a.json", {"rows": 3})
-    (tmp_path / "other").touch()
-    assert stat.S_IMODE((tmp_path / "a.json").stat().st_mode) == stat.S_IMODE((tmp_path / "other").stat().st_mode)
-    assert (tmp_path / "a.json").read_text() == '{\n  "rows": 3\n}\n'
 
 
 @pytest.mark.parametrize("offset", [0, 7])

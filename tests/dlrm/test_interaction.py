@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from robe.ops import REFERENCE
+from dlrm.ops import REFERENCE
 
 
 def by_loop(dense, embeddings, grad):

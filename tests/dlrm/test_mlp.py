@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from dlrm.ops import PANEL, REFERENCE, pack_linear
 from robe.backends import backend
-from robe.ops import PANEL, REFERENCE, pack_linear
 from tests.helpers.kernels import SETS, machine, needs_kernels
 
 # Widths below, at and above a panel, and more rows than any kernel takes at once.

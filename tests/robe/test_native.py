@@ -81,7 +81,7 @@ def test_triton_is_found_where_it_is(file, switch, want, tmp_path):
 @pytest.mark.parametrize("name", ["", "avx", "AVX2", "plain "])
 def test_an_unknown_instruction_set_is_refused_and_changes_nothing(name):
     before = robe.backend()
-    with pytest.raises(ValueError, match=f"instruction set: '{name}' is not to be had here; in use: "):
+    with pytest.raises(ValueError, match=f"instruction set: '{name}' is not available here; in use: "):
         set_instruction_set(name)
     assert robe.backend() == before
 
@@ -861,7 +861,7 @@ def test_the_reference_can_be_asked_for_and_works():
     backend = "reference (ROBE_KERNELS=reference)"
     assert result.stdout.splitlines() == [
         backend,
-        f"instruction set: 'plain' is not to be had here; in use: {backend}",
+        f"instruction set: 'plain' is not available here; in use: {backend}",
     ]
 
 

@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 from torch import nn
 
 import robe
-from robe.saving import whole_file
 
 IDS = torch.randint(0, 1000, (6, 5), generator=torch.Generator().manual_seed(0))
 
@@ -374,13 +373,3 @@ def test_a_full_disk_leaves_the_file_in_place(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [p.name for p in tmp_path.iterdir()] == ["layer"]
     assert (tmp_path / "layer").read_bytes() == want
-
-
-def test_a_whole_file_takes_its_name_when_all_went_well(tmp_path):
-    path = tmp_path / "file"
-    with whole_file(path) as part:
-        part.write_text("one")
-        assert not path.exists()
-    with pytest.raises(ZeroDivisionError), whole_file(path) as part:
-        part.write_text(str(1 / 0))
-    assert (path.read_text(), [p.name for p in tmp_path.iterdir()]) == ("one", ["file"])

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from dlrm.embeddings import Tables, synthetic_ids
 from dlrm.model import DLRM
 from robe import RobeEmbeddingBagCollection
-from robe.admission import RARE
 from robe.hashing import slots
+from robe.sketches import SHARED_ID
 
 
 class PortableDLRM(nn.Module):
@@ -36,7 +36,7 @@ class PortableDLRM(nn.Module):
         vectors = len(model.config.table_rows) + 1
         lower = torch.tril_indices(vectors, vectors, -1)
         # A buffer, not a constant: the C++ compiler refuses constant products that overflow, as those of a hash do.
-        self.register_buffer("shared_id", torch.full((1, len(self.feature)), RARE))
+        self.register_buffer("shared_id", torch.full((1, len(self.feature)), SHARED_ID))
         self.register_buffer("pairs", lower[0] * vectors + lower[1])
 
     def forward(self, dense: Tensor, sparse: Tensor) -> Tensor:

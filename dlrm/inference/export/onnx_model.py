@@ -16,8 +16,8 @@ from dlrm.inference.export.onnx_graph import Graph, optional_package
 from dlrm.inference.predictor import array_bytes
 from dlrm.model import DLRM, CrossInteraction
 from robe import Admission, RobeEmbeddingBagCollection
-from robe.admission import BITS_OF_ID, BITS_OF_WORD, RARE
 from robe.hashing import GOLDEN, row_hash, table_key
+from robe.sketches import BITS_OF_ID, BITS_OF_WORD, SHARED_ID
 
 MAX_BYTES = (1 << 31) - (1 << 20)  # protobuf writes at most 2 GB; the graph itself needs far less than 1 MB
 
@@ -141,7 +141,7 @@ class _RobeLookup:
         graph, dim, block_size = self.graph, self.dim, self.block_size
         if self.embeddings.admission is not None:
             inside = graph.cast(self._admitted(self.embeddings.admission, self._hashed_ids(ids)), "BOOL")
-            ids = graph.op("Where", inside, ids, np.int64(RARE))
+            ids = graph.op("Where", inside, ids, np.int64(SHARED_ID))
         quotient, remainder = graph.floor_divide(ids, block_size)
         position = graph.op("Mul", remainder, np.int64(dim))
         block, start = graph.floor_divide(position, block_size)  # start: the place in the first block
@@ -167,7 +167,7 @@ class _RobeLookup:
         blocks = math.ceil(dim / block_size)
         hashed = self._hashed_ids(ids)
         if self.embeddings.admission is not None:
-            shared = row_hash(torch.tensor(RARE), self.table_keys).numpy().view(np.uint64)
+            shared = row_hash(torch.tensor(SHARED_ID), self.table_keys).numpy().view(np.uint64)
             inside = self._admitted(self.embeddings.admission, hashed)
             # ONNX Runtime's Where takes no uint64.
             hashed = graph.op("BitwiseXor", graph.op("Mul", graph.op("BitwiseXor", hashed, shared), inside), shared)

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 import robe
-from robe.sketches import SHARED_ID
 from robe.hashing import row_hash, signed, table_key
 from robe.ops import REFERENCE
+from robe.sketches import SHARED_ID
 from tests.helpers.kernels import IS_NATIVE, needs_kernels
 
 GOLDEN, MASK = 0x9E3779B97F4A7C15, (1 << 64) - 1
@@ -581,7 +581,7 @@ def test_freeze():
     admission.freeze()
     assert list(admission.state_dict()) == ["filter"]
     assert admission.admits(torch.tensor([1, 2]), KEYS[0]).tolist() == [True, False]
-    with pytest.raises(ValueError, match="does not count; it was made without a threshold, or is frozen"):
+    with pytest.raises(ValueError, match="does not count: it was made without a threshold, or is frozen"):
         admission.observe(torch.tensor([2, 2]), KEYS[0])
 
 

@@ -361,7 +361,7 @@ def test_collection_refuses(tables, options, message):
     ("pooling", "inputs", "message"),
     [
         ("sum", (one_id_each(2), None, torch.ones(2, 3)), "per_sample_weights: expected with offsets"),
-        ("mean", (torch.tensor([1]), torch.tensor([0, 1, 1, 1]), torch.ones(1)), "'sum' only, got mode 'mean'"),
+        ("mean", (torch.tensor([1]), torch.tensor([0, 1, 1, 1]), torch.ones(1)), "'sum' only, got pooling 'mean'"),
         ("sum", (torch.tensor([1]), torch.tensor([0, 1, 1, 1]), torch.ones(2)), r"got torch\.float32 \(2,\)"),
         ("sum", (torch.tensor([1]), torch.tensor([0, 1, 1])), r"expected \(F \* B \+ 1,\) for F = 3 features, got"),
         ("sum", (torch.tensor([1]), torch.tensor([0, 1, 0, 1])), "offsets: .* and a fall between"),
