@@ -65,7 +65,7 @@ class Selection(NamedTuple):
     rows: range | None
 
     @property
-    def count(self) -> int | None:
+    def length(self) -> int | None:
         """The number of rows, if it is known."""
         return None if self.rows is None else len(self.rows)
 
@@ -134,7 +134,7 @@ def predict(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     with (
         predictions_file(args.output) as write,
-        tqdm(total=rows.count, unit="row", unit_scale=True, desc="predicting") as bar,
+        tqdm(total=rows.length, unit="row", unit_scale=True, desc="predicting") as bar,
     ):
         for batch in rows.batches():
             (probabilities,) = predictor.predict([batch])
@@ -195,7 +195,7 @@ def benchmark(args: argparse.Namespace) -> None:
     with tqdm(sorted(set(args.batch_sizes)), unit="batch size", desc="timing") as sizes:
         results = measure_all(candidates, pool, sizes, args.seconds)
     if rows is not None and rows.source.labelled:
-        with tqdm(total=rows.count, unit="row", unit_scale=True, desc="AUC and log loss") as bar:
+        with tqdm(total=rows.length, unit="row", unit_scale=True, desc="AUC and log loss") as bar:
             score_all(candidates, rows.batches(), bar.update)
     print(report(results, against=next(iter(candidates))))
     for name, candidate in candidates.items():

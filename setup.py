@@ -19,7 +19,7 @@ from setuptools.modified import newer_group
 REQUIRED = "ROBE_REQUIRE_KERNELS"
 FLAGS = ["-std=c++17", "-O3", "-g0"]
 # No product is fused with a sum: every instruction set then gives the same bits.
-KERNEL_FLAGS = [*FLAGS, "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+KERNEL_FLAGS = [*FLAGS, "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
 
 
 def library(name: str, source: str, headers: list[str], flags: list[str]) -> Extension:

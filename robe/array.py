@@ -96,7 +96,6 @@ class Int8RobeArray(nn.Module):
 
     weight: Tensor
     scale: Tensor
-    _optimizer: weakref.ref | None = None  # nothing trains it
 
     def __init__(self, weight: Tensor, seed: int, group_size: int):
         super().__init__()
@@ -118,6 +117,10 @@ class Int8RobeArray(nn.Module):
     def size(self) -> int:
         """m, the number of weights."""
         return self.weight.shape[0]
+
+    def optimizer(self) -> None:
+        """Return None: there is no gradient for an optimizer to take."""
+        return None
 
     def read(self) -> tuple[Tensor, Tensor]:
         """The weights and their scale, as the operators take them."""

@@ -1,6 +1,6 @@
 """compress: ROBE layers in the place of the embedding tables of any model."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from math import ceil
 from statistics import median
@@ -146,56 +146,61 @@ def compress(
     if init == "project" and any(modules[0].weight.is_meta for modules in swapped):
         raise ValueError("init='project': tables on the meta device have no weights to project")
 
-    total = sum(modules[0].weight.numel() for modules in swapped)
-    kinds: dict[tuple, list[int]] = {}
-    for k, modules in enumerate(swapped):
-        weight = modules[0].weight
-        kinds.setdefault((device or weight.device, weight.dtype, weight.requires_grad), []).append(k)
+    options = {"block_size": block_size, "sign": sign, "admission": admission}
     layers: dict[nn.Module, RobeEmbedding | RobeEmbeddingBag] = {}
     arrays = []
-    for (where, dtype, trained), members in kinds.items():
-        floats = sum(swapped[k][0].weight.numel() for k in members)
-        size = int(floats / ratio)
-        if admission is not None:
-            size -= ceil(admission.bytes * floats / total / dtype.itemsize)
-        widest = max(block_size or swapped[k][0].embedding_dim for k in members)
-        if size < widest:
-            raise ValueError(
-                f"ratio: {floats} weights compressed {ratio:g} times leave {max(size, 0)}, fewer than one block of "
-                f"{widest}; compress less"
-            )
-        std = _scale([swapped[k][0].weight for k in members]) if init_std is None else init_std
-        array = RobeArray(size, seed=seed, init_std=std, dtype=dtype, device=where)
-        array.weight.requires_grad_(trained)
+    total = sum(modules[0].weight.numel() for modules in swapped)
+    for members in _by_kind(swapped, device):
+        weights = [swapped[k][0].weight for k in members]
+        bytes = 0.0 if admission is None else admission.bytes * sum(w.numel() for w in weights) / total
+        array = _array_for(weights, ratio, bytes, block_size, seed=seed, init_std=init_std, device=device)
         arrays.append(array)
         for k in members:
-            options: dict[str, Any] = {
-                "array": array,
-                "table_id": k,
-                "block_size": block_size,
-                "sign": sign,
-                "admission": admission,
-            }
-            layers |= {module: _layer(module, options) for module in swapped[k]}
+            layers |= {module: _layer(module, array=array, table_id=k, **options) for module in swapped[k]}
         if init == "project":
             project(array, [(layers[swapped[k][0]], swapped[k][0].weight) for k in members])
 
     report = CompressionReport(
         tables=tuple(
-            Table(_names(model, modules), modules[0].num_embeddings, modules[0].embedding_dim, reason)
-            for modules, reason in wanted
+            Table(_names(model, [module, *others]), module.num_embeddings, module.embedding_dim, reason)
+            for (module, *others), reason in wanted
         ),
         array_floats=sum(array.size for array in arrays),
         admission_bytes=0 if admission is None else admission.bytes,
         notes=_notes(swapped, len(arrays)),
     )
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if child in layers:
-                parent._modules[name] = layers[child]
+    _swap(model, layers)
     model = layers.get(model, model)
     model.compression_report = report  # type: ignore[assignment]
     return model
+
+
+def _by_kind(tables: list[list[TorchTable]], device) -> Iterable[list[int]]:
+    """The indices of tables whose weights can share an array: of one device, dtype and requires_grad."""
+    kinds: dict[tuple, list[int]] = {}
+    for k, (module, *_) in enumerate(tables):
+        weight = module.weight
+        kinds.setdefault((device or weight.device, weight.dtype, weight.requires_grad), []).append(k)
+    return kinds.values()
+
+
+def _array_for(
+    weights: list[Tensor], ratio: float, filter_bytes: float, block_size: int | None, *, seed, init_std, device
+) -> RobeArray:
+    """The array in the place of some tables, smaller by ``ratio`` together with its share of a filter."""
+    first = weights[0]
+    floats = sum(weight.numel() for weight in weights)
+    size = int(floats / ratio) - ceil(filter_bytes / first.dtype.itemsize)
+    widest = max(block_size or weight.shape[1] for weight in weights)
+    if size < widest:
+        raise ValueError(
+            f"ratio: {floats} weights compressed {ratio:g} times leave {max(size, 0)}, fewer than one block of "
+            f"{widest}; compress less"
+        )
+    std = _scale(weights) if init_std is None else init_std
+    array = RobeArray(size, seed=seed, init_std=std, dtype=first.dtype, device=device or first.device)
+    array.weight.requires_grad_(first.requires_grad)
+    return array
 
 
 def tables_of(model: nn.Module) -> Iterator[list[TorchTable]]:
@@ -238,13 +243,20 @@ def reason_to_leave(model: nn.Module, modules: list[TorchTable], min_rows: int, 
     return None
 
 
-def _layer(module: TorchTable, options: dict[str, Any]) -> RobeEmbedding | RobeEmbeddingBag:
+def _layer(module: TorchTable, **options: Any) -> RobeEmbedding | RobeEmbeddingBag:
     make: Callable[..., RobeEmbedding | RobeEmbeddingBag] = RobeEmbedding
     if isinstance(module, nn.EmbeddingBag):
         make = RobeEmbeddingBag
         options = options | {"mode": module.mode, "include_last_offset": module.include_last_offset}
     layer = make(module.num_embeddings, module.embedding_dim, padding_idx=module.padding_idx, **options)
     return layer.train(module.training)
+
+
+def _swap(model: nn.Module, layers: dict[nn.Module, RobeEmbedding | RobeEmbeddingBag]) -> None:
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child in layers:
+                parent._modules[name] = layers[child]
 
 
 @torch.no_grad()

@@ -212,7 +212,16 @@ def test_installing_says_that_the_compiler_is_missing(tool, without_compiler, so
 
 
 def test_kernels_can_be_required(without_compiler, sources):
-    command = [without_compiler.python, "-m", "pip", "install", "--no-deps", "--ignore-installed", "--no-build-isolation", "."]
+    command = [
+        without_compiler.python,
+        "-m",
+        "pip",
+        "install",
+        "--no-deps",
+        "--ignore-installed",
+        "--no-build-isolation",
+        ".",
+    ]
     result = without_compiler.run(*command, folder=sources, ROBE_REQUIRE_KERNELS="1")
     assert result.returncode != 0
     (line,) = [line for line in result.stdout.splitlines() if MISSING in line]

@@ -130,6 +130,27 @@ void bag_weights_backward(Value* stack, uint64_t, uint64_t) {
   stack[0] = value_of(out);
 }
 
+// The integers of a call of update_, in the order of LayoutCode in robe/ops/layout.py.
+struct LayoutCode {
+  int64_t pooling, embedding_dim, block_size, hash, sign, is_padded, padding_idx;
+};
+
+// What a LayoutCode stands for. pooling: 0 is a lookup, k the k-th of POOLINGS.
+constexpr const char* kHashes[] = {"mix", "linear", "identity"};
+constexpr const char* kPoolings[] = {"none", "sum", "mean", "max"};
+constexpr int64_t kLookup = 0, kSum = 1;
+
+std::vector<LayoutCode> unpack_layouts(const std::vector<int64_t>& numbers, size_t calls) {
+  constexpr size_t entries = sizeof(LayoutCode) / sizeof(int64_t);
+  EXPECT(numbers.size() == entries * calls, "layouts: expected " + str(entries) + " entries for each gradient");
+  std::vector<LayoutCode> layouts(calls);
+  if (calls) std::memcpy(layouts.data(), numbers.data(), numbers.size() * sizeof(int64_t));
+  for (const LayoutCode& layout : layouts)
+    EXPECT(layout.pooling >= 0 && layout.pooling < 4 && layout.hash >= 0 && layout.hash < 3,
+           "layouts: unknown pooling or hash");
+  return layouts;
+}
+
 // update_: the gradients of any number of lookups and bags on one array, and the rule applied to the slots they touch.
 void update(Value* stack, uint64_t, uint64_t) {
   Arguments in{stack};
@@ -140,37 +161,33 @@ void update(Value* stack, uint64_t, uint64_t) {
   const auto grads = in.list<Tensor>(), ids = in.list<Tensor>(), offsets = in.list<Tensor>();
   const auto per_sample_weights = in.list<Tensor>(), table_keys = in.list<Tensor>(), num_embeddings = in.list<Tensor>();
   const auto filters = in.list<Tensor>();
-  const auto layouts = in.list<int64_t>();
+  const auto numbers = in.list<int64_t>();
 
-  static const char* const hashes[] = {"mix", "linear", "identity"};
-  static const char* const modes[] = {"one", "sum", "mean", "max"};
-  constexpr size_t entries = 7;  // of layouts, for each call
   EXPECT(weight.is_contiguous(), "weight: expected contiguous");
   for (const Tensor& s : state)
     EXPECT(s.is_contiguous() && s.numel() == weight.numel() && s.scalar_type() == weight.scalar_type(),
            "state: expected tensors like weight");
-  EXPECT(layouts.size() == entries * grads.size(), "layouts: expected 7 entries for each gradient");
+  const auto layouts = unpack_layouts(numbers, grads.size());
   std::vector<std::unique_ptr<Call>> calls;
   for (size_t k = 0; k < grads.size(); ++k) {
-    const int64_t* const layout = &layouts[entries * k];
-    EXPECT(layout[0] >= 0 && layout[0] < 4 && layout[3] >= 0 && layout[3] < 3, "layouts: unknown mode or hash");
+    const LayoutCode& layout = layouts[k];
     auto call = std::make_unique<Call>();
     call->array(weight, std::nullopt);
     call->table_keys = table_keys[k];
     call->num_embeddings = num_embeddings[k];
-    call->job.dim = layout[1];
-    call->job.block = layout[2];
-    call->hash = hashes[layout[3]];
-    call->job.sign = layout[4];
-    if (layout[5]) call->padding = layout[6];
+    call->job.dim = layout.embedding_dim;
+    call->job.block = layout.block_size;
+    call->hash = kHashes[layout.hash];
+    call->job.sign = layout.sign;
+    if (layout.is_padded) call->padding = layout.padding_idx;
     call->layout();
     if (filters[k].numel()) call->admission(filters[k]);
-    if (layout[0] == 0) {
+    if (layout.pooling == kLookup) {
       call->one_id_each(ids[k]);
     } else {
       const bool weighted = per_sample_weights[k].numel() > 0 || ids[k].numel() == 0;
-      call->bags(ids[k], offsets[k], weighted && layout[0] == 1 ? std::optional<Tensor>(per_sample_weights[k]) : std::nullopt,
-                 modes[layout[0]]);
+      auto weights = weighted && layout.pooling == kSum ? std::optional<Tensor>(per_sample_weights[k]) : std::nullopt;
+      call->bags(ids[k], offsets[k], std::move(weights), kPoolings[layout.pooling]);
     }
     call->gradient(grads[k]);
     if (call->values()) calls.push_back(std::move(call));

@@ -83,6 +83,43 @@ ROBE_INLINE void prefetch_bytes(const char* line, int64_t bytes) {
   __builtin_prefetch(last, 0, 2);
 }
 
+// Hashes the ids of a tile of uniform tables, and says whether all lie inside their tables and none is padding.
+template <bool in_turn>
+ROBE_INLINE void hash_tile(const Job& job, Tile& t) {
+  const int64_t first = in_turn ? t.feature[0] : 0;
+  const int64_t *const keys = job.keys + first, *const counts = job.num_embeddings + first;
+  uint64_t beyond = job.padded;
+  for (int64_t r = 0; r < t.rows; ++r) {
+    const int64_t k = in_turn ? r : t.feature[r];
+    t.hash[r] = row_hash(keys[k], t.id[r]);
+  }
+  for (int64_t r = 0; r < t.rows; ++r) {
+    const uint64_t last = static_cast<uint64_t>(counts[in_turn ? r : t.feature[r]]) - 1;  // unbounded: 2**64 - 1
+    beyond |= static_cast<uint64_t>(t.id[r]) > last;
+  }
+  t.inside = !beyond;
+  if (job.filter) {
+    for (int64_t r = 0; r < t.rows; ++r) t.word[r] = multiply_high_32(t.hash[r], job.filter_words);
+    if (job.filter_words >= kNearWords)
+      for (int64_t r = 0; r < t.rows; ++r) __builtin_prefetch(job.filter + t.word[r]);
+  }
+}
+
+// Lists the blocks of a tile of any tables.
+template <bool is_mix, class Prefetch>
+ROBE_INLINE void list_blocks(const Job& job, const Tile& t, Block* out, bool& outside, Prefetch prefetch) {
+  for (int64_t r = 0; r < t.rows; ++r) {
+    if (!counts(job, t.feature[r], t.id[r], outside)) {
+      *out++ = {-1, static_cast<int32_t>(job.dim), 0};
+      continue;
+    }
+    each_block<is_mix>(job, t.feature[r], t.id[r], [&](int64_t, int64_t offset, int64_t length, bool negative) {
+      *out++ = {offset, static_cast<int32_t>(length), negative};
+      prefetch(offset, length);
+    });
+  }
+}
+
 // Works on rows tile by tile: while one tile is consumed, the next one's blocks are on their way to the cache. A row that
 // does not count has one block of zeros, or in uniform tables as many as any row.
 //   ids(n, feature of each, id of each): steps over the next n rows      consume(blocks, rows)
@@ -103,7 +140,6 @@ ROBE_INLINE bool read_ahead(const Job& job, int64_t rows, int64_t item, Ids ids,
   Tile tiles[2];
   const char* const weight = static_cast<const char*>(job.weight);
   bool outside = false, full[2] = {false, false};
-  const bool far_filter = job.filter && job.filter_words >= kNearWords;
   const auto prefetch = [&](int64_t offset, int64_t length) { prefetch_bytes(weight + offset * item, length * item); };
   // First the ids of a tile, with what they need of the filter on its way to the cache; a tile later its blocks.
   int64_t untaken = rows;
@@ -112,24 +148,7 @@ ROBE_INLINE bool read_ahead(const Job& job, int64_t rows, int64_t item, Ids ids,
     untaken -= n;
     if (!n) return;
     ids(n, t.feature, t.id);
-    if constexpr (is_uniform) {
-      const int64_t *const keys = job.keys + (in_turn ? t.feature[0] : 0), *const counts = job.num_embeddings + (in_turn ? t.feature[0] : 0);
-      uint64_t beyond = job.padded;
-      for (int64_t r = 0; r < n; ++r) {
-        const int64_t k = in_turn ? r : t.feature[r];
-        t.hash[r] = row_hash(keys[k], t.id[r]);
-      }
-      for (int64_t r = 0; r < n; ++r) {
-        const uint64_t last = static_cast<uint64_t>(counts[in_turn ? r : t.feature[r]]) - 1;  // unbounded: 2**64 - 1
-        beyond |= static_cast<uint64_t>(t.id[r]) > last;
-      }
-      t.inside = !beyond;
-      if (job.filter) {
-        for (int64_t r = 0; r < n; ++r) t.word[r] = multiply_high_32(t.hash[r], job.filter_words);
-        if (far_filter)
-          for (int64_t r = 0; r < n; ++r) __builtin_prefetch(job.filter + t.word[r]);
-      }
-    }
+    if constexpr (is_uniform) hash_tile<in_turn>(job, t);
   };
   const auto place = [&](Tile& t, int64_t turn) {
     Entry* out = half[turn];
@@ -144,16 +163,7 @@ ROBE_INLINE bool read_ahead(const Job& job, int64_t rows, int64_t item, Ids ids,
           if (!counts(job, t.feature[r], t.id[r], outside))
             for (int64_t k = 0; k < per_row; ++k) out[r * per_row + k] = -1;
     } else {
-      for (int64_t r = 0; r < n; ++r) {
-        if (!counts(job, t.feature[r], t.id[r], outside)) {
-          *out++ = {-1, static_cast<int32_t>(job.dim), 0};
-          continue;
-        }
-        each_block<is_mix>(job, t.feature[r], t.id[r], [&](int64_t, int64_t offset, int64_t length, bool negative) {
-          *out++ = {offset, static_cast<int32_t>(length), negative};
-          prefetch(offset, length);
-        });
-      }
+      list_blocks<is_mix>(job, t, out, outside, prefetch);
     }
   };
   take(tiles[0]);

@@ -51,14 +51,14 @@ class OpenBags(NamedTuple):
         position: (n,) in the values of the call.
         bag: (n,) the bag of each.
         slots, signs: (n, D), as in Places.
-        count: the number of bags.
+        bag_count: the number of bags.
     """
 
     position: Tensor
     bag: Tensor
     slots: Tensor
     signs: Tensor | None
-    count: int
+    bag_count: int
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -73,7 +73,7 @@ def _check_range(ids: Tensor, features: Tensor, tables: Tables) -> None:
         outside &= ids != tables.padding_idx
     if outside.any():
         where = tuple(outside.nonzero()[0].tolist())
-        feature = features[where].item()
+        feature = int(features[where].item())
         raise IndexError(
             f"index out of range: id {ids[where].item()} of feature {feature}, "
             f"whose table has {tables.num_embeddings[feature].item()} rows"
@@ -167,9 +167,9 @@ def _bag(weight: Tensor, *arguments: Any) -> Tensor:
     rows = _read(weight, opened.slots, opened.signs, call.scale).to(accumulation_dtype(dtype))
     factors = call.bags.per_sample_weights
     factors = None if factors is None else factors[opened.position]
-    pooled = _pool(rows, opened.bag, opened.count, factors, call.bags.pooling).to(dtype)
+    pooled = _pool(rows, opened.bag, opened.bag_count, factors, call.bags.pooling).to(dtype)
     features = call.tables.table_keys.shape[0]
-    pooled = pooled.view(features, opened.count // features, pooled.shape[1]).transpose(0, 1)
+    pooled = pooled.view(features, opened.bag_count // features, pooled.shape[1]).transpose(0, 1)
     return torch.ops.aten._unsafe_view(pooled.contiguous(), pooled.shape)
 
 

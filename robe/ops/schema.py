@@ -83,6 +83,7 @@ def _(weight, *arguments):
 @torch.library.register_fake("robe::bag_forward")
 def _(weight, *arguments):
     call = _checked(weight, unpack_bag(arguments))
+    assert call.bags is not None
     features = call.tables.table_keys.shape[0]
     shape = (call.bags.offsets.shape[0] - 1) // features, features, call.tables.embedding_dim
     return weight.new_empty(shape, dtype=embedding_dtype(weight))

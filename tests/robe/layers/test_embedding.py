@@ -811,7 +811,11 @@ def test_bag_refuses_an_unknown_mode():
         ({"include_last_offset": True}, (torch.tensor([1]), torch.tensor([]).long()), r"expected \(F \* B \+ 1,\)"),
         ({}, (torch.ones(1, 2),), r"values: expected int32 or int64, got torch\.float32"),
         ({}, (torch.tensor([[1, 2]]), None, torch.ones(1, 2)), "supported with pooling 'sum' only, got pooling 'mean'"),
-        ({"mode": "max"}, (torch.tensor([[1, 2]]), None, torch.ones(1, 2)), "with pooling 'sum' only, got pooling 'max'"),
+        (
+            {"mode": "max"},
+            (torch.tensor([[1, 2]]), None, torch.ones(1, 2)),
+            "with pooling 'sum' only, got pooling 'max'",
+        ),
         ({"mode": "sum"}, (torch.tensor([[1, 2]]), None, torch.ones(2)), r"expected the shape of input \(1, 2\)"),
         (
             {"mode": "sum"},
