@@ -4,7 +4,7 @@ BACKENDS lists them all. Compiled kernels for CPU tensors lie in a library ``_cp
 (robe, dlrm); kernels in Triton for CUDA tensors in robe/triton_kernels. A new backend is an entry in BACKENDS and the
 module with its kernels.
 
-Environment variables: ROBE_KERNELS is "native" (the default), "reference" to leave all kernels out, or a folder that holds
+Environment variables: ROBE_KERNELS is "native" (the default), "reference" to leave all kernels out, or a folder with
 another build, robe/_cpu.so and dlrm/_cpu.so. ROBE_CUDA_KERNELS=reference leaves out those for CUDA.
 """
 

@@ -33,10 +33,33 @@ lowest bit of mix64 of the value before the last mod.
 ``"identity"``: every weight has its own slot, slot = key + x * d + i; the array is then the tables, one after another.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-HASHES = ("mix", "linear", "identity")
+
+class Traits(NamedTuple):
+    """What the layers need to know of a hash version.
+
+    Attributes:
+        key: what a table's hash key is: "table", ``table_key`` of the array's seed and the table_id; "row", the number
+            of rows in the tables before it; or "slot", the number of slots before it.
+        has_admission: whether ids can be kept out by a filter, which is read at the row hash of "mix".
+        is_exact: whether every weight has its own slot, so that tables must lie within the array.
+    """
+
+    key: str
+    has_admission: bool = False
+    is_exact: bool = False
+
+
+TRAITS = {
+    "mix": Traits(key="table", has_admission=True),
+    "linear": Traits(key="row"),
+    "identity": Traits(key="slot", is_exact=True),
+}
+HASHES = tuple(TRAITS)
 
 _MASK_32 = (1 << 32) - 1
 _MASK_64 = (1 << 64) - 1

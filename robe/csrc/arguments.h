@@ -11,6 +11,16 @@ namespace {
 
 std::string str(int64_t x) { return std::to_string(x); }
 
+// The place of a name among others.
+template <size_t n>
+int64_t place_of(const char* argument, const std::string& name, const char* const (&names)[n]) {
+  for (size_t k = 0; k < n; ++k)
+    if (name == names[k]) return static_cast<int64_t>(k);
+  std::string known = names[0];
+  for (size_t k = 1; k < n; ++k) known += std::string(", ") + names[k];
+  throw std::invalid_argument(std::string(argument) + ": expected one of " + known + ", got '" + name + "'");
+}
+
 std::string shape(const Tensor& t) {
   std::string text = "(";
   for (int64_t i = 0; i < t.dim(); ++i) text += (i ? ", " : "") + str(t.size(i));

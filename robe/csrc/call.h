@@ -70,12 +70,10 @@ struct Call {
                " and " + shape(num_embeddings));
     EXPECT(table_keys.scalar_type() == ScalarType::Long && num_embeddings.scalar_type() == ScalarType::Long,
            "table_keys and num_embeddings: expected int64");
-    EXPECT(hash == "mix" || hash == "linear" || hash == "identity",
-           "hash: expected one of mix, linear, identity, got '" + hash + "'");
+    job.hash = static_cast<Hash>(place_of("hash", hash, kHashes));
     EXPECT(job.dim >= 1 && job.block >= 1, "embedding_dim and block_size: expected at least 1, got " + str(job.dim) +
                                                " and " + str(job.block));
     const int64_t size = weight.numel();
-    job.hash = hash == "linear" ? Hash::linear : hash == "identity" ? Hash::identity : Hash::mix;
     if (job.hash == Hash::mix && job.block > job.dim) job.hash = Hash::span;
     EXPECT(job.hash == Hash::identity || size >= job.block,
            "weight: " + str(size) + " weights do not hold one block of " + str(job.block));
@@ -143,13 +141,12 @@ struct Call {
   void bags(Tensor values, Tensor offs, std::optional<Tensor> weights, const std::string& pooling) {
     check_ids("values", values, 1);
     check_ids("offsets", offs, 1);
-    EXPECT(pooling == "sum" || pooling == "mean" || pooling == "max",
-           "pooling: expected one of sum, mean, max, got '" + pooling + "'");
+    job.pooling = static_cast<Pooling>(1 + place_of("pooling", pooling, kPoolings));
     const int64_t entries = offs.numel();
     EXPECT(entries > 0 && (entries - 1) % job.features == 0, "offsets: expected (F * B + 1,) for F = " +
                                                                   str(job.features) + " features, got " + shape(offs));
     if (weights) {
-      EXPECT(pooling == "sum", "per_sample_weights: supported with pooling 'sum' only, got pooling '" + pooling + "'");
+      EXPECT(job.pooling == Pooling::sum, "per_sample_weights: supported with pooling 'sum' only, got pooling '" + pooling + "'");
       EXPECT(weights->dim() == 1 && weights->numel() == values.numel() &&
                  (weights->scalar_type() == weight.scalar_type() ||
                   (job.dtype == Dtype::int8 && weights->scalar_type() == ScalarType::Float)),
@@ -160,7 +157,6 @@ struct Call {
       job.per_sample_weights_stride = per_sample_weights->stride(0);
     }
     ids = values;
-    job.pooling = pooling == "sum" ? Pooling::sum : pooling == "mean" ? Pooling::mean : Pooling::max;
     job.ids = ids.const_data_ptr();
     job.wide = ids.scalar_type() == ScalarType::Long;
     job.batch = (entries - 1) / job.features;

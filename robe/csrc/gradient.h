@@ -1,84 +1,7 @@
-// The backward of lookups and bags: records of gradients by segment of the array, and their sums. Included once per instruction set, by kernels.h.
+// Records of gradients by segment of the array, and their sums. Included once per instruction set, by kernels.h.
 
 namespace robe {
 namespace ROBE_ISA {
-
-// Calls use(feature, first value, end of values, row of the embeddings or of their gradient) for each bag.
-template <class T, class Use>
-ROBE_INLINE void each_bag(const Job& job, int64_t begin, int64_t end, Use use) {
-  const bool one = job.pooling == Pooling::none;
-  const int64_t inner = one ? job.features : job.batch;
-  int64_t outer_index = begin / inner, inner_index = begin % inner;
-  for (int64_t bag = begin; bag < end; ++bag) {
-    const int64_t feature = one ? inner_index : outer_index, example = one ? outer_index : inner_index;
-    T* const row = static_cast<T*>(job.embeddings) + example * job.example_stride + feature * job.feature_stride;
-    if (one) {
-      const int64_t position = example * job.ids_stride + feature * job.ids_feature_stride;
-      use(feature, position, position + 1, int64_t{1}, row);
-    } else {
-      use(feature, job.offsets[bag], job.offsets[bag + 1], job.ids_stride, row);
-    }
-    if (++inner_index == inner) inner_index = 0, ++outer_index;
-  }
-}
-
-// Calls emit(offset, length, gradient, scale) for each block that a gradient goes to, in the order of the ids.
-template <bool is_mix, class T, class Emit>
-bool each_gradient(const Job& job, int64_t begin, int64_t end, Emit emit) {
-  using S = Sum<T>;
-  bool outside = false;
-  const int64_t dim = job.dim;
-  S* best = nullptr;
-  int64_t* winner = nullptr;
-  if (job.pooling == Pooling::max) best = new S[dim], winner = new int64_t[dim];
-  each_bag<T>(job, begin, end, [&](int64_t feature, int64_t first, int64_t last, int64_t stride, T* grad) {
-    S share{1};
-    if (job.pooling == Pooling::mean) {
-      int64_t kept = 0;
-      for (int64_t v = first; v < last; ++v) kept += !(job.padded && id_at(job, v * stride) == job.padding);
-      share = S{1} / static_cast<S>(kept ? kept : 1);
-    }
-    if (job.pooling == Pooling::max) {
-      bool empty = true;
-      for (int64_t v = first; v < last; ++v) {
-        int64_t id = id_at(job, v * stride);
-        if (!counts(job, feature, id, outside)) continue;
-        each_block<is_mix>(job, feature, id, [&](int64_t i, int64_t offset, int64_t length, bool negative) {
-          const T* const source = static_cast<const T*>(job.weight) + offset;
-          for (int64_t k = 0; k < length; ++k) {
-            const S x = negative ? -static_cast<S>(source[k]) : static_cast<S>(source[k]);
-            const bool wins = empty || x > best[i + k] || (x != x && best[i + k] == best[i + k]);
-            if (wins) best[i + k] = x, winner[i + k] = x == x ? v : -1;  // a NaN takes no gradient
-          }
-        });
-        empty = false;
-      }
-    }
-    for (int64_t v = first; v < last; ++v) {
-      int64_t id = id_at(job, v * stride);
-      if (!counts(job, feature, id, outside)) continue;
-      S scale = share;
-      if (job.per_sample_weights) scale = static_cast<S>(static_cast<const T*>(job.per_sample_weights)[v * job.per_sample_weights_stride]);
-      each_block<is_mix>(job, feature, id, [&](int64_t i, int64_t offset, int64_t length, bool negative) {
-        const S signed_scale = negative ? -scale : scale;
-        if (job.pooling != Pooling::max) {
-          emit(offset, length, grad + i, signed_scale);
-          return;
-        }
-        for (int64_t k = 0; k < length;) {  // runs of components that this id won
-          const bool won = winner[i + k] == v;
-          int64_t next = k + 1;
-          while (next < length && (winner[i + next] == v) == won) ++next;
-          if (won) emit(offset + k, next - k, grad + i + k, signed_scale);
-          k = next;
-        }
-      });
-    }
-  });
-  delete[] best;
-  delete[] winner;
-  return !outside;
-}
 
 bool count(const Job& job, int64_t begin, int64_t end, int shift, int64_t* counts) {
   return with_hash(job.hash, [&](auto is_mix) {
@@ -167,31 +90,6 @@ void gradient(Dtype dtype, const Segments& segments, int64_t segment, void* scra
     if constexpr (!std::is_same_v<T, Sum<T>>)
       for (int64_t i = 0; i < slots; ++i) to[i] = static_cast<T>(sums[i]);
   });
-}
-
-bool weights_gradient(const Job& job, int64_t begin, int64_t end, void* out) {
-  bool outside = false;
-  with_hash(job.hash, [&](auto is_mix) {
-    with_dtype(job.dtype, [&](auto t) {
-      using T = typename decltype(t)::type;
-      each_bag<T>(job, begin, end, [&](int64_t feature, int64_t first, int64_t last, int64_t stride, T* grad) {
-        for (int64_t v = first; v < last; ++v) {
-          Sum<T> sum{0};
-          int64_t id = id_at(job, v * stride);
-          if (counts(job, feature, id, outside))
-            each_block<is_mix.value>(job, feature, id, [&](int64_t i, int64_t offset, int64_t length, bool negative) {
-              const T* const source = static_cast<const T*>(job.weight) + offset;
-              Sum<T> part{0};
-              for (int64_t k = 0; k < length; ++k)
-                part += static_cast<Sum<T>>(grad[i + k]) * static_cast<Sum<T>>(source[k]);
-              sum += negative ? -part : part;
-            });
-          static_cast<T*>(out)[v] = static_cast<T>(sum);
-        }
-      });
-    });
-  });
-  return !outside;
 }
 
 }  // namespace ROBE_ISA

@@ -7,14 +7,13 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "bag.h"
 #include "hash.h"
+#include "update.h"
 
 namespace robe {
 
 enum class Dtype { float64, float32, bfloat16, float16, int8 };
-enum class Hash { mix, span, linear, identity };  // span: "mix" with blocks longer than a row
-enum class Pooling { none, sum, mean, max };      // none: a lookup, one id per feature
-enum class Rule { sgd, adagrad, adam };
 
 constexpr int64_t kTileBlocks = 128;  // the most that are read ahead
 constexpr int64_t kSpare = 8;         // the most that a vector holds
@@ -70,12 +69,6 @@ struct Segments {
   const int64_t* ends;  // of each segment's records; they begin where the last segment's end
   int shift;            // log2 of the slots of a segment
   int64_t slots;        // of the array
-};
-
-struct Update {
-  Rule rule;
-  void* state[2];
-  double options[5];
 };
 
 // The kernels of one instruction set.

@@ -3,6 +3,7 @@
 // (-ffp-contract=off), so every set gives the same bits.
 
 #include "numbers.h"
+#include "hash.h"
 #include "blocks.h"
 #include "tiles.h"
 #include "lookup.h"

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <memory>
 
 #if defined(__x86_64__)
@@ -130,15 +131,10 @@ void bag_weights_backward(Value* stack, uint64_t, uint64_t) {
   stack[0] = value_of(out);
 }
 
-// The integers of a call of update_, in the order of LayoutCode in robe/ops/layout.py.
+// The integers of a call of update_, in the order of LayoutCode in robe/ops/layout.py. pooling is that of Pooling.
 struct LayoutCode {
   int64_t pooling, embedding_dim, block_size, hash, sign, is_padded, padding_idx;
 };
-
-// What a LayoutCode stands for. pooling: 0 is a lookup, k the k-th of POOLINGS.
-constexpr const char* kHashes[] = {"mix", "linear", "identity"};
-constexpr const char* kPoolings[] = {"none", "sum", "mean", "max"};
-constexpr int64_t kLookup = 0, kSum = 1;
 
 std::vector<LayoutCode> unpack_layouts(const std::vector<int64_t>& numbers, size_t calls) {
   constexpr size_t entries = sizeof(LayoutCode) / sizeof(int64_t);
@@ -146,7 +142,8 @@ std::vector<LayoutCode> unpack_layouts(const std::vector<int64_t>& numbers, size
   std::vector<LayoutCode> layouts(calls);
   if (calls) std::memcpy(layouts.data(), numbers.data(), numbers.size() * sizeof(int64_t));
   for (const LayoutCode& layout : layouts)
-    EXPECT(layout.pooling >= 0 && layout.pooling < 4 && layout.hash >= 0 && layout.hash < 3,
+    EXPECT(layout.pooling >= 0 && layout.pooling <= int64_t(std::size(kPoolings)) && layout.hash >= 0 &&
+               layout.hash < int64_t(std::size(kHashes)),
            "layouts: unknown pooling or hash");
   return layouts;
 }
@@ -182,22 +179,22 @@ void update(Value* stack, uint64_t, uint64_t) {
     if (layout.is_padded) call->padding = layout.padding_idx;
     call->layout();
     if (filters[k].numel()) call->admission(filters[k]);
-    if (layout.pooling == kLookup) {
+    const auto pooling = static_cast<Pooling>(layout.pooling);
+    if (pooling == Pooling::none) {
       call->one_id_each(ids[k]);
     } else {
       const bool weighted = per_sample_weights[k].numel() > 0 || ids[k].numel() == 0;
-      auto weights = weighted && layout.pooling == kSum ? std::optional<Tensor>(per_sample_weights[k]) : std::nullopt;
-      call->bags(ids[k], offsets[k], std::move(weights), kPoolings[layout.pooling]);
+      auto weights = weighted && pooling == Pooling::sum ? std::optional<Tensor>(per_sample_weights[k]) : std::nullopt;
+      call->bags(ids[k], offsets[k], std::move(weights), kPoolings[layout.pooling - 1]);
     }
     call->gradient(grads[k]);
     if (call->values()) calls.push_back(std::move(call));
   }
   Update applied{};
-  EXPECT(rule == "sgd" || rule == "adagrad" || rule == "adam", "rule: expected one of sgd, adagrad, adam, got '" + rule + "'");
-  applied.rule = rule == "sgd" ? Rule::sgd : rule == "adagrad" ? Rule::adagrad : Rule::adam;
+  applied.rule = static_cast<Rule>(place_of("rule", rule, kRules));
   EXPECT(options.size() == 5, "options: expected 5");
   std::copy(options.begin(), options.end(), applied.options);
-  const size_t needed = applied.rule == Rule::adam ? 2 : applied.rule == Rule::adagrad || options[2] != 0 ? 1 : 0;
+  const size_t needed = applied.states();
   EXPECT(state.size() >= needed && state.size() <= 2, "state: expected " + str(needed) + " tensors for " + rule);
   for (size_t i = 0; i < state.size(); ++i) applied.state[i] = state[i].mutable_data_ptr();
   void* const data = weight.mutable_data_ptr();

@@ -107,7 +107,7 @@ ROBE_INLINE void hash_tile(const Job& job, Tile& t) {
 
 // Lists the blocks of a tile of any tables.
 template <bool is_mix, class Prefetch>
-ROBE_INLINE void list_blocks(const Job& job, const Tile& t, Block* out, bool& outside, Prefetch prefetch) {
+ROBE_INLINE void list_blocks(const Job& job, Tile& t, Block* out, bool& outside, Prefetch prefetch) {
   for (int64_t r = 0; r < t.rows; ++r) {
     if (!counts(job, t.feature[r], t.id[r], outside)) {
       *out++ = {-1, static_cast<int32_t>(job.dim), 0};

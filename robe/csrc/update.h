@@ -1,5 +1,30 @@
-// An optimizer's rule on the slots that the records of a segment touch. Included once per instruction set, by kernels.h.
+// The rules of optimizers, on the slots that the records of a segment touch.
+// The first part is included once; the second once per instruction set, by kernels.h.
 
+#ifndef ROBE_UPDATE_H
+#define ROBE_UPDATE_H
+
+#include <cstddef>
+
+namespace robe {
+
+enum class Rule { sgd, adagrad, adam };
+constexpr const char* kRules[] = {"sgd", "adagrad", "adam"};
+
+// An optimizer's step. options: its rate, weight decay, and three of the rule's own.
+struct Update {
+  Rule rule;
+  void* state[2];
+  double options[5];
+
+  size_t states() const { return rule == Rule::adam ? 2 : rule == Rule::adagrad || options[2] != 0 ? 1 : 0; }
+};
+
+}  // namespace robe
+
+#endif
+
+#ifdef ROBE_ISA
 namespace robe {
 namespace ROBE_ISA {
 
@@ -99,3 +124,4 @@ void update(Dtype dtype, const Segments& segments, int64_t segment, void* scratc
 
 }  // namespace ROBE_ISA
 }  // namespace robe
+#endif

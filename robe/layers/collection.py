@@ -7,6 +7,7 @@ from typing import Any, Unpack
 
 from torch import Tensor
 
+from robe.hashing import TRAITS
 from robe.layers.options import LayerOptions
 from robe.layers.tables import RobeTables
 from robe.ops import POOLINGS
@@ -70,8 +71,9 @@ class RobeEmbeddingBagCollection(RobeTables):
         rows = [table.num_embeddings for table in tables]
         if table_ids is not None and len(table_ids) != len(tables):
             raise ValueError(f"table_ids: expected {len(tables)}, one a table, got {len(table_ids)}")
-        if options.get("hash") == "linear" and None in rows:
-            raise ValueError("hash='linear': lays tables one behind the other, so every table needs num_embeddings")
+        hash = options.get("hash", "mix")
+        if hash in TRAITS and TRAITS[hash].key == "row" and None in rows:
+            raise ValueError(f"hash={hash!r}: lays tables one behind the other, so every table needs num_embeddings")
         super().__init__(
             rows,
             tables[0].embedding_dim,

@@ -5,6 +5,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
+from robe.hashing import TRAITS
 from robe.layers.options import LayerOptions
 from robe.layers.tables import RobeTables, project
 from robe.ops import POOLINGS
@@ -60,7 +61,7 @@ class _RobeTable(RobeTables):
         self.num_embeddings, self.padding_idx = num_embeddings, padding_idx
         self.table_id = table_id
         # A layer may have found room for every weight, and laid them out itself.
-        self.first_row = self._keys[0] // embedding_dim if self.hash == "identity" else first_row
+        self.first_row = self._keys[0] // embedding_dim if TRAITS[self.hash].key == "slot" else first_row
 
     def arguments(self) -> dict[str, Any]:
         """Return the arguments, in JSON's types, that make this layer again on the same array and admission."""
@@ -103,7 +104,7 @@ class _RobeTable(RobeTables):
 
     def extra_repr(self) -> str:
         parts = [f"{self.num_embeddings}, {self.embedding_dim}, block_size={self.block_size}, hash={self.hash!r}"]
-        parts += [f"table_id={self.table_id}"] if self.hash == "mix" else [f"first_row={self.first_row}"]
+        parts += [f"table_id={self.table_id}"] if TRAITS[self.hash].key == "table" else [f"first_row={self.first_row}"]
         parts += ["sign=True"] * self.sign
         parts += [] if self.padding_idx is None else [f"padding_idx={self.padding_idx}"]
         return ", ".join(parts)

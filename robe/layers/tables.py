@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 import robe.ops  # noqa: F401  (registers torch.ops.robe)
 from robe.admission import Admission
 from robe.array import Int8RobeArray, RobeArray
-from robe.hashing import HASHES, slots, table_key
+from robe.hashing import HASHES, TRAITS, slots, table_key
 from robe.layers.options import LayerOptions, SharedOptions, check_options
 from robe.ops.layout import Bags, Call, Tables
 from robe.sketches import SHARED_ID
@@ -68,16 +68,18 @@ class RobeTables(nn.Module):
         bounds = [n or 0 for n in num_embeddings]  # 0 stands for unbounded in the operators
         table_weights = None if 0 in bounds else sum(bounds) * embedding_dim
         array = resolve_array(options, table_weights=table_weights, device=device, dtype=dtype)
-        if admission is not None and hash != "mix":
+        if admission is not None and not TRAITS[hash].has_admission:
             raise ValueError(f"admission: expected hash='mix' with it, got {hash!r}")
         own = options.get("array") is None
-        if own and admission is None and hash == "mix" and table_weights is not None and array.size >= table_weights:
+        has_room = table_weights is not None and array.size >= table_weights
+        if own and has_room and admission is None and TRAITS[hash].key == "table":
             # Room for every weight: no hash can do better than a slot for each.
             hash, first_rows = "identity", [0, *accumulate(bounds)][:-1]
-        if hash == "mix":
+        if TRAITS[hash].key == "table":
             keys = [table_key(array.seed, table_id) for table_id in table_ids]
         else:
-            keys = [first * embedding_dim if hash == "identity" else first for first in first_rows]
+            slots_each = embedding_dim if TRAITS[hash].key == "slot" else 1
+            keys = [first * slots_each for first in first_rows]
         _check_room(array, keys, bounds, embedding_dim, block_size, hash)
 
         self.array, self.admission = array, admission
@@ -245,19 +247,19 @@ def _check(num_embeddings: Sequence[int | None], embedding_dim: int, block_size:
             raise ValueError(f"num_embeddings: expected at least 1, or None for any int64 id, got {n}")
     if hash not in HASHES:
         raise ValueError(f"hash: expected one of {', '.join(HASHES)}, got {hash!r}")
-    if hash == "identity" and None in num_embeddings:
-        raise ValueError("hash='identity': every table needs num_embeddings")
+    if TRAITS[hash].is_exact and None in num_embeddings:
+        raise ValueError(f"hash={hash!r}: every table needs num_embeddings")
 
 
 def _check_room(
     array: RobeArray, keys: list[int], bounds: list[int], embedding_dim: int, block_size: int, hash: str
 ) -> None:
-    if hash == "identity":
+    if TRAITS[hash].is_exact:
         last = max(key + n * embedding_dim for key, n in zip(keys, bounds))
         if min(keys) < 0:
-            raise ValueError(f"first_row: expected at least 0 with hash='identity', got {min(keys) // embedding_dim}")
+            raise ValueError(f"first_row: expected at least 0 with hash={hash!r}, got {min(keys) // embedding_dim}")
         if last > array.size:
-            raise ValueError(f"hash='identity': the tables take {last} slots, the array has {array.size}")
+            raise ValueError(f"hash={hash!r}: the tables take {last} slots, the array has {array.size}")
     elif array.size < block_size:
         raise ValueError(
             f"block_size: an array of {array.size} weights does not hold one block of {block_size}; "

@@ -1,8 +1,8 @@
 """The arguments that every operator call carries: named, packed, unpacked and checked.
 
 The operators of ``torch.ops.robe`` take flat lists of arguments, since that is what torch's dispatcher passes on. Here
-these lists become NamedTuples, in the order of the schemas (robe/ops/schema.py), and one function checks each kind. Layers,
-optimizers, reference bodies and Triton kernels all go through this module, so an argument has one place to be added.
+these lists become NamedTuples, in the order of the schemas (robe/ops/schema.py), and one function checks each kind.
+Layers, optimizers, reference bodies and Triton kernels go through this module, so a new argument has one place.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from robe.hashing import HASHES
+from robe.hashing import HASHES, TRAITS
 
 POOLINGS = ("sum", "mean", "max")
 
@@ -272,14 +272,14 @@ def check_tables(weight: Tensor, tables: Tables, filter: Tensor | None = None) -
         raise ValueError(f"hash: expected one of {', '.join(HASHES)}, got {hash!r}")
     if embedding_dim < 1 or block_size < 1:
         raise ValueError(f"embedding_dim and block_size: expected at least 1, got {embedding_dim} and {block_size}")
-    if hash != "identity" and weight.shape[0] < block_size:
+    if not TRAITS[hash].is_exact and weight.shape[0] < block_size:
         raise ValueError(f"weight: {weight.shape[0]} weights do not hold one block of {block_size}")
     if table_keys.shape[0] == 0:
         raise ValueError("table_keys: expected at least one feature")
     if filter is None:
         return
     check_filter(filter)
-    if hash != "mix":
+    if not TRAITS[hash].has_admission:
         raise ValueError(f"filter: expected hash 'mix' with it, got {hash!r}")
 
 

@@ -1,7 +1,7 @@
 """The reference bodies of lookups, bags and updates, in plain torch.
 
-They are the specification of every kernel, and what runs where there is no other. Each takes the operator's arguments in
-the order of its schema.
+They are the specification of every kernel, and they run where there is no other. Each takes the operator's arguments
+in the order of its schema.
 """
 
 from collections.abc import Callable, Sequence
