@@ -9,6 +9,7 @@ order of rows would change them by 1e-3 and more.
 """
 
 import hashlib
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -18,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import robe
 import train
 from data.formats.opening import open_source
 from data.synthetic import write
@@ -79,3 +81,31 @@ def test_a_run_of_0_8_0_is_resumed_to_the_same_end(rows, tmp_path, capsys):
         assert point["train_loss"] == pytest.approx(old["train_loss"], abs=TOLERANCE)
         assert point["log_loss"] == pytest.approx(old["log_loss"], abs=TOLERANCE)
     np.testing.assert_allclose(probabilities(tmp_path / "run", rows), EXPECTED["probabilities"], rtol=0, atol=TOLERANCE)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layers
+
+
+def layers_of_0_8_0():
+    """The functions that made layers.*; they use public names alone."""
+    spec = importlib.util.spec_from_file_location("make_layers", FIXTURE / "make_layers.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("how", ["robe.save", "torch.save"])
+def test_layers_of_0_8_0_compute_what_they_computed(how):
+    made = layers_of_0_8_0()
+    expected = json.loads((FIXTURE / "layers.json").read_text())
+    if how == "torch.save":  # a whole model, pickled with the names of its modules then
+        model = torch.load(FIXTURE / "layers.pt", weights_only=False)
+    else:
+        model = made.build()
+        for weight in model.parameters():
+            weight.data.zero_()
+        robe.load(FIXTURE / "layers.safetensors", model)
+    assert made.outputs(model) == expected
+    model["embedding"].train()(torch.tensor([1])).sum().backward()  # and it trains
+    assert model["embedding"].array.weight.grad.count_nonzero() > 0

@@ -93,6 +93,10 @@ class RobeKeyedEmbeddingBagCollection(nn.Module):
         tables, sign = [asdict(own_config(table)) for table in self._configs], self.collections[0].sign
         return {"tables": tables, "is_weighted": self._is_weighted, "block_size": self._block_size, "sign": sign}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._columns = [_Column(*column) for column in self._columns]  # 0.8.0 pickled plain tuples
+
     @property
     def array(self) -> RobeArray:
         """The shared weights."""
