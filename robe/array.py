@@ -11,22 +11,27 @@ _WEIGHTS_AT_ONCE = 1 << 20
 
 
 class RobeArray(nn.Module):
-    """The shared weights. Hand one array to several layers and they share its memory.
+    """The shared weights. Several layers that are given one array share its memory.
 
     Args:
         size: m, the number of weights.
         seed: of the hash, any integer: arrays with the same seed lay the same tables out in the same way. It is not in
             the ``state_dict``: it belongs to the code that builds the model, as ``padding_idx`` does in torch.
         init_std: standard deviation of the initial values, N(0, init_std**2), drawn from torch's global generator.
-            None: 0.01. Rows that training seldom sees keep reading these values, so a large scale is noise that never
-            trains away; see docs/accuracy.md for the figures behind the choice.
+            None: 0.01. Ids that training seldom sees keep reading these values, so a large scale is noise that never
+            trains away; docs/accuracy.md has the figures behind the choice.
         dtype, device: of the weights, as in torch.
 
     Attributes:
         weight: Parameter (size,), the only entry of the ``state_dict``.
 
     Raises:
-        ValueError: size below 1, or init_std negative.
+        ValueError: size is below 1, or init_std is negative.
+
+    Example:
+        >>> array = RobeArray(1_000_000)
+        >>> users = RobeEmbedding(40_000_000, 16, array=array, table_id=0)
+        >>> items = RobeEmbedding(2_000_000, 16, array=array, table_id=1)
     """
 
     def __init__(self, size: int, *, seed: int = 0, init_std: float | None = None, dtype=None, device=None):
@@ -38,7 +43,6 @@ class RobeArray(nn.Module):
         self.seed = seed
         self.init_std = INIT_STD if init_std is None else init_std
         self.weight = nn.Parameter(torch.empty(size, dtype=dtype, device=device))
-        # The robe.optim optimizer that takes the gradients of this array, if one does.
         self._optimizer: weakref.ref | None = None
         self.reset_parameters()
 
@@ -60,12 +64,12 @@ class RobeArray(nn.Module):
         self._optimizer = weakref.ref(optimizer)
 
     def read(self) -> tuple[Tensor, None]:
-        """The weights and their scale, as the operators take them."""
+        """Return the weights and their scale, as the operators take them."""
         weight = self._parameters.get("weight")  # past the detours of self.weight, where it is still a parameter
         return self.weight if weight is None else weight, None
 
     def quantized(self, group_size: int = 64) -> "Int8RobeArray":
-        """A copy in int8, a quarter of the memory, for inference: ``layer.array = layer.array.quantized()``.
+        """Return a copy in int8 for inference, in a quarter of the memory: ``layer.array = layer.array.quantized()``.
 
         Each group of neighbouring weights is rounded to 255 steps between plus and minus its largest magnitude.
 
@@ -74,15 +78,16 @@ class RobeArray(nn.Module):
                 1 + 4 / group_size bytes a weight.
 
         Raises:
-            ValueError: group_size is no power of two.
+            ValueError: group_size is not a power of two.
         """
         return Int8RobeArray(self.weight.detach(), self.seed, group_size)
 
     def __getstate__(self) -> dict:
-        # A copy is another array: the optimizer is not its own.
+        # A copy is another array, which the optimizer doesn't train.
         return self.__dict__ | {"_optimizer": None}
 
     def extra_repr(self) -> str:
+        """Return the arguments that ``repr`` shows."""
         return f"{self.size}, seed={self.seed}, init_std={self.init_std}"
 
 
@@ -105,7 +110,7 @@ class Int8RobeArray(nn.Module):
         size = weight.shape[0]
         self.register_buffer("weight", torch.empty(size, dtype=torch.int8, device=weight.device))
         self.register_buffer("scale", torch.empty(-(-size // group_size), device=weight.device))
-        # Some at a time, so that what lies between takes little memory.
+        # In pieces, so that the intermediate values take little memory.
         some = max(_WEIGHTS_AT_ONCE, group_size)
         for w, rounded, scale in zip(weight.split(some), self.weight.split(some), self.scale.split(some // group_size)):
             groups = nn.functional.pad(w.float(), (0, -len(w) % group_size)).view(-1, group_size)
@@ -123,7 +128,7 @@ class Int8RobeArray(nn.Module):
         return None
 
     def read(self) -> tuple[Tensor, Tensor]:
-        """The weights and their scale, as the operators take them."""
+        """Return the weights and their scale, as the operators take them."""
         return self._buffers["weight"], self._buffers["scale"]  # type: ignore[return-value]
 
     def _apply(self, fn, recurse=True):
@@ -133,4 +138,5 @@ class Int8RobeArray(nn.Module):
         return self
 
     def extra_repr(self) -> str:
+        """Return what ``repr`` shows."""
         return f"{self.size}, int8, group_size={self.group_size}, seed={self.seed}"

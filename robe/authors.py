@@ -1,4 +1,4 @@
-"""load_authors_weights: layers from checkpoints of the ROBE authors' code."""
+"""load_authors_weights: reads checkpoints of the ROBE authors' code."""
 
 import os
 import pickle
@@ -22,27 +22,28 @@ def load_authors_weights(
     block_size: int = 1,
     names: Sequence[str] | None = None,
 ) -> RobeEmbeddingBagCollection:
-    """A collection that reads the array of a model trained with the ROBE authors' code, as that code reads it.
+    """Make the collection that reads the array of a model trained with the ROBE authors' code.
 
-    Checkpoints of their DLRM hold the array and the constants of the hash, but neither the sizes of the tables, which
-    lie one behind the other in the hash, nor the block size: those are of the command line that trained it.
+    Checkpoints of their DLRM hold the array and the constants of the hash. The sizes of the tables, which lie one after
+    another in the hash, and the block size are in the command line that trained the model, not in the checkpoint.
 
     Args:
-        source: a file that ``torch.save`` wrote, or what it holds: a ``state_dict``, or a dict with one in it, as their
-            DLRM saves it. Of a file only tensors and plain Python values are read.
-        num_embeddings: rows of each table, in the order of their ``emb_l``.
-        embedding_dim: d, their ``--arch-sparse-feature-size``.
+        source: a file that ``torch.save`` wrote, or its content: a ``state_dict``, or a dict with one in it, as their
+            DLRM saves it. Only tensors and plain Python values are read from a file.
+        num_embeddings: size of each table, in the order of their ``emb_l``.
+        embedding_dim: D, their ``--arch-sparse-feature-size``.
         block_size: Z, their ``--rma-chunk-size`` or ``uma_chunk_size``.
         names: of the tables; None: cat_0, cat_1 ...
 
     Returns:
-        A RobeEmbeddingBagCollection with hash="linear" and pooling "sum", on an array in the dtype of theirs. Theirs
-        overflows where row + first row of the table is above 1e10; this does not.
+        A RobeEmbeddingBagCollection with hash="linear" and pooling "sum", on an array with the dtype of theirs. Their
+        hash overflows where id + first row of the table exceeds 1e10; this one does not.
 
     Raises:
-        ValueError: there is no array in it, or several different ones; other constants of the hash than theirs are by
-            default (seed 1024), which "linear" stands for; or other numbers of tables.
-        FileNotFoundError, PermissionError: of the file.
+        ValueError: no array in it, or several different ones; hash constants other than their default (seed 1024),
+            which "linear" stands for; or another number of tables.
+        FileNotFoundError: there is no such file.
+        PermissionError: the file can't be read.
     """
     weights, where = _state_dict(source)
     arrays = [weights[name] for name in weights if name.split(".")[-1] == _ARRAY]

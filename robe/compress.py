@@ -1,4 +1,4 @@
-"""compress: ROBE layers in the place of the embedding tables of any model."""
+"""compress: swaps the embedding tables of any model for ROBE layers on one shared array."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class Table:
     """One embedding table of a model.
 
     Attributes:
-        names: of the modules that read it, as ``named_modules`` has them; several where it is tied.
+        names: of the modules that read it, as in ``named_modules``; several where modules share the weight.
         num_embeddings, embedding_dim: its shape.
         reason: why it was left as it was; None: it was swapped.
     """
@@ -35,19 +35,19 @@ class Table:
 
     @property
     def floats(self) -> int:
-        """Its weights."""
+        """The number of its weights."""
         return self.num_embeddings * self.embedding_dim
 
 
 @dataclass(frozen=True)
 class CompressionReport:
-    """What ``compress`` did; ``str`` of it is a table for people.
+    """The report of ``compress``; its ``str`` is a table for people.
 
     Attributes:
         tables: all embedding tables of the model.
-        array_floats: weights of the arrays that replace the swapped ones.
-        admission_bytes: of the filter, 0 without one.
-        notes: what a user should know, a sentence each.
+        array_floats: the number of weights in the arrays that replace the swapped tables.
+        admission_bytes: memory of the filter; 0 without one.
+        notes: sentences that a user should read.
     """
 
     tables: tuple[Table, ...]
@@ -57,22 +57,22 @@ class CompressionReport:
 
     @property
     def swapped(self) -> tuple[Table, ...]:
-        """The tables that are virtual now."""
+        """The tables that were swapped."""
         return tuple(table for table in self.tables if table.reason is None)
 
     @property
     def left(self) -> tuple[Table, ...]:
-        """The tables that are what they were, each with its reason."""
+        """The tables that were left, each with its reason."""
         return tuple(table for table in self.tables if table.reason is not None)
 
     @property
     def floats_before(self) -> int:
-        """Weights of all tables before."""
+        """The number of weights in all tables before."""
         return sum(table.floats for table in self.tables)
 
     @property
     def floats_after(self) -> int:
-        """Weights of the arrays and of the tables that were left."""
+        """The number of weights in the arrays and in the tables that were left."""
         return self.array_floats + sum(table.floats for table in self.left)
 
     def __str__(self) -> str:
@@ -107,31 +107,38 @@ def compress(
 
     Every nn.Embedding and nn.EmbeddingBag with enough rows, wherever it is in the model (torchrec's
     EmbeddingBagCollection holds such modules too), is replaced in place, under its name, by a RobeEmbedding or
-    RobeEmbeddingBag with the same rows, dimension, mode, padding and training mode. Tables that share a weight go on
-    sharing one. Weights of one device, dtype and ``requires_grad`` share one array: as a rule there is one. Make the
-    optimizer after this, and a DistributedDataParallel too. Parts of a model that read the ``weight`` of a table
-    themselves find none: there is no table any more.
+    RobeEmbeddingBag with the same size, dimension, mode, padding and training mode. Tables that share a weight still
+    share one afterwards. Weights with the same device, dtype and ``requires_grad`` share one array, so usually there
+    is one array. Make the optimizer after this call, and DistributedDataParallel too. Code that reads the ``weight``
+    of a swapped table itself gets an error: there is no table any more.
 
     Args:
         model: changed in place.
-        ratio: times the arrays, with the filter of an admission, are smaller than the tables that they replace.
-        block_size, sign, admission: as in RobeEmbedding; the tables have the table_ids 0, 1, 2 ... in the order of
+        ratio: how many times smaller the arrays are than the tables they replace, together with the filter of an
+            admission.
+        block_size, sign, admission: as in RobeEmbedding. The tables get the table_ids 0, 1, 2 ... in the order of
             ``CompressionReport.swapped``.
         min_rows: tables with fewer rows are left as they are.
-        init: of the arrays: "random", for tables that are to be trained, so frozen ones are left; or "project", the
-            least squares approximation of trained tables: each slot is the mean of the components that are read there.
-        init_std: of the arrays, see RobeArray; None: the median of the tables' standard deviations, so that the model
-            starts as it did, but no more than RobeArray's default.
+        init: initial values of the arrays: "random", for tables that will be trained, so frozen ones are left; or
+            "project", the least squares approximation of trained tables: each slot is the mean of the components that
+            are read there.
+        init_std: of the arrays, see RobeArray. None: the median of the tables' standard deviations, so that the model
+            starts as it did, but at most RobeArray's default.
         seed: of the arrays; see RobeArray.
-        device: of the arrays; None: where the tables are. With tables on the "meta" device a model can be built whose
-            tables would not fit.
+        device: of the arrays; None: where the tables are. Tables on the "meta" device take no memory, so a model can
+            be built whose tables would not fit.
 
     Returns:
-        The model, or where it was a table itself the layer in its place; ``compression_report`` is an attribute of it.
+        The model; if it was a table itself, the layer in its place. Its attribute ``compression_report`` is a
+        CompressionReport.
 
     Raises:
-        ValueError: an argument out of range, there is no table to swap, or too few weights would be left. The model is
-            then as it was.
+        ValueError: an argument out of range, no table to swap, or too few weights left. The model is then unchanged.
+
+    Example:
+        >>> model = nn.Sequential(nn.Embedding(1_000_000, 16), nn.Linear(16, 1))
+        >>> compress(model, 1000).compression_report.floats_after
+        16000
     """
     if not ratio > 1:
         raise ValueError(f"ratio: expected more than 1, got {ratio}")
@@ -204,11 +211,11 @@ def _array_for(
 
 
 def tables_of(model: nn.Module) -> Iterator[list[TorchTable]]:
-    """The modules of each table: one, or several with one weight."""
+    """Yield the modules of each table: one, or several that share a weight."""
     of_weight: dict[int, list[TorchTable]] = {}
     for module in model.modules():
         if isinstance(module, TorchTable):
-            # A parametrized one makes its weight anew each time.
+            # A parametrized module computes its weight anew each time.
             of_weight.setdefault(id(module._parameters.get("weight", module)), []).append(module)
     yield from of_weight.values()
 
@@ -218,7 +225,7 @@ def _names(model: nn.Module, modules: list[TorchTable]) -> tuple[str, ...]:
 
 
 def reason_to_leave(model: nn.Module, modules: list[TorchTable], min_rows: int, init: str) -> str | None:
-    """Why a table, the one weight of some modules, is not to be swapped; None: it is."""
+    """Return why a table, given as the modules that share it, can't be swapped; None if it can."""
     weight = modules[0].weight
     if len(weight) < min_rows:
         return f"has fewer than {min_rows:,} rows"
@@ -261,7 +268,7 @@ def _swap(model: nn.Module, layers: dict[nn.Module, RobeEmbedding | RobeEmbeddin
 
 @torch.no_grad()
 def _scale(weights: list[Tensor]) -> float:
-    """Of initial values; torch's N(0, 1) would be noise that never trains away (docs/accuracy.md)."""
+    """The scale of initial values; torch's N(0, 1) would be noise that never trains away (docs/accuracy.md)."""
     there = [weight.flatten()[:COMPONENTS_AT_ONCE].float() for weight in weights if not weight.is_meta]
     return min(median(float(weight.std(correction=0)) for weight in there), INIT_STD) if there else INIT_STD
 
@@ -274,5 +281,5 @@ def _notes(swapped: list[list[TorchTable]], arrays: int) -> tuple[str, ...]:
             "use robe.optim, or an optimizer for dense gradients"
         )
     if arrays > 1:
-        notes.append(f"tables of different device, dtype or requires_grad do not share: there are {arrays} arrays")
+        notes.append(f"tables with different device, dtype or requires_grad can't share: there are {arrays} arrays")
     return tuple(notes)

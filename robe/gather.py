@@ -1,4 +1,4 @@
-"""Tensors of several processes, brought together in every one of them."""
+"""Gathers tensors of several processes in every one of them."""
 
 from collections.abc import Sequence
 
@@ -8,13 +8,14 @@ from torch import Tensor
 
 
 def gather(tensors: Sequence[Tensor], group: "dist.ProcessGroup") -> list[list[Tensor]]:
-    """What each process of a group has. All of them call this together.
+    """Gather the tensors of each process of a group. All of them call this together.
 
     Args:
-        tensors: (n, ...): between processes, only the first dimensions may differ. One device.
+        tensors: (n, ...) each, on one device. Between processes, only the first dimensions may differ.
+        group: the process group.
 
     Returns:
-        the tensors of each process, in the order of ranks; the caller's own are handed back as they are.
+        The tensors of each process, in the order of ranks; the caller's own are the same objects.
     """
     processes, rank = dist.get_world_size(group), dist.get_rank(group)
     rows = torch.tensor([len(tensor) for tensor in tensors], device=tensors[0].device)
@@ -26,7 +27,7 @@ def gather(tensors: Sequence[Tensor], group: "dist.ProcessGroup") -> list[list[T
         [-(-tensor.element_size() * _numel(shape) // 8) * 8 for tensor, shape in zip(tensors, of_process)]
         for of_process in shapes
     ]
-    longest = max(8, *(sum(of_process) for of_process in lengths))  # 0 would lay the rows of messages 1 byte apart
+    longest = max(8, *(sum(of_process) for of_process in lengths))  # with 0, messages would lie 1 byte apart
     message = torch.empty(longest, dtype=torch.uint8, device=rows.device)
     for part, tensor in zip(message.split([*lengths[rank], longest - sum(lengths[rank])]), tensors):
         own = tensor.contiguous().view(-1).view(torch.uint8)

@@ -1,4 +1,4 @@
-"""Where a weight lies: the one definition of the ROBE hash, in plain torch.
+"""The ROBE hash, which says where a weight lies: its one definition, in plain torch.
 
 The row of a virtual table is cut into blocks of Z = ``block_size`` consecutive components, and every block is read from
 an array of m = ``size`` weights at a hashed offset (Desai et al., "Random Offset Block Embedding Array for CriteoTB
@@ -40,12 +40,12 @@ from torch import Tensor
 
 
 class Traits(NamedTuple):
-    """What the layers need to know of a hash version.
+    """The traits of a hash version that layers and operators depend on.
 
     Attributes:
-        key: what a table's hash key is: "table", ``table_key`` of the array's seed and the table_id; "row", the number
-            of rows in the tables before it; or "slot", the number of slots before it.
-        has_admission: whether ids can be kept out by a filter, which is read at the row hash of "mix".
+        key: the kind of a table's hash key: "table", ``table_key`` of the array's seed and the table_id; "row", the
+            number of rows in the tables before it; or "slot", the number of slots before it.
+        has_admission: whether a filter can keep ids out; it is read at the row hash of "mix".
         is_exact: whether every weight has its own slot, so that tables must lie within the array.
     """
 
@@ -112,7 +112,7 @@ def multiply_high(x: Tensor, n: int) -> Tensor:
 
 
 def table_key(seed: int, table_id: int) -> int:
-    """The int64 that stands for a table in the "mix" hash.
+    """Return the int64 that stands for a table in the "mix" hash.
 
     Args:
         seed: of the array; any integer, taken modulo 2**64.
@@ -122,7 +122,7 @@ def table_key(seed: int, table_id: int) -> int:
 
 
 def row_hash(ids: Tensor, keys: Tensor) -> Tensor:
-    """``row`` of the "mix" hash, int64: it stands for an id of a table, a bijection of the ids of a table.
+    """Return ``row`` of the "mix" hash, int64, which stands for an id of a table: a bijection for each table.
 
     Args:
         ids: (...) int32 or int64.
@@ -146,17 +146,17 @@ def _hash_linear(rows: Tensor, keys: Tensor, blocks: Tensor, choices: int) -> tu
 def slots(
     ids: Tensor, keys: Tensor, *, size: int, embedding_dim: int, block_size: int, hash: str, sign: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """The slot of every component of the given rows.
+    """Return the slot of every component of the embeddings of some ids.
 
     Args:
-        ids: (...) int64, the rows.
-        keys: int64, broadcastable to ids: each row's table: ``table_key`` for "mix", the number of rows before the
-            table for "linear", the number of slots before it, a multiple of d, for "identity".
+        ids: (...) int64.
+        keys: int64, broadcastable to ids, the hash key of each id's table: ``table_key`` for "mix", the number of rows
+            before the table for "linear", the number of slots before it, a multiple of d, for "identity".
         size: m, the number of weights in the array, at least ``block_size``.
         embedding_dim: d.
         block_size: Z.
         hash: one of ``HASHES``.
-        sign: whether signs are wanted; "identity" has none.
+        sign: whether to return signs; "identity" has none.
 
     Returns:
         (slots, signs): slots (..., d) int64 in [0, m); signs (..., d) int64 of +1 and -1, or None for all +1.

@@ -1,12 +1,12 @@
-"""ROBE layers, and models with some in them, on the Hugging Face Hub: needs huggingface_hub (pip install .[hub]).
+"""ROBE layers and models that hold them on the Hugging Face Hub. Needs huggingface_hub (pip install .[hub]).
 
     class Recommender(torch.nn.Module, robe.hub.RobeHubMixin): ...
 
     model = robe.compress(Recommender(rows=40_000_000), 1000)
     model.push_to_hub("me/recommender")                         # or save_pretrained("folder")
-    model = Recommender.from_pretrained("me/recommender")       # compressed, as it was
+    model = Recommender.from_pretrained("me/recommender")       # compressed again
 
-The layers here are those of robe with these three methods. What is written is a file of ``robe.save``.
+The layers here are those of robe with these three methods. The file that they write is that of ``robe.save``.
 """
 
 from pathlib import Path
@@ -22,9 +22,9 @@ FILE = constants.SAFETENSORS_SINGLE_FILE
 class RobeHubMixin(ModelHubMixin, library_name="robe-dlrm", tags=["robe", "recommendation"]):
     """A base class for models: ``from_pretrained``, ``save_pretrained`` and ``push_to_hub``, see ModelHubMixin.
 
-    ``from_pretrained`` makes the model with the arguments it had, those in JSON's types, and swaps its tables for the
-    layers that were saved, in evaluation mode as huggingface_hub has it. Where the tables would not fit, make them on
-    the meta device.
+    ``from_pretrained`` makes the model with its saved arguments, those in JSON's types, and swaps its tables for the
+    saved layers. The model is then in evaluation mode, as always with huggingface_hub. Where the tables would not fit,
+    make them on the meta device.
     """
 
     def _save_pretrained(self, save_directory: Path) -> None:
@@ -38,7 +38,7 @@ class RobeHubMixin(ModelHubMixin, library_name="robe-dlrm", tags=["robe", "recom
 
 
 class _LayerHubMixin(RobeHubMixin):
-    """For layers, whose file tells all."""
+    """The methods for layers, whose file holds all that is needed to make them."""
 
     @classmethod
     def _from_pretrained(cls, *, map_location: str | None = None, **options: Any) -> Any:
@@ -58,12 +58,12 @@ def _file(
     force_download,
     local_files_only,
     token,
-    proxies=None,  # of older versions, as the next one
+    proxies=None,  # older versions pass this and the next one
     resume_download=None,
-    strict=None,  # of PyTorchModelHubMixin; here always
+    strict=None,  # PyTorchModelHubMixin has this; here loading is always strict
     **arguments: Any,
 ) -> tuple[Path, dict[str, Any]]:
-    """The file of a folder or a repository, and what is not about where it is."""
+    """The file of a folder or a repository, and the arguments that don't say where it is."""
     if Path(model_id).is_dir():
         return Path(model_id) / FILE, arguments
     file = hf_hub_download(

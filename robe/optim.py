@@ -1,30 +1,29 @@
 """Optimizers of RobeArrays that never build the array's gradient: SGD, Adagrad and Adam on the slots that were read.
 
     array = model.embeddings.array
-    optimizer = robe.optim.Adam(array, lr=1e-3)          # the other parameters get an optimizer of their own
+    optimizer = robe.optim.Adam(array, lr=1e-3)          # other parameters need another optimizer
     ...
     optimizer.zero_grad(); loss.backward(); optimizer.step()
 
 A dense gradient is as large as the array, and torch's optimizers go through all of it in every step. Here the backward
-keeps the gradient of the embeddings, (B, F, D), as it comes; ``step`` sums what goes to each slot and applies the rule
+keeps the gradient of the embeddings, (B, F, D), as it comes. ``step`` sums the part of each slot and applies the rule
 to the slots touched since the last ``zero_grad``, and to no others. ``weight.grad`` stays None.
 
-The order of the sums does not depend on the number of threads, so neither does a bit of the result: gradients are
-sorted by the segment of the array they go to, in the order of the ids within a segment, and a segment is summed and
-updated by one thread.
+The result does not depend on the number of threads, to the bit: gradients are sorted by the segment of the array they
+go to, in the order of the ids within a segment, and one thread sums and updates a segment.
 
-What differs from torch's optimizers on a dense gradient: weight decay, momentum and Adam's moments act on a slot only
-in steps that touch it, as in torch.optim.SparseAdam; Adam's bias correction counts the array's steps. Without these
-(SGD, or Adagrad, without decay) the results are the same but for rounding. Slots of bf16 and fp16 arrays are updated in
-float32.
+Two things differ from torch's optimizers on a dense gradient. Weight decay, momentum and Adam's moments act on a slot
+only in steps that touch it, as in torch.optim.SparseAdam. Adam's bias correction counts the array's steps. Without
+these (SGD or Adagrad without decay) the results are equal except for rounding. Slots of bf16 and fp16 arrays are
+updated in float32.
 
-With ``process_group``, several processes train one array, each on its part of a batch: ``step`` gathers what all of
-them have kept and applies the average of the gradients in each, as DistributedDataParallel does for other parameters.
-That takes (B, F, D) numbers a step for the batch of all processes; where this is more than a dense gradient, let
-DistributedDataParallel reduce that, with an optimizer of torch.optim.
+With ``process_group``, several processes train one array, each on its part of a batch. ``step`` gathers the gradients
+that all of them have kept, and applies their average in each, as DistributedDataParallel does for other parameters.
+That transfers (B, F, D) numbers a step for the batch of all processes. Where this is more than a dense gradient, let
+DistributedDataParallel reduce the dense one, with an optimizer of torch.optim.
 
 torch.compile breaks its graph where a layer hands its gradient over. Gradient clipping and loss scaling (GradScaler)
-see no gradient of these arrays. full_weight() is outside of all this: its gradient goes to weight.grad.
+see no gradient of these arrays. full_weight() is an exception: its gradient goes to weight.grad.
 """
 
 import math
@@ -65,7 +64,7 @@ class _Recorded(torch.autograd.Function):
 
 
 class _TouchedSlots(torch.optim.Optimizer):
-    """What the optimizers have in common: which arrays, and the gradients that wait for ``step``."""
+    """The base of the optimizers: holds the arrays and the gradients that wait for ``step``."""
 
     _rule: str
     _state_names: tuple[str, ...]
@@ -80,20 +79,27 @@ class _TouchedSlots(torch.optim.Optimizer):
         super().__init__([arrays] if isinstance(arrays, nn.Module) else arrays, defaults)  # type: ignore[arg-type]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # A copy takes no gradients: the arrays go on giving them to the optimizer they had.
+        # A copy takes no gradients: the arrays still give them to the optimizer they had.
         super().__setstate__(state)
         self._pending = {}
         self.__dict__.setdefault("_process_group", None)  # load_state_dict comes here too, and leaves it as it is
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch, with RobeArrays, or modules that hold some, as the group's "params"."""
+        """Add a group as in torch, with RobeArrays, or modules that hold some, as its "params".
+
+        Args:
+            param_group: "params", and options that differ from the optimizer's.
+
+        Raises:
+            ValueError: "params" holds something else, or no array.
+        """
         modules = param_group["params"]
         modules = [modules] if isinstance(modules, nn.Module) else list(modules)
         for module in modules:
             if not isinstance(module, nn.Module):
                 raise ValueError(
                     f"arrays: expected RobeArrays, or modules that hold some, got {type(module).__name__}; parameters "
-                    "that are not an array's need an optimizer of torch.optim"
+                    "of other modules need an optimizer of torch.optim"
                 )
         arrays = {id(m): m for module in modules for m in module.modules() if isinstance(m, RobeArray)}
         if not arrays:
@@ -103,7 +109,7 @@ class _TouchedSlots(torch.optim.Optimizer):
             array.set_optimizer(self)
 
     def owns(self, weight: Tensor) -> bool:
-        """Whether this is a weight to update."""
+        """Return whether this optimizer updates a weight."""
         return any(weight is own for group in self.param_groups for own in group["params"])
 
     # torch.compile leaves this call out of its graphs; torch.compiler.disable would import the compiler to say so.
@@ -127,7 +133,14 @@ class _TouchedSlots(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None):
-        """Update the slots touched since the last step or zero_grad. The gradients are used up."""
+        """Update the slots touched since the last step or zero_grad, and forget the gradients.
+
+        Args:
+            closure: computes the loss and its gradients again, as in torch.
+
+        Returns:
+            The closure's loss, or None.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -185,14 +198,14 @@ class SGD(_TouchedSlots):
     """torch.optim.SGD on touched slots: v = momentum * v + g, w -= lr * v, with g = gradient + weight_decay * w.
 
     Args:
-        arrays: a RobeArray, a module that holds some, an iterable of these, or of param groups as in torch, with such
-            an iterable as "params".
+        arrays: a RobeArray; a module that holds some; an iterable of these; or param groups as in torch, with such an
+            iterable as "params".
         lr: learning rate; a scheduler may change it.
-        process_group: of torch.distributed, whose processes train the same arrays; all make the same calls of layers.
-        momentum, weight_decay: as in torch, but of the slots that a step touches.
+        process_group: the torch.distributed processes that train the same arrays; all make the same calls of layers.
+        momentum, weight_decay: as in torch, but only on the slots that a step touches.
 
     Raises:
-        ValueError: a number out of range, or no RobeArray in arrays.
+        ValueError: a number out of range, or arrays without a RobeArray.
     """
 
     _rule = "sgd"

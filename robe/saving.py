@@ -1,7 +1,7 @@
-"""save and load: a model with its ROBE layers in one safetensors file that needs no code to say how they were made.
+"""save and load: a model with its ROBE layers in one safetensors file, which also says how the layers were made.
 
-A ``state_dict`` has the weights of an array, but not where rows lie in them: the seed, block sizes, table_ids. Here
-these are in the file's metadata, under "robe", as JSON:
+A ``state_dict`` holds the weights of an array, but not where embeddings lie in it: seed, block sizes, table_ids. The file
+has these in its metadata, under "robe", as JSON:
 
     {"version": 1,
      "arrays": [{"size": m, "seed": 0, "init_std": 0.01, "dtype": "float32", "requires_grad": true,
@@ -10,8 +10,7 @@ these are in the file's metadata, under "robe", as JSON:
      "layers": {"name of the module": {"class": "RobeEmbedding", "type": null, "array": 0, "admission": null,
                                        "config": {...}}}}
 
-"type" names a class of the user's that is more than "class". The tensors are those of the ``state_dict``, each once,
-whatever number of layers share it.
+"type" names the user's own subclass of "class". The tensors are those of the ``state_dict``; shared ones stand once.
 """
 
 import json
@@ -44,17 +43,17 @@ RobeLayer = RobeEmbedding | RobeEmbeddingBag | RobeEmbeddingBagCollection | Robe
 
 
 def save(module: nn.Module, file: str | os.PathLike) -> None:
-    """Write a ROBE layer, or a model with some in it, as safetensors; a file in place is replaced once it is whole.
+    """Write a ROBE layer, or a model that holds some, as a safetensors file.
 
     Args:
-        module: its ``state_dict`` is written, and how its ROBE layers were made.
-        file: its path.
+        module: its ``state_dict`` is written, with the arguments of its ROBE layers.
+        file: the path. An existing file is replaced in one step, once the new one is whole.
 
     Raises:
         ImportError: safetensors is not installed.
         OSError: the file can't be written; names it.
-        ValueError: there is no ROBE layer in the module, or one that was changed after it was made, so that its
-            arguments would make another.
+        ValueError: the module holds no ROBE layer, or one that was changed after it was made, so that its arguments
+            would make another.
     """
     from safetensors.torch import save_model
 
@@ -85,33 +84,33 @@ def save(module: nn.Module, file: str | os.PathLike) -> None:
         if _reads(made) != _reads(layers[name]):
             raise ValueError(
                 f"module: {name or 'it'} was changed after it was made, and its arguments would make another layer; "
-                "was its array exchanged for one of another seed, or parametrized?"
+                "was its array replaced by one with another seed, or parametrized?"
             )
     with whole_file(Path(file)) as part:
         save_model(module, str(part), metadata={"format": "pt", _KEY: json.dumps(about)})
 
 
 def load(file: str | os.PathLike, module: nn.Module | None = None, *, device=None) -> nn.Module:
-    """Read what ``save`` wrote.
+    """Read a file that ``save`` wrote.
 
-    Make optimizers after this: the module has other arrays then.
+    Make optimizers after this call: the module has new arrays then.
 
     Args:
-        file: its path.
-        module: a model like the one that was written, with its tables or after ``robe.compress``, whatever the options
-            of that were: its tables are swapped for the layers of the file, and all weights are read. None: the file
-            is of one ROBE layer, which is made anew.
-        device: of the arrays; None: of the tables that are swapped, or the CPU where they are on the meta device.
+        file: the path.
+        module: a model like the one that was saved, with its tables, or after ``robe.compress`` with any options. Its
+            tables are swapped for the layers of the file, and all weights are read. None: the file holds one ROBE
+            layer, which is made anew.
+        device: of the arrays; None: that of the swapped tables, or the CPU where they are on the meta device.
 
     Returns:
         The module, changed in place, or the layer.
 
     Raises:
         ImportError: safetensors is not installed.
-        FileNotFoundError: no such file.
-        ValueError: a file of another kind, or damaged; a module in which something else is where the file has a layer,
-            a table of another shape, mode or padding among others; other weights that are not those of the file. The
-            module is then as it was.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is of another kind, or damaged; or the module doesn't fit: something else stands in the
+            place of a layer, such as a table with another shape, mode or padding, or other weights differ. The module
+            is then unchanged.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -136,7 +135,7 @@ def load(file: str | os.PathLike, module: nn.Module | None = None, *, device=Non
 
 
 def _alone(about: dict[str, Any], file: str, device) -> nn.Module:
-    """The layer that a file is of."""
+    """The one layer of a file."""
     if list(about["layers"]) != [""]:
         names = ", ".join(about["layers"])
         raise ValueError(f"{file}: a model with the layers {names}, not one layer; give load() such a model")
@@ -161,8 +160,8 @@ def _load_into(module: nn.Module, about: dict[str, Any], opened, metadata: dict[
     swapped: dict[nn.Module, Any] = {}
     for name, layer in new.items():
         described, there = about["layers"][name], old[name]
-        swapped[there] = swapped.get(there, layer)  # under two names there is one
-        if described["type"]:  # the user's own class stays, on another array
+        swapped[there] = swapped.get(there, layer)  # one layer may have two names
+        if described["type"]:  # the user's own layer stays, on another array
             swapped[there] = there
         else:
             layer.train(there.training)
@@ -187,7 +186,7 @@ def _load_into(module: nn.Module, about: dict[str, Any], opened, metadata: dict[
 
 
 def _tensors_for(module: nn.Module, opened, metadata: dict[str, str], file: str) -> dict[str, torch.Tensor]:
-    """The file's tensors by the names of a ``state_dict``; those that the file has once are there under each name."""
+    """The file's tensors by the names of a ``state_dict``; shared ones under each of their names."""
     there, tensors, used = set(opened.keys()), {}, set()
     for name, tensor in module.state_dict().items():
         kept = name if name in there else metadata.get(name)
@@ -207,7 +206,7 @@ def _tensors_for(module: nn.Module, opened, metadata: dict[str, str], file: str)
 
 
 def _layers_of(module: nn.Module, name: str = "") -> Iterator[tuple[str, RobeLayer]]:
-    """The outermost ROBE layers, under every name they have."""
+    """Yield the outermost ROBE layers, under every name they have."""
     if isinstance(module, tuple(_LAYERS.values())):
         yield name, module  # type: ignore[misc]
     else:
@@ -217,14 +216,14 @@ def _layers_of(module: nn.Module, name: str = "") -> Iterator[tuple[str, RobeLay
 
 
 def _own_type(layer: nn.Module) -> str | None:
-    """The name of a class that is more than robe's; those of robe.hub are not."""
+    """The name of a user's own subclass of a layer; None for the classes of robe and robe.hub."""
     kind = type(layer)
     name = f"{kind.__module__}.{kind.__qualname__}"
     return None if kind in _LAYERS.values() or kind.__module__ == "robe.hub" else name
 
 
 def _in_json(x: Any) -> Any:
-    """What comes back of it from a file; numpy's integers are numbers there."""
+    """The value as it comes back from JSON; numpy's integers become numbers."""
     return json.loads(json.dumps(x, default=operator.index))
 
 
@@ -233,12 +232,12 @@ def _parts(layer: Any) -> list[Any]:
 
 
 def _reads(layer: Any) -> tuple:
-    """What decides where a layer reads, and the names of its tensors."""
+    """Where a layer reads, and the names of its tensors."""
     return [part.keys_and_bounds() for part in _parts(layer)], list(layer.state_dict())
 
 
 def _place(one: Any, several: list) -> int:
-    """Which of several this very object is; it is put behind them if it is none."""
+    """The index of this very object in a list; it is appended if it is not there."""
     for k, other in enumerate(several):
         if one is other:
             return k
@@ -259,7 +258,7 @@ def _describe_array(array: RobeArray | Int8RobeArray) -> dict[str, Any]:
 
 
 def _make_array(about: dict[str, Any], device: torch.device) -> RobeArray | Int8RobeArray:
-    """Without initial values, which would take memory and move torch's generator."""
+    """Make an array without initial values, which would take memory and advance torch's generator."""
     size, group_size = about["size"], about["group_size"]
     dtype = torch.float32 if group_size else getattr(torch, about["dtype"])
     array = RobeArray(size, seed=about["seed"], init_std=about["init_std"], dtype=dtype, device="meta")
@@ -304,7 +303,7 @@ def _make(about: dict[str, Any], device_of: Callable[[str], torch.device]) -> di
 
 
 def _checked(module: nn.Module, name: str, described: dict[str, Any], file: str) -> nn.Module:
-    """What is to be swapped for a layer of the file."""
+    """The module that a layer of the file replaces, checked."""
     kind, config = described["class"], described["config"]
     if not name:
         raise ValueError(f"{file}: of one {kind}; load() makes it without a module")

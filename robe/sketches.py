@@ -1,4 +1,4 @@
-"""Where an id's filter bits and counters lie: the ground floor of admission and of the kernels that read filters.
+"""The places of an id's filter bits and counters: the ground floor of admission, and of kernels that read filters.
 
 An admission keeps the ids that have an embedding of their own in a Bloom filter whose bits for an id lie in one word
 ("blocked": Putze, Sanders and Singler 2009). With W words of 64 bits, arithmetic modulo 2**64, mix64 and G as in
@@ -35,7 +35,7 @@ def filter_places(row: Tensor, words: int) -> tuple[Tensor, Tensor]:
 
 
 def admits(filter: Tensor, ids: Tensor, keys: Tensor) -> Tensor:
-    """Whether each id was let in.
+    """Return whether each id was let in.
 
     Args:
         filter: (W,) int64.

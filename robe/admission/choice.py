@@ -70,7 +70,7 @@ def choose_rows(read: Batches, keys: Tensor, most: int, *, times: int, rounds: i
 
 
 class _Counts(NamedTuple):
-    """How often the ids of some data were seen, and how often with label 1; no clicks where there are no labels."""
+    """The counts of a data set's ids, and of those with label 1; without labels there are no clicks."""
 
     seen: IdCounter
     clicks: IdCounter | None

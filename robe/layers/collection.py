@@ -18,8 +18,8 @@ class EmbeddingBagConfig:
     """One table, in torchrec's terms.
 
     Attributes:
-        name: of the table, unique in its collection.
-        num_embeddings: rows; None: any int64 id is legal.
+        name: unique in a collection.
+        num_embeddings: size of the table; None: any int64 id is legal.
         embedding_dim: D.
         feature_names: the features that read this table; empty: one, of the table's name.
         pooling: "sum", "mean" or "max" over the ids of a bag.
@@ -33,28 +33,40 @@ class EmbeddingBagConfig:
 
 
 def own_config(config: Any) -> EmbeddingBagConfig:
-    """robe's config of torchrec's, whose pooling is an Enum of the same names."""
+    """Return robe's config for one of torchrec's, whose pooling is an Enum with the same names."""
     pooling = getattr(config.pooling, "value", config.pooling).lower()
     features = list(config.feature_names) or [config.name]
     return EmbeddingBagConfig(config.name, config.num_embeddings, config.embedding_dim, features, pooling)
 
 
 class RobeEmbeddingBagCollection(RobeTables):
-    """The embedding tables of a recommender, all virtual, on one array.
+    """All embedding tables of a recommender, virtual, on one array, read in one operator call.
 
     F features, B examples, D = embedding_dim. Features come in the order of ``feature_names``: table by table.
 
     Args:
-        tables: their configs; all of one embedding_dim and one pooling.
-        array, robe_size, compression: exactly one, as in RobeEmbedding; compression is that of all tables together, and
-            where the collection's own array has room for every weight the mapping is the identity.
+        tables: their configs, with one embedding_dim and one pooling for all.
+        array, robe_size, compression: exactly one, as in RobeEmbedding. compression is that of all tables together.
+            Where the collection's own array has room for every weight, the mapping is the identity.
         table_ids: of the tables in the hash, see RobeEmbedding; None: 0, 1, 2 ... Collections that share an array need
-            others than each other.
+            different ones.
         block_size, sign, hash, admission: as in RobeEmbedding.
-        seed, init_std, dtype, device: of an array of the collection's own; see RobeArray.
+        seed, init_std, dtype, device: of the collection's own array; see RobeArray.
+
+    Attributes:
+        tables: the configs.
+        feature_names: F names, table by table.
+        array, admission: as in RobeEmbedding.
 
     Raises:
-        ValueError: an argument out of range; a name used twice; tables of different embedding_dim or pooling.
+        TypeError: an unknown keyword.
+        ValueError: an argument out of range; a name used twice; tables with different embedding_dim or pooling.
+
+    Example:
+        >>> tables = [EmbeddingBagConfig("user", 40_000_000, 16), EmbeddingBagConfig("item", None, 16)]
+        >>> layer = RobeEmbeddingBagCollection(tables, robe_size=100_000)
+        >>> layer(torch.tensor([[7, 2**40], [8, -3]])).shape
+        torch.Size([2, 2, 16])
     """
 
     def __init__(
@@ -68,18 +80,18 @@ class RobeEmbeddingBagCollection(RobeTables):
     ):
         tables = list(tables)
         _check_configs(tables)
-        rows = [table.num_embeddings for table in tables]
+        num_embeddings = [table.num_embeddings for table in tables]
         if table_ids is not None and len(table_ids) != len(tables):
             raise ValueError(f"table_ids: expected {len(tables)}, one a table, got {len(table_ids)}")
         hash = options.get("hash", "mix")
-        if hash in TRAITS and TRAITS[hash].key == "row" and None in rows:
+        if hash in TRAITS and TRAITS[hash].key == "row" and None in num_embeddings:
             raise ValueError(f"hash={hash!r}: lays tables one behind the other, so every table needs num_embeddings")
         super().__init__(
-            rows,
+            num_embeddings,
             tables[0].embedding_dim,
             table_of_feature=[k for k, table in enumerate(tables) for _ in (table.feature_names or [table.name])],
             table_ids=range(len(tables)) if table_ids is None else table_ids,
-            first_rows=[0, *accumulate(n or 0 for n in rows)][:-1],
+            first_rows=[0, *accumulate(n or 0 for n in num_embeddings)][:-1],
             device=device,
             dtype=dtype,
             **options,
@@ -97,11 +109,13 @@ class RobeEmbeddingBagCollection(RobeTables):
 
     @classmethod
     def from_configs(cls, tables: Sequence[Any], **options: Any) -> "RobeEmbeddingBagCollection":
-        """A collection of torchrec's EmbeddingBagConfigs; of tables of several dimensions or poolings, or for
-        KeyedJaggedTensors, see RobeKeyedEmbeddingBagCollection.
+        """Make a collection from torchrec's EmbeddingBagConfigs.
+
+        For several dimensions or poolings, or for KeyedJaggedTensors, see RobeKeyedEmbeddingBagCollection.
 
         Args:
-            tables, options: as of the class.
+            tables: torchrec's configs, or robe's.
+            **options: keywords of the class.
         """
         return cls([own_config(table) for table in tables], **options)
 
@@ -113,20 +127,20 @@ class RobeEmbeddingBagCollection(RobeTables):
         *,
         out: Tensor | None = None,
     ) -> Tensor:
-        """The embeddings of a batch.
+        """Look the ids of a batch up.
 
         Args:
             input: ids, int32 or int64: (B, F), one per feature; or with offsets the values of all bags (n,), features
                 major: first the bags of feature 0, example by example.
             offsets: (F * B + 1,), where each bag begins and the last one ends (KeyedJaggedTensor's offsets).
-            per_sample_weights: (n,) factors of the rows, dtype of the array; with offsets and pooling "sum" only.
+            per_sample_weights: (n,) weights of the embeddings, dtype of the array; with offsets and pooling "sum" only.
             out: (B, F, D) to write into, such as ``vectors[:, 1:]``; without autograd only.
 
         Returns:
             (B, F, D) in the array's dtype; out where it is given.
 
         Raises:
-            ValueError: shapes, types or offsets that do not fit.
+            ValueError: shapes, types or offsets that don't fit.
             IndexError: an id outside its table; on CUDA, an assertion on the device.
         """
         if offsets is None:
@@ -136,16 +150,23 @@ class RobeEmbeddingBagCollection(RobeTables):
         return self._bag(input, offsets, per_sample_weights, self.pooling, out=out)
 
     def full_weight(self, feature: str) -> Tensor:
-        """The virtual table of a feature, (num_embeddings, D). For tests and small tables.
+        """Return the virtual table of a feature. For tests and small tables.
+
+        Args:
+            feature: one of ``feature_names``.
+
+        Returns:
+            (num_embeddings, D) in the array's dtype, with autograd.
 
         Raises:
-            ValueError: no such feature, or its table is unbounded.
+            ValueError: there is no such feature, or its table is unbounded.
         """
         if feature not in self.feature_names:
             raise ValueError(f"feature: expected one of {', '.join(self.feature_names)}, got {feature!r}")
         return self._feature_rows(self.feature_names.index(feature))
 
     def extra_repr(self) -> str:
+        """Return the arguments that ``repr`` shows."""
         return (
             f"{len(self.tables)} tables, {len(self.feature_names)} features, embedding_dim={self.embedding_dim}, "
             f"block_size={self.block_size}, hash={self.hash!r}, pooling={self.pooling!r}" + ", sign=True" * self.sign

@@ -14,12 +14,9 @@ _NO_WEIGHT = "{} has no weight: its parameter is array.weight, shared; full_weig
 
 
 class _RobeTable(RobeTables):
-    """One virtual table: the arguments that RobeEmbedding and RobeEmbeddingBag have in common.
+    """One virtual table: the base of RobeEmbedding and RobeEmbeddingBag. torch's arguments come first, in its order."""
 
-    torch's come first, in torch's order.
-    """
-
-    # What torch's layers have, too.
+    # Attributes of torch's layers.
     max_norm: float | None = None
     norm_type = 2.0
     scale_grad_by_freq = sparse = False
@@ -42,7 +39,7 @@ class _RobeTable(RobeTables):
         first_row: int = 0,
         **options: Unpack[LayerOptions],
     ):
-        # norm_type is there for torch's sake: it means nothing without max_norm.
+        # norm_type is accepted because torch accepts it: it means nothing without max_norm.
         _refuse(max_norm, scale_grad_by_freq, sparse, _weight, _freeze)
         super().__init__(
             [num_embeddings],
@@ -60,7 +57,7 @@ class _RobeTable(RobeTables):
             padding_idx %= num_embeddings
         self.num_embeddings, self.padding_idx = num_embeddings, padding_idx
         self.table_id = table_id
-        # A layer may have found room for every weight, and laid them out itself.
+        # Where there is room for every weight, the layer laid them out itself.
         self.first_row = self._keys[0] // embedding_dim if TRAITS[self.hash].key == "slot" else first_row
 
     def arguments(self) -> dict[str, Any]:
@@ -71,7 +68,8 @@ class _RobeTable(RobeTables):
     @classmethod
     def _of_table(cls, embeddings: Tensor, freeze: bool, options: dict[str, Any]) -> "_RobeTable":
         if embeddings.dim() != 2:
-            raise ValueError(f"embeddings: expected a table (rows, dimension), got shape {tuple(embeddings.shape)}")
+            shape = tuple(embeddings.shape)
+            raise ValueError(f"embeddings: expected (num_embeddings, embedding_dim), got shape {shape}")
         if options.get("array") is not None:
             raise ValueError(
                 "array: all of its weights would be set, so expected robe_size= or compression= in its place; "
@@ -89,13 +87,16 @@ class _RobeTable(RobeTables):
         return super().__getattr__(name)
 
     def register_parameter(self, name: str, param: torch.nn.Parameter | None) -> None:
-        """As in torch; but a table's weight has no place here: it would never be read."""
+        """Register a parameter as torch does, but refuse "weight", which would never be read."""
         if name == "weight":
             raise AttributeError(_NO_WEIGHT.format(type(self).__name__))
         super().register_parameter(name, param)
 
     def full_weight(self) -> Tensor:
-        """The virtual table, (num_embeddings, embedding_dim): what ``weight`` is in torch. For tests and small tables.
+        """Return the virtual table, torch's ``weight``. For tests and small tables.
+
+        Returns:
+            (num_embeddings, embedding_dim) in the array's dtype, with autograd.
 
         Raises:
             ValueError: num_embeddings is None.
@@ -103,6 +104,7 @@ class _RobeTable(RobeTables):
         return self._feature_rows(0, self.padding_idx)
 
     def extra_repr(self) -> str:
+        """Return the arguments that ``repr`` shows."""
         parts = [f"{self.num_embeddings}, {self.embedding_dim}, block_size={self.block_size}, hash={self.hash!r}"]
         parts += [f"table_id={self.table_id}"] if TRAITS[self.hash].key == "table" else [f"first_row={self.first_row}"]
         parts += ["sign=True"] * self.sign
@@ -111,7 +113,7 @@ class _RobeTable(RobeTables):
 
 
 def _refuse(max_norm, scale_grad_by_freq, sparse, _weight=None, _freeze=False) -> None:
-    """torch's options that have no meaning on shared weights, each with what to do instead."""
+    """Refuse the options of torch that have no meaning on shared weights; each error names the way out."""
     if max_norm is not None:
         raise ValueError(
             "max_norm: rows share weights, so one can't be rescaled alone; use weight decay or clip gradients"
@@ -129,30 +131,42 @@ def _refuse(max_norm, scale_grad_by_freq, sparse, _weight=None, _freeze=False) -
 
 
 class RobeEmbedding(_RobeTable):
-    """nn.Embedding whose table is virtual: its rows are read from a small shared array.
+    """nn.Embedding whose table is virtual: its embeddings are read from a small shared array.
+
+    Give exactly one of array, robe_size and compression.
 
     Args:
-        num_embeddings: rows of the table; an id outside raises IndexError. None: any int64 id is legal.
-        embedding_dim: d.
+        num_embeddings: size of the table; an id outside raises IndexError. None: any int64 id is legal.
+        embedding_dim: D, components of an embedding.
         padding_idx: the id that reads zeros and takes no gradient.
-        max_norm, norm_type, scale_grad_by_freq, sparse, _weight, _freeze: torch's; what they ask for is refused.
-        array: the RobeArray to read from, shared with other layers; or instead
-        robe_size: number of weights of an array of the layer's own; or instead
-        compression: times the array of the layer's own, with the filter of an admission, is smaller than the table.
-            Where the array has room for every weight of the table, the mapping is the identity and the layer equals its
-            torch counterpart exactly.
-        block_size: Z, consecutive weights read at one hashed offset; None: embedding_dim, one read per row. Above
-            embedding_dim, a block spans rows.
-        table_id: tells the tables of one array apart: layers with the same array and table_id read the same rows.
-        sign: multiply each block by a hashed +1 or -1.
-        hash: "mix"; "linear", the formula of the authors' code; "identity", every weight in a slot of its own.
-        first_row: rows of the tables before this one in the array; used by "linear" and "identity", which lay tables
-            one behind the other. ("identity" takes the tables before to be as wide as this one.)
-        admission: the ids that have a row of their own, the others of a table share one; None: all have.
-        seed, init_std, dtype, device: of an array of the layer's own; see RobeArray.
+        max_norm, norm_type, scale_grad_by_freq, sparse, _weight, _freeze: torch's; refused where they ask for anything.
+        array: the RobeArray to read from, shared with other layers.
+        robe_size: the number of weights of the layer's own array.
+        compression: how many times smaller than the table the layer's own array is, together with the filter of an
+            admission. Where the array has room for every weight of the table, the mapping is the identity and the layer
+            equals nn.Embedding exactly.
+        block_size: Z, consecutive weights read at one hashed offset. None: embedding_dim, one read per id. Above
+            embedding_dim, a block spans embeddings.
+        table_id: tells the tables of one array apart: layers with the same array and table_id read the same embeddings.
+        sign: whether each block is multiplied by a hashed +1 or -1.
+        hash: "mix"; "linear", the formula of the authors' code; or "identity", a slot for every weight.
+        first_row: size of all tables before this one in the array, for "linear" and "identity", which lay tables one
+            after another. "identity" takes them to be as wide as this one.
+        admission: the ids that have an embedding of their own; the others of a table share one. None: all have.
+        seed, init_std, dtype, device: of the layer's own array; see RobeArray.
+
+    Attributes:
+        array: the RobeArray, the only parameter.
+        admission: the Admission, or None.
 
     Raises:
+        TypeError: an unknown keyword.
         ValueError: an argument out of range, or an option of nn.Embedding that shared weights can't have.
+
+    Example:
+        >>> layer = RobeEmbedding(40_000_000, 16, compression=1000)
+        >>> layer(torch.tensor([[3, 39_999_999]])).shape
+        torch.Size([1, 2, 16])
     """
 
     @classmethod
@@ -167,21 +181,25 @@ class RobeEmbedding(_RobeTable):
         sparse: bool = False,
         **options: Any,
     ) -> "RobeEmbedding":
-        """A layer as near to a trained table as its array can be: least squares, each slot the mean of what it serves.
+        """Make the layer that approximates a trained table best: least squares, each slot the mean of what it serves.
 
         Args:
-            embeddings: (num_embeddings, embedding_dim); device and dtype of the array are its own.
-            freeze: whether the array is not to be trained.
-            options: of the class, robe_size= or compression= among them.
+            embeddings: (num_embeddings, embedding_dim); the array gets its device and dtype.
+            freeze: whether the array is excluded from training.
+            padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse: as in the class.
+            **options: other arguments of the class, robe_size= or compression= among them.
+
+        Returns:
+            The layer.
 
         Raises:
-            ValueError: as of the class; an array that is shared.
+            ValueError: as in the class, or a shared array.
         """
         _refuse(max_norm, scale_grad_by_freq, sparse)
         return cls._of_table(embeddings, freeze, {"padding_idx": padding_idx} | options)  # type: ignore[return-value]
 
     def forward(self, input: Tensor) -> Tensor:
-        """Rows of the virtual table.
+        """Look ids up in the virtual table.
 
         Args:
             input: ids, int32 or int64, any shape (...).
@@ -192,25 +210,31 @@ class RobeEmbedding(_RobeTable):
         Raises:
             IndexError: an id outside num_embeddings; on CUDA, an assertion on the device.
         """
-        rows = self._lookup(input.reshape(-1, 1), self.padding_idx)
-        return rows.view(*input.shape, self.embedding_dim)
+        embeddings = self._lookup(input.reshape(-1, 1), self.padding_idx)
+        return embeddings.view(*input.shape, self.embedding_dim)
 
 
 class RobeEmbeddingBag(_RobeTable):
-    """nn.EmbeddingBag whose table is virtual: its rows are read from a small shared array.
+    """nn.EmbeddingBag whose table is virtual: its embeddings are read from a small shared array.
 
     Args:
-        num_embeddings: rows of the table; an id outside raises IndexError. None: any int64 id is legal.
-        embedding_dim: d.
-        mode: "sum", "mean" or "max" of the rows of a bag; an empty bag gives zeros.
+        num_embeddings: size of the table; an id outside raises IndexError. None: any int64 id is legal.
+        embedding_dim: D, components of an embedding.
+        mode: the pooling, "sum", "mean" or "max" over the embeddings of a bag; an empty bag gives zeros.
         padding_idx: the id that bags leave out.
-        include_last_offset: offsets have one more entry, the end of the last bag.
-        max_norm, norm_type, scale_grad_by_freq, sparse, _weight: torch's; what they ask for is refused.
-        device, dtype, options: array, robe_size, compression, block_size, table_id, sign, hash, first_row, admission,
-            seed, init_std, as in RobeEmbedding.
+        include_last_offset: whether offsets have one more entry, the end of the last bag.
+        max_norm, norm_type, scale_grad_by_freq, sparse, _weight: torch's; refused where they ask for anything.
+        array, robe_size, compression, block_size, table_id, sign, hash, first_row, admission, seed, init_std, device,
+            dtype: as in RobeEmbedding.
 
     Raises:
+        TypeError: an unknown keyword.
         ValueError: an argument out of range, or an option of nn.EmbeddingBag that shared weights can't have.
+
+    Example:
+        >>> layer = RobeEmbeddingBag(40_000_000, 16, mode="sum", compression=1000)
+        >>> layer(torch.tensor([3, 5, 7]), torch.tensor([0, 2])).shape  # bags (3, 5) and (7)
+        torch.Size([2, 16])
     """
 
     def __init__(
@@ -254,25 +278,25 @@ class RobeEmbeddingBag(_RobeTable):
         padding_idx: int | None = None,
         **options: Any,
     ) -> "RobeEmbeddingBag":
-        """A layer as near to a trained table as its array can be; see RobeEmbedding.from_pretrained."""
+        """Make the layer that approximates a trained table best; see RobeEmbedding.from_pretrained."""
         _refuse(max_norm, scale_grad_by_freq, sparse)
         options |= {"mode": mode, "include_last_offset": include_last_offset, "padding_idx": padding_idx}
         return cls._of_table(embeddings, freeze, options)  # type: ignore[return-value]
 
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
-        """Pooled rows of the virtual table, one per bag.
+        """Look bags of ids up in the virtual table, and pool the embeddings of each bag.
 
         Args:
             input: ids, int32 or int64: (B, N), B bags of N ids; or (n,), cut into bags by offsets.
-            offsets: (B,) where each bag begins, first 0; (B + 1,) with the end of the last one if include_last_offset.
-                Only with (n,) input.
-            per_sample_weights: factors of the rows, shape of input, dtype of the array. Only with mode "sum".
+            offsets: (B,), where each bag begins, first 0; (B + 1,), the end of the last one too, with
+                include_last_offset. Only with (n,) input.
+            per_sample_weights: weights of the embeddings, shape of input, dtype of the array. Only with mode "sum".
 
         Returns:
             (B, embedding_dim) in the array's dtype.
 
         Raises:
-            ValueError: shapes, types or offsets that do not fit.
+            ValueError: shapes, types or offsets that don't fit.
             IndexError: an id outside num_embeddings; on CUDA, an assertion on the device.
         """
         if per_sample_weights is not None and per_sample_weights.shape != input.shape:
@@ -300,4 +324,5 @@ class RobeEmbeddingBag(_RobeTable):
         return super().arguments() | {"mode": self.mode, "include_last_offset": self.include_last_offset}
 
     def extra_repr(self) -> str:
+        """Return the arguments that ``repr`` shows."""
         return f"{super().extra_repr()}, mode={self.mode!r}"

@@ -23,21 +23,28 @@ class _Column(NamedTuple):
 
 
 class RobeKeyedEmbeddingBagCollection(nn.Module):
-    """What torchrec's EmbeddingBagCollection is, on one array: a KeyedJaggedTensor goes in, a KeyedTensor comes out.
+    """torchrec's EmbeddingBagCollection on one array: a KeyedJaggedTensor goes in, a KeyedTensor comes out.
 
     Without torchrec, a dict of ids goes in and a dict of embeddings comes out. Tables may have different dimensions and
-    poolings: those of one dimension and pooling are read in one operator call. It has those methods of torchrec's that
-    its models ask for, so that it goes into torchrec.models.dlrm.DLRM.
+    poolings; those with the same dimension and pooling are read in one operator call. The class has the methods that
+    torchrec's models call, so it fits into torchrec.models.dlrm.DLRM.
 
     Args:
         tables: torchrec's EmbeddingBagConfigs, or robe's; a feature may be in several tables. Table k has table_id k.
-        is_weighted: whether the weights of a KeyedJaggedTensor multiply the rows; with pooling "sum" only.
-        array, robe_size, compression: exactly one, as in RobeEmbedding; compression is that of all tables together.
+        is_weighted: whether the weights of a KeyedJaggedTensor multiply the embeddings; with pooling "sum" only.
+        array, robe_size, compression: exactly one, as in RobeEmbedding. compression is that of all tables together.
         block_size, sign, admission: as in RobeEmbedding; the hash is "mix".
-        seed, init_std, dtype, device: of an array of its own; see RobeArray.
+        seed, init_std, dtype, device: of the layer's own array; see RobeArray.
 
     Raises:
-        ValueError: an argument out of range; two tables of one name.
+        TypeError: an unknown keyword.
+        ValueError: an argument out of range, or two tables with one name.
+
+    Example:
+        >>> tables = [EmbeddingBagConfig("user", 10_000, 16), EmbeddingBagConfig("words", None, 8, pooling="mean")]
+        >>> layer = RobeKeyedEmbeddingBagCollection(tables, robe_size=5_000)
+        >>> layer({"user": torch.tensor([7, 8]), "words": torch.tensor([[1, 2], [3, 4]])})["words"].shape
+        torch.Size([2, 8])
     """
 
     def __init__(
@@ -104,24 +111,24 @@ class RobeKeyedEmbeddingBagCollection(nn.Module):
 
     @property
     def admission(self) -> Admission | None:
-        """The ids that have rows of their own, None: all."""
+        """The ids that have embeddings of their own; None: all."""
         return self.collections[0].admission  # type: ignore[return-value]
 
     @property
     def device(self) -> torch.device:
-        """Where the array is."""
+        """The device of the array."""
         return self.array.weight.device
 
     def is_weighted(self) -> bool:
-        """Whether the weights of a KeyedJaggedTensor multiply the rows."""
+        """Return whether the weights of a KeyedJaggedTensor multiply the embeddings."""
         return self._is_weighted
 
     def embedding_bag_configs(self) -> list:
-        """The configs that it was made of."""
+        """Return the configs as they were given."""
         return self._configs
 
     def forward(self, features: Any) -> Any:
-        """The pooled embeddings of a batch.
+        """Look the ids of a batch up, and pool the embeddings of each bag.
 
         Args:
             features: torchrec's KeyedJaggedTensor, in any order of keys; or a dict of each feature's ids, int32 or
@@ -129,13 +136,14 @@ class RobeKeyedEmbeddingBagCollection(nn.Module):
                 (values, offsets, weights (n,)). Keys that no table reads are left out.
 
         Returns:
-            torchrec's KeyedTensor, (B, sum of the dimensions), keys and order as torchrec's EmbeddingBagCollection has
-            them: table by table, "feature@table" where several tables read a feature; float32, or the array's float64.
-            Of a dict a dict, with these keys in this order, of (B, embedding_dim) in the array's dtype.
+            For a KeyedJaggedTensor torchrec's KeyedTensor, (B, sum of the dimensions), with keys and order as in
+            torchrec's EmbeddingBagCollection: table by table, "feature@table" where several tables read a feature;
+            float32, or the array's float64. For a dict a dict with the same keys in the same order, each
+            (B, embedding_dim) in the array's dtype.
 
         Raises:
-            ValueError: a feature without key; batch sizes that differ by key; shapes that do not fit.
-            TypeError: something that is no KeyedJaggedTensor and no dict.
+            ValueError: a missing key, batch sizes that differ by key, or shapes that don't fit.
+            TypeError: neither a KeyedJaggedTensor nor a dict.
             IndexError: an id outside its table; on CUDA, an assertion on the device.
         """
         names = [column.name for column in self._columns]
@@ -207,7 +215,7 @@ def _bags(name: str, ids: Any, weighted: bool) -> Sequence[Tensor]:
 
 
 def _keyed_tensor(features: Any) -> Any:
-    """torchrec's KeyedTensor: it is where the class of features is."""
+    """Return torchrec's KeyedTensor, from the module that defines the class of features."""
     for one in type(features).__mro__:
         if one.__name__ == "KeyedJaggedTensor":
             return sys.modules[one.__module__].KeyedTensor

@@ -1,7 +1,7 @@
 """The keywords that all layers share, typed once.
 
-Layers take them as ``**options: Unpack[LayerOptions]`` and pass them on to RobeTables, so a new keyword is an entry here
-and its use in robe/layers/tables.py. Type checkers refuse a misspelt keyword; ``check_options`` does at run time.
+Layers take them as ``**options: Unpack[LayerOptions]`` and pass them on to RobeTables, so a new keyword is an entry
+here and its use in robe/layers/tables.py. Type checkers refuse a misspelt keyword; ``check_options`` does at run time.
 """
 
 from collections.abc import Iterable, Mapping

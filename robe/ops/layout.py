@@ -39,7 +39,7 @@ class Tables(NamedTuple):
 
 
 class Bags(NamedTuple):
-    """How a call's ids form bags.
+    """The bags that a call's ids form.
 
     Attributes:
         offsets: (F * B + 1,): bag k = f * B + b of feature f and example b is ids[offsets[k] : offsets[k + 1]].
@@ -138,7 +138,7 @@ def take_out(arguments: Sequence[Any], ids: int) -> tuple[tuple[Any, ...], Tenso
 
 
 class LayoutCode(NamedTuple):
-    """What is neither tensor nor number of a call, as the integers that ``update_`` takes.
+    """The options of a call as the integers that ``update_`` takes.
 
     Attributes:
         pooling: 0: a lookup; else 1 + its place in ``POOLINGS``.
