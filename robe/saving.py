@@ -1,7 +1,7 @@
 """save and load: a model with its ROBE layers in one safetensors file, which also says how the layers were made.
 
-A ``state_dict`` holds the weights of an array, but not where embeddings lie in it: seed, block sizes, table_ids. The file
-has these in its metadata, under "robe", as JSON:
+A ``state_dict`` holds the weights of an array, but not where embeddings lie in it: seed, block sizes, table_ids. The
+file has these in its metadata, under "robe", as JSON:
 
     {"version": 1,
      "arrays": [{"size": m, "seed": 0, "init_std": 0.01, "dtype": "float32", "requires_grad": true,
