@@ -61,9 +61,9 @@ build/integrations/installed: requirements-integrations.txt
 # the tests of layers and optimizers; and compiled. Torch for CPUs asks for no triton, so it comes into a folder of its own.
 test-triton: setup build/triton/installed
 	PYTHONPATH=build/triton:. TRITON_INTERPRET=1 ROBE_KERNELS=reference OMP_NUM_THREADS=1 \
-	    $(BIN)/python -m pytest -n auto -p tests.helpers.interpreted tests/robe/test_triton_kernels.py tests/robe/ops \
+	    $(BIN)/python -m pytest -n auto -p tests.helpers.interpreted tests/robe/triton_kernels tests/robe/ops \
 	    tests/robe/layers tests/robe/test_optim.py tests/robe/admission
-	PYTHONPATH=build/triton OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/robe/test_triton_compiled.py
+	PYTHONPATH=build/triton OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/robe/triton_kernels/test_compiled.py
 
 build/triton/installed: Makefile
 	rm -rf build/triton

@@ -3,8 +3,6 @@
 With TRITON_INTERPRET=1, and ROBE_KERNELS=reference, so that no other kernels are there.
 """
 
-import re
-
 import pytest
 import torch
 
@@ -15,9 +13,6 @@ assert robe.backend()["cpu"] == "reference (ROBE_KERNELS=reference)", robe.backe
 for _name, _body in KERNELS.items():
     torch.library.impl(f"robe::{_name}", "CPU", _body)
 
-# What a device tells by an assertion (tests/test_triton_kernels.py), and what is about threads of a CPU.
-_ELSEWHERE = re.compile("outside|ranges_are|beside_bounded|refused_features|refuse.*(rise|fall)|number_of_threads")
-
 
 def pytest_configure(config):
     # The interpreter computes in numpy, which would tell of hashes that overflow and of infinities.
@@ -26,5 +21,6 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if item.path.name != "test_triton_kernels.py" and _ELSEWHERE.search(item.name):
-            item.add_marker(pytest.mark.skip(reason="not of the kernels in Triton"))
+        if mark := item.get_closest_marker("cpu_only"):
+            (reason,) = mark.args
+            item.add_marker(pytest.mark.skip(reason=reason))

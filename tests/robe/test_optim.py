@@ -480,6 +480,7 @@ def test_the_update_of_each_type_is_that_of_the_reference(name, dtype, monkeypat
             torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.cpu_only("about the threads of a CPU")
 @every_optimizer
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_number_of_threads_changes_no_bit(name, dtype):
