@@ -62,7 +62,7 @@ build/integrations/installed: requirements-integrations.txt
 test-triton: setup build/triton/installed
 	PYTHONPATH=build/triton:. TRITON_INTERPRET=1 ROBE_KERNELS=reference OMP_NUM_THREADS=1 \
 	    $(BIN)/python -m pytest -n auto -p tests.helpers.interpreted tests/robe/triton_kernels tests/robe/ops \
-	    tests/robe/layers tests/robe/test_optim.py tests/robe/admission
+	    tests/robe/layers tests/robe/test_optim.py tests/robe/test_optim_as_torch.py tests/robe/admission
 	PYTHONPATH=build/triton OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/robe/triton_kernels/test_compiled.py
 
 build/triton/installed: Makefile
@@ -86,8 +86,10 @@ $(SANITIZED_READER): data/csrc/criteo_tsv.cpp
 test-sanitized: setup $(SANITIZED) $(SANITIZED_READER)
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 ROBE_KERNELS=build/sanitized ROBE_READER=$(SANITIZED_READER) \
-	    $(BIN)/python -m pytest tests/robe/test_native.py tests/robe/admission tests/dlrm/test_mlp.py tests/robe/test_optim.py \
-	    tests/data/formats/test_criteo_tsv.py --deselect tests/robe/test_native.py::test_nothing_leaks
+	    $(BIN)/python -m pytest tests/robe/csrc tests/robe/test_int8_array.py tests/robe/ops/test_schema.py \
+	    tests/robe/ops/test_counting.py tests/robe/admission tests/robe/test_optim.py tests/robe/test_optim_as_torch.py \
+	    tests/dlrm/test_mlp.py tests/dlrm/test_interaction.py tests/data/formats/test_criteo_tsv.py \
+	    --deselect tests/robe/csrc/test_memory.py
 
 lint: setup
 	$(BIN)/ruff format --check .

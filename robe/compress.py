@@ -153,20 +153,7 @@ def compress(
     if init == "project" and any(modules[0].weight.is_meta for modules in swapped):
         raise ValueError("init='project': tables on the meta device have no weights to project")
 
-    options = {"block_size": block_size, "sign": sign, "admission": admission}
-    layers: dict[nn.Module, RobeEmbedding | RobeEmbeddingBag] = {}
-    arrays = []
-    total = sum(modules[0].weight.numel() for modules in swapped)
-    for members in _by_kind(swapped, device):
-        weights = [swapped[k][0].weight for k in members]
-        bytes = 0.0 if admission is None else admission.bytes * sum(w.numel() for w in weights) / total
-        array = _array_for(weights, ratio, bytes, block_size, seed=seed, init_std=init_std, device=device)
-        arrays.append(array)
-        for k in members:
-            layers |= {module: _layer(module, array=array, table_id=k, **options) for module in swapped[k]}
-        if init == "project":
-            project(array, [(layers[swapped[k][0]], swapped[k][0].weight) for k in members])
-
+    layers, arrays = _make_layers(swapped, ratio, init, block_size, sign, admission, seed, init_std, device)
     report = CompressionReport(
         tables=tuple(
             Table(_names(model, [module, *others]), module.num_embeddings, module.embedding_dim, reason)
@@ -180,6 +167,34 @@ def compress(
     model = layers.get(model, model)
     model.compression_report = report  # type: ignore[assignment]
     return model
+
+
+def _make_layers(
+    tables: list[list[TorchTable]],
+    ratio: float,
+    init: str,
+    block_size: int | None,
+    sign: bool,
+    admission: Admission | None,
+    seed: int,
+    init_std: float | None,
+    device,
+) -> tuple[dict[nn.Module, RobeEmbedding | RobeEmbeddingBag], list[RobeArray]]:
+    """The layer in the place of each module, and their arrays; arguments as in ``compress``."""
+    options = {"block_size": block_size, "sign": sign, "admission": admission}
+    layers: dict[nn.Module, RobeEmbedding | RobeEmbeddingBag] = {}
+    arrays = []
+    total = sum(modules[0].weight.numel() for modules in tables)
+    for members in _by_kind(tables, device):
+        weights = [tables[k][0].weight for k in members]
+        bytes = 0.0 if admission is None else admission.bytes * sum(w.numel() for w in weights) / total
+        array = _array_for(weights, ratio, bytes, block_size, seed=seed, init_std=init_std, device=device)
+        arrays.append(array)
+        for k in members:
+            layers |= {module: _layer(module, array=array, table_id=k, **options) for module in tables[k]}
+        if init == "project":
+            project(array, [(layers[tables[k][0]], tables[k][0].weight) for k in members])
+    return layers, arrays
 
 
 def _by_kind(tables: list[list[TorchTable]], device) -> Iterable[list[int]]:

@@ -99,7 +99,7 @@ class _TouchedSlots(torch.optim.Optimizer):
             if not isinstance(module, nn.Module):
                 raise ValueError(
                     f"arrays: expected RobeArrays, or modules that hold some, got {type(module).__name__}; parameters "
-                    "of other modules need an optimizer of torch.optim"
+                    "that are not an array's need an optimizer of torch.optim"
                 )
         arrays = {id(m): m for module in modules for m in module.modules() if isinstance(m, RobeArray)}
         if not arrays:

@@ -1,0 +1,126 @@
+"""The compiled kernels of updates against the reference, to the bit on any number of threads."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from robe.ops import REFERENCE
+from tests.helpers.kernels import machine, needs_kernels
+from tests.helpers.native import IDS, KEYS, ROWS, machines, native, native_update
+from tests.helpers.problems import (
+    FLOATS,
+    RULES,
+    Problem,
+    assert_close,
+    batches,
+    drawn_calls,
+    problems,
+    updated,
+)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# update_, and the number of threads
+
+
+@needs_kernels
+@given(problems(), batches, st.sampled_from(sorted(RULES)), st.data(), machines)
+def test_update_is_the_reference(problem, batch, rule, data, on):
+    calls = drawn_calls(data.draw, problem, batch)
+    with on:
+        got = updated(native_update, problem.weight, rule, RULES[rule], calls)
+    want = updated(REFERENCE["update_"], problem.weight, rule, RULES[rule], calls)
+    before = updated(REFERENCE["update_"], problem.weight, rule, RULES[rule], [])
+    # Half precision: a state that is rounded the other way once moves the weight by more than a step of its own.
+    tolerance = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}[problem.dtype]
+    for a, b, unchanged in zip(got, want, before):
+        assert_close(a, b, tolerance)
+        # Decay and moments move every slot that is touched, so what the reference leaves alone was not touched.
+        assert torch.equal(a[b == unchanged], unchanged[b == unchanged]) or problem.dtype in FLOATS[2:]
+
+
+@needs_kernels
+@pytest.mark.parametrize("size", [701, 1000, 4095, 4096, 4097, 262_143, 300_000])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_the_number_of_threads_changes_no_bit(size, dtype):
+    """Blocks of 700 slots lie across the segments that the threads take, and thousands of ids collide."""
+    results = []
+    for threads in (1, 2, 3, 5):
+        problem = Problem([4, 1000], size=size, dim=1400, block=700, dtype=dtype, sign=True)
+        lookup, grad = problem.lookup(40), problem.grad(40)
+        bag = problem.bag(40, "mean", longest=3)
+        with machine(threads=threads):
+            result = [native("lookup_backward", grad, *lookup), native("bag_backward", grad, *bag)]
+            result += updated(
+                torch.ops.robe.update_, problem.weight, "adam", RULES["adam"], [(grad, lookup[1:]), (grad, bag[1:])]
+            )
+        results.append(result)
+    assert torch.equal(results[0][0], REFERENCE["lookup_backward"](grad, *lookup))
+    for result in results[1:]:
+        for a, b in zip(result, results[0]):
+            assert torch.equal(a, b)
+
+
+@needs_kernels
+@pytest.mark.parametrize("size", [255, 256, 257, 511, 4096, 262_144])
+@pytest.mark.parametrize("block", [1, 8, 11])
+def test_colliding_ids_add_up_in_order_on_any_number_of_threads(size, block):
+    results = []
+    for threads in (1, 2, 3, 5):
+        problem = Problem([5, 0, 20], size=size, dim=8, block=block, sign=True, padding_idx=1)
+        lookup, grad = problem.lookup(3000), problem.grad(3000)
+        bag = problem.bag(3000, "max", longest=3)
+        with machine(threads=threads):
+            result = [
+                native("lookup", *lookup),
+                native("bag", *bag),
+                native("lookup_backward", grad, *lookup),
+                native("bag_backward", grad, *bag),
+                *updated(
+                    torch.ops.robe.update_, problem.weight, "sgd", RULES["sgd"], [(grad, lookup[1:]), (grad, bag[1:])]
+                ),
+            ]
+        results.append(result)
+    for want, name, arguments in (
+        (results[0][2], "lookup_backward", (grad, *lookup)),
+        (results[0][3], "bag_backward", (grad, *bag)),
+    ):
+        assert torch.equal(want, REFERENCE[name](*arguments))
+    for result in results[1:]:
+        for a, b in zip(result, results[0]):
+            assert torch.equal(a, b)
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rule": "lion"}, "rule: expected one of sgd, adagrad, adam, got 'lion'"),
+        ({"state": []}, "state: expected 1 tensors for sgd"),
+        ({"state": [torch.ones(59)]}, "state: expected tensors like weight"),
+        ({"state": [torch.ones(60).double()]}, "state: expected tensors like weight"),
+        ({"weight": torch.ones(120)[::2]}, "weight: expected contiguous"),
+        ({"options": [0.1]}, "options: expected 5"),
+        ({"layouts": [0, 5, 3, 0, 0, 0]}, "layouts: expected 7 entries"),
+        ({"layouts": [4, 5, 3, 0, 0, 0, 0]}, "layouts: unknown pooling or hash"),
+        ({"layouts": [0, 5, 3, 3, 0, 0, 0]}, "layouts: unknown pooling or hash"),
+    ],
+)
+def test_update_refuses_and_changes_nothing(changes, message):
+    arguments = {
+        "weight": torch.ones(60),
+        "state": [torch.ones(60)],
+        "rule": "sgd",
+        "options": RULES["sgd"],
+        "grads": [torch.ones(1, 2, 5)],
+        "ids": [IDS],
+        "offsets": [torch.empty(0)],
+        "per_sample_weights": [torch.empty(0)],
+        "table_keys": [KEYS],
+        "num_embeddings": [ROWS],
+        "filters": [KEYS[:0]],
+        "layouts": [0, 5, 3, 0, 0, 0, 0],
+    } | changes
+    with pytest.raises(ValueError, match=message):
+        torch.ops.robe.update_(*arguments.values())
+    assert (arguments["weight"] == 1).all()

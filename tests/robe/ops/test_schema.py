@@ -1,0 +1,37 @@
+"""What torch asks of operators: schemas, fakes and autograd that agree with the bodies."""
+
+import pytest
+import torch
+
+from tests.helpers.problems import (
+    HASHES,
+    RULES,
+    Problem,
+)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What torch asks of operators
+
+
+@pytest.mark.parametrize("hash", HASHES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+def test_opcheck(hash, dtype):
+    problem = Problem([10, 20], size=300, dim=5, block=3, hash=hash, dtype=dtype)
+    lookup, bag = (*problem.lookup(3), problem.scale), (*problem.bag(3, "sum", weighted=True), problem.scale)
+    out = torch.empty(3, 3, 5, dtype=problem.embedding_dtype)
+    torch.library.opcheck(torch.ops.robe.lookup_forward, lookup)
+    torch.library.opcheck(torch.ops.robe.bag_forward, bag)
+    torch.library.opcheck(torch.ops.robe.lookup_out, (*lookup, out[:, 1:]))
+    torch.library.opcheck(torch.ops.robe.bag_out, (*bag, out[:, 1:]))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_opcheck_update(rule):
+    problem = Problem([10, 20], size=300, dim=5, block=3)
+    _, ids, keys, rows, *_ = problem.lookup(3)
+    none = torch.empty(0)
+    state = [torch.ones(300) for _ in range({"adam": 2}.get(rule, 1))]
+    lists = [problem.grad(3)], [ids], [none], [none], [keys], [rows], [keys[:0]]
+    torch.library.opcheck(
+        torch.ops.robe.update_, (problem.weight, state, rule, RULES[rule], *lists, [0, 5, 3, 0, 0, 0, 0])
+    )
