@@ -24,6 +24,11 @@ TRAINED = problems(far=SIZES)
 # interpreter runs one after another. An update has up to three calls, and each of their pieces is in it.
 _few = st.one_of(st.integers(0, 5), st.just(30))
 sums = st.one_of(st.tuples(batches, st.sampled_from([None, 64])), st.tuples(_few, st.just(2)))
+# A program of bags goes through their ids one after another, and the interpreter takes seconds for hundreds of bags.
+batches_of_bags = st.one_of(st.integers(0, 5), st.sampled_from([30, 70]))
+sums_of_bags = st.one_of(
+    st.tuples(batches_of_bags, st.sampled_from([None, 64])), st.tuples(st.integers(0, 5), st.just(2))
+)
 updates = st.one_of(st.tuples(_few, st.just(64)), st.tuples(st.integers(0, 5), st.just(4)))
 
 

@@ -33,7 +33,7 @@ def gathered(world):
     return [[x.clone() for x in of_rank] for of_rank in found], nothing
 
 
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", [2, 3], ids="{} processes".format)
 def test_gather_brings_every_tensor_everywhere(processes, found):
     for tensors, nothing in found[processes]:
         assert len(tensors) == len(nothing) == processes

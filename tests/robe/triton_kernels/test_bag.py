@@ -5,11 +5,11 @@ import torch
 from hypothesis import given, settings
 
 from robe.ops import REFERENCE
-from tests.helpers.problems import FLOATS, TOLERANCE, Problem, assert_close, batches, modes, problems
-from tests.helpers.triton_bodies import KERNELS, SIZES, TRAINED, summed, sums, written
+from tests.helpers.problems import FLOATS, TOLERANCE, Problem, assert_close, modes, problems
+from tests.helpers.triton_bodies import KERNELS, SIZES, TRAINED, batches_of_bags, summed, sums_of_bags, written
 
 
-@given(problems((*FLOATS, torch.int8), far=SIZES), batches, modes)
+@given(problems((*FLOATS, torch.int8), far=SIZES), batches_of_bags, modes)
 def test_bag_is_the_reference(problem, batch, pooling):
     pooling, weighted = pooling
     arguments = *problem.bag(batch, pooling, weighted=weighted), problem.scale, problem.filter
@@ -23,7 +23,7 @@ def test_bag_is_the_reference(problem, batch, pooling):
 
 
 @settings(max_examples=80)
-@given(TRAINED, sums, modes)
+@given(TRAINED, sums_of_bags, modes)
 def test_bag_backward_is_the_reference(problem, sums, pooling):
     batch, run = sums
     pooling, weighted = pooling
