@@ -46,6 +46,7 @@ class BuildLibraries(build_ext):
     """Compiles the libraries, several at a time. What fails is left out."""
 
     def finalize_options(self) -> None:
+        """Take all cores, and leave the reader of logs out of wheels."""
         super().finalize_options()
         self.parallel = self.parallel or os.cpu_count()
         self.in_checkout = bool(self.inplace)  # editable, too
@@ -54,9 +55,11 @@ class BuildLibraries(build_ext):
         self.failed: list[str] = []
 
     def get_ext_filename(self, fullname: str) -> str:
+        """Return the library's path, without the suffix that ties it to one Python."""
         return os.path.join(*fullname.split(".")) + ".so"
 
     def build_extensions(self) -> None:
+        """Build all libraries, and say which could not be built."""
         try:
             stub = self.stub_of_torch()
         except CCompilerError:  # there is no compiler, or it does not work
@@ -82,6 +85,7 @@ class BuildLibraries(build_ext):
         return str(stub)
 
     def build_extension(self, extension: Extension) -> None:
+        """Build a library, or copy the one in the checkout if it is up to date."""
         built, target = Path(self.get_ext_filename(extension.name)), Path(self.get_ext_fullpath(extension.name))
         parts = [*extension.sources, *extension.depends, __file__]
         if self.in_checkout and not self.force and not newer_group(parts, str(built)):
@@ -127,6 +131,7 @@ class PlatformWheel(bdist_wheel):
     """Tags the wheel: any Python 3, this platform."""
 
     def get_tag(self) -> tuple[str, str, str]:
+        """Return the tag: the libraries hold no Python."""
         return "py3", "none", super().get_tag()[2]
 
 

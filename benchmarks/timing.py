@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 import robe
+from robe.backends import INSTRUCTION_SETS, set_instruction_set
 
 # Batch size -> different batches to go through. The same ids again and again would lie in the cache.
 COPIES_OF_IDS = {1: 256, 64: 64, 256: 32, 2048: 8, 65536: 2}
@@ -178,9 +179,19 @@ def parse(description: str | None, seconds: float, devices: tuple[str, ...] = ("
         metavar="X",
         help="seconds for each table of figures (default: %(default)g)",
     )
+    parser.add_argument(
+        "--instruction-set",
+        choices=INSTRUCTION_SETS,
+        help="kernels of another instruction set than the widest of this CPU",
+    )
     if len(devices) > 1:
         parser.add_argument("--device", choices=devices, default=devices[0], help="default: %(default)s")
     args = parser.parse_args()
     if len(devices) > 1 and args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device: expected cpu, torch finds no CUDA device here")
+    if args.instruction_set is not None:
+        try:
+            set_instruction_set(args.instruction_set)
+        except ValueError as error:
+            parser.error(f"--instruction-set: {error}")
     return args

@@ -1,15 +1,19 @@
 """Run the Python of the README and the docs, and check that the programs take the options shown there."""
 
+import doctest
+import importlib
 import os
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+import torch
 
 import benchmarks.accuracy
 import data.prepare
 import infer
+import robe
 import train
 from dlrm import DLRM, DLRMConfig, checkpoint
 
@@ -20,6 +24,15 @@ PROGRAMS = {
     "-m data.prepare": data.prepare.parse,
     "-m benchmarks.accuracy": lambda arguments: benchmarks.accuracy.parse(),
 }
+# Modules whose public classes and functions have examples.
+DOCUMENTED = [
+    "robe.array",
+    "robe.admission.filter",
+    "robe.compress",
+    "robe.layers.collection",
+    "robe.layers.embedding",
+    "robe.layers.keyed",
+]
 DOCS = sorted(ROOT.joinpath("docs").rglob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]
 NEEDS_A_CHECKPOINT = {"inference.md"}  # its snippet has a test of its own
@@ -50,6 +63,16 @@ def test_snippet_prints_what_it_says(snippet, capsys, tmp_path, monkeypatch):
     printed = capsys.readouterr().out
     for said in promised or [table if "weekday" in snippet else "torch.Size(["]:
         assert said in printed
+
+
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_examples_of_docstrings_are_true(name):
+    module = importlib.import_module(name)
+    examples = doctest.DocTestFinder().find(module, globs={"torch": torch, "nn": torch.nn} | vars(robe))
+    runner = doctest.DocTestRunner(verbose=False)
+    results = [runner.run(example) for example in examples if example.examples]
+    assert results
+    assert sum(result.failed for result in results) == 0
 
 
 def test_there_are_snippets_and_commands():

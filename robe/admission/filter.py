@@ -190,4 +190,5 @@ class Admission(nn.Module):
         return float((full**BITS_OF_ID).mean())
 
     def extra_repr(self) -> str:
+        """Return what ``repr`` shows."""
         return f"{self.bytes} bytes" + ("" if self.threshold is None else f", threshold={self.threshold}")

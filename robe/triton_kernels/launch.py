@@ -65,7 +65,7 @@ class LaunchPlan:
         self._check_devices(weight)
 
         hash = "span" if tables.hash == "mix" and tables.block_size > dim else tables.hash
-        step = min(tables.block_size, dim) if hash in ("mix", "linear") else dim
+        step = dim if hash in ("span", "identity") else min(tables.block_size, dim)
         per_embedding = triton.cdiv(dim, step)
         self.pieces_per_id = 2 if hash == "span" else per_embedding
         self.longest_piece = step

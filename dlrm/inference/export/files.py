@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dlrm.embeddings import Tables
 from dlrm.inference.export.aoti import load_aoti, write_aoti
-from dlrm.inference.export.onnx_model import load_onnx, write_onnx
+from dlrm.inference.export.onnx_model import HASHES, load_onnx, write_onnx
 from dlrm.inference.export.verification import expected_probabilities, first_rows, largest_difference, random_rows
 from dlrm.inference.predictor import with_array_dtype
 from dlrm.model import DLRM
@@ -122,7 +122,7 @@ def load(path: str | Path) -> Callable[[Tensor, Tensor], Tensor]:
 def _check_embeddings(embeddings: nn.Module) -> None:
     if isinstance(embeddings, RobeEmbeddingBagCollection):
         bounded = bool(embeddings.num_embeddings_per_feature.any())
-        if embeddings.hash != "mix" or embeddings.pooling != "sum" or bounded:
+        if embeddings.hash not in HASHES or embeddings.pooling != "sum" or bounded:
             raise ValueError(
                 "embeddings: expected tables without num_embeddings, hash 'mix' and pooling 'sum', as DLRMConfig "
                 f"makes them, got hash {embeddings.hash!r} and pooling {embeddings.pooling!r}"

@@ -19,6 +19,7 @@ from robe import Admission, RobeEmbeddingBagCollection
 from robe.hashing import GOLDEN, row_hash, table_key
 from robe.sketches import BITS_OF_ID, BITS_OF_WORD, SHARED_ID
 
+HASHES = ("mix",)  # the versions of the hash that are written as ONNX operators
 MAX_BYTES = (1 << 31) - (1 << 20)  # protobuf writes at most 2 GB; the graph itself needs far less than 1 MB
 
 _OPSET, _IR_VERSION = 20, 10
