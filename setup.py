@@ -78,7 +78,7 @@ class BuildLibraries(build_ext):
         folder = Path(self.build_temp, "stub")
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "empty.cpp").write_text("")
-        objects = self.compiler.compile([str(folder / "empty.cpp")])
+        objects = self.compiler.compile([str(folder / "empty.cpp")], output_dir=str(folder))
         stub = folder / "libtorch_cpu.so"
         name = f"-Wl,-soname,{stub.name}"
         self.compiler.link_shared_object(objects, str(stub), extra_postargs=[name], target_lang="c++")
