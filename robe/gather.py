@@ -18,17 +18,17 @@ def gather(tensors: Sequence[Tensor], group: "dist.ProcessGroup") -> list[list[T
         The tensors of each process, in the order of ranks; the caller's own are the same objects.
     """
     processes, rank = dist.get_world_size(group), dist.get_rank(group)
-    rows = torch.tensor([len(tensor) for tensor in tensors], device=tensors[0].device)
-    rows_of = rows.new_empty(processes, len(tensors))
-    dist.all_gather(list(rows_of), rows, group=group)
-    shapes = [[(n, *tensor.shape[1:]) for n, tensor in zip(of_process, tensors)] for of_process in rows_of.tolist()]
+    counts = torch.tensor([len(tensor) for tensor in tensors], device=tensors[0].device)
+    counts_of = counts.new_empty(processes, len(tensors))
+    dist.all_gather(list(counts_of), counts, group=group)
+    shapes = [[(n, *tensor.shape[1:]) for n, tensor in zip(of_process, tensors)] for of_process in counts_of.tolist()]
     # One message, of the same length from everyone: the bytes of all tensors, each from a multiple of 8 on.
     lengths = [
         [-(-tensor.element_size() * _numel(shape) // 8) * 8 for tensor, shape in zip(tensors, of_process)]
         for of_process in shapes
     ]
     longest = max(8, *(sum(of_process) for of_process in lengths))  # with 0, messages would lie 1 byte apart
-    message = torch.empty(longest, dtype=torch.uint8, device=rows.device)
+    message = torch.empty(longest, dtype=torch.uint8, device=counts.device)
     for part, tensor in zip(message.split([*lengths[rank], longest - sum(lengths[rank])]), tensors):
         own = tensor.contiguous().view(-1).view(torch.uint8)
         part[: len(own)] = own

@@ -70,8 +70,8 @@ bool read_bags(const Job& job, int64_t begin, int64_t end) {
     kept = 0;
     ++bag;
   };
-  const auto consume = [&](auto blocks, int64_t rows) {
-    for (int64_t r = 0; r < rows; ++r, ++value) {
+  const auto consume = [&](auto blocks, int64_t n) {
+    for (int64_t r = 0; r < n; ++r, ++value) {
       while (value == job.offsets[bag + 1]) close();
       const S factor = job.per_sample_weights ? static_cast<S>(static_cast<const Out*>(job.per_sample_weights)[value * job.per_sample_weights_stride]) : S{1};
       bool counted = true;

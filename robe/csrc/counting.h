@@ -105,20 +105,20 @@ inline void count_ids(int32_t* counters, int32_t* clicks, int64_t width, const I
   queue.finish();
 }
 
-inline void id_counts(const int32_t* counters, int64_t width, const int64_t* rows, int64_t n, int64_t* out) {
+inline void id_counts(const int32_t* counters, int64_t width, const int64_t* row_hashes, int64_t n, int64_t* out) {
   Queue queue(counters, nullptr, width, kDepth, [&](const Turn& turn) { *out++ = least(counters, turn); });
-  for (int64_t i = 0; i < n; ++i) queue.push(static_cast<uint64_t>(rows[i]), false);
+  for (int64_t i = 0; i < n; ++i) queue.push(static_cast<uint64_t>(row_hashes[i]), false);
   queue.finish();
 }
 
 // Rows counted ``times`` or more; not again those that are in ``recent``, where each row has one place.
 inline std::vector<int64_t> frequent_rows(const int32_t* counters, int64_t width, const Ids& ids, int64_t times,
                                           int64_t* recent, int64_t places) {
-  std::vector<int64_t> rows;
+  std::vector<int64_t> row_hashes;
   const auto place = [&](uint64_t row) -> int64_t& { return recent[multiply_high(row, static_cast<uint64_t>(places))]; };
   Queue whole(counters, nullptr, width, kDepth, [&](const Turn& turn) {
     const int64_t row = static_cast<int64_t>(turn.row);
-    if (place(turn.row) != row && least(counters, turn) >= times) rows.push_back(place(turn.row) = row);
+    if (place(turn.row) != row && least(counters, turn) >= times) row_hashes.push_back(place(turn.row) = row);
   });
   // Most ids are rare, and one counter tells.
   Queue first(counters, nullptr, width, 1, [&](const Turn& turn) {
@@ -129,21 +129,21 @@ inline std::vector<int64_t> frequent_rows(const int32_t* counters, int64_t width
   });
   first.finish();
   whole.finish();
-  return rows;
+  return row_hashes;
 }
 
-// Counts the ids that the filter does not admit; returns the rows that have then been counted ``threshold`` times.
+// Counts the ids that the filter does not admit; returns the row hashes that have then been counted ``threshold`` times.
 inline std::vector<int64_t> observe_ids(int32_t* counters, int64_t width, const uint64_t* filter, uint64_t words,
                                         const Ids& ids, int64_t threshold) {
-  std::vector<int64_t> rows;
+  std::vector<int64_t> row_hashes;
   Queue queue(counters, nullptr, width, kDepth, [&](const Turn& turn) {
-    if (add(counters, turn) >= threshold) rows.push_back(static_cast<int64_t>(turn.row));
+    if (add(counters, turn) >= threshold) row_hashes.push_back(static_cast<int64_t>(turn.row));
   });
   each_row(ids, [&](uint64_t row, bool) {
     if (!admitted(filter, words, row)) queue.push(row, false);
   });
   queue.finish();
-  return rows;
+  return row_hashes;
 }
 
 }  // namespace robe

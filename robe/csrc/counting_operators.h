@@ -65,11 +65,11 @@ void id_counts(Value* stack, uint64_t, uint64_t) {
   const Tensor counters = in.tensor(), given = in.tensor();
   const int32_t* const from_counters = counters_of("counters", counters);
   EXPECT(given.dim() == 1 && given.scalar_type() == ScalarType::Long,
-         "rows: expected an int64 vector (n,), got " + type(given) + " " + shape(given));
-  const Tensor rows = dense_rows(given);
-  const int64_t sizes[1] = {rows.numel()};
+         "row_hashes: expected an int64 vector (n,), got " + type(given) + " " + shape(given));
+  const Tensor row_hashes = dense_rows(given);
+  const int64_t sizes[1] = {row_hashes.numel()};
   Tensor out = new_tensor(sizes, ScalarType::Long);
-  robe::id_counts(from_counters, counters.size(1), static_cast<const int64_t*>(rows.const_data_ptr()), rows.numel(),
+  robe::id_counts(from_counters, counters.size(1), static_cast<const int64_t*>(row_hashes.const_data_ptr()), row_hashes.numel(),
             static_cast<int64_t*>(out.mutable_data_ptr()));
   stack[0] = value_of(out);
 }

@@ -62,14 +62,14 @@ bool read_one(const Job& job, int64_t begin, int64_t end, int64_t item, int64_t 
   const int64_t example_bytes = job.example_stride * out_item, feature_bytes = job.feature_stride * out_item;
   const int64_t row_bytes = job.dim * out_item;
   char* row = data + example * example_bytes + feature * feature_bytes;
-  const auto consume = [&](auto blocks, int64_t rows) {
+  const auto consume = [&](auto blocks, int64_t n) {
     if constexpr (is_uniform) {
       if (blocks.full) {
         const int64_t* offset = blocks.at;
         const int64_t block_bytes = job.block * out_item, row_blocks = job.dim / job.block;
         char* to = row;
         int64_t column = f;
-        for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t r = 0; r < n; ++r) {
           for (int64_t k = 0; k < row_blocks; ++k, ++offset)
             Copy::block(job, weight + *offset * item, {*offset, blocks.length, 0}, to + k * block_bytes);
           to += feature_bytes;
@@ -80,7 +80,7 @@ bool read_one(const Job& job, int64_t begin, int64_t end, int64_t item, int64_t 
         return;
       }
     }
-    for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t r = 0; r < n; ++r) {
       for (int64_t i = 0; i < row_bytes;) {
         const Block block = blocks.next();
         if (block.offset < 0)

@@ -8,15 +8,15 @@ namespace ROBE_ISA {
 constexpr int64_t kTileBytes = 4096;
 constexpr uint64_t kNearWords = 1 << 16;  // of a filter that stays in the second cache
 
-// The next rows to read, and of uniform tables the hash of each.
+// The next n ids to look up, and of uniform tables the hash of each.
 struct Tile {
-  int64_t rows;
+  int64_t n;
   int64_t feature[kTileBlocks], id[kTileBlocks];
   uint64_t hash[kTileBlocks], word[kTileBlocks];  // word: of the filter
   bool inside;  // every id within its table
 };
 
-// Replaces the hashes of rows that were not let in by that of the row they read instead. Loops that vectorise.
+// Replaces the hashes of ids that were not let in by that of the shared id. Loops that vectorise.
 template <bool in_turn>
 ROBE_INLINE void let_in(const Job& job, Tile& tile) {
   // Shifts by numbers in vectors, which the compiler makes of no loop.
@@ -24,7 +24,7 @@ ROBE_INLINE void let_in(const Job& job, Tile& tile) {
   constexpr int64_t lanes = ROBE_LANES / 2;
   const uint64_t* const filter = job.filter;
   uint64_t missing[kTileBlocks], shared_of_row[kTileBlocks];
-  const int64_t n = tile.rows;
+  const int64_t n = tile.n;
   for (int64_t r = 0; r < n; ++r) missing[r] = ~filter[tile.word[r]];
   if constexpr (!in_turn)
     for (int64_t r = 0; r < n; ++r) shared_of_row[r] = job.shared[tile.feature[r]];
@@ -37,7 +37,7 @@ ROBE_INLINE void let_in(const Job& job, Tile& tile) {
   }
 }
 
-// The offsets of the blocks of n rows, row by row, for the commonest tables: "mix", whole blocks, no signs. Loops that
+// The offsets of the blocks of n ids, one after another, for the commonest tables: "mix", whole blocks, no signs. Loops that
 // vectorise.
 ROBE_INLINE void hash_blocks(const Job& job, int64_t n, int64_t per_row, const uint64_t* __restrict__ first,
                              uint64_t* __restrict__ hashed, int64_t* __restrict__ offsets) {
@@ -89,26 +89,26 @@ ROBE_INLINE void hash_tile(const Job& job, Tile& t) {
   const int64_t first = in_turn ? t.feature[0] : 0;
   const int64_t *const keys = job.keys + first, *const counts = job.num_embeddings + first;
   uint64_t beyond = job.padded;
-  for (int64_t r = 0; r < t.rows; ++r) {
+  for (int64_t r = 0; r < t.n; ++r) {
     const int64_t k = in_turn ? r : t.feature[r];
     t.hash[r] = row_hash(keys[k], t.id[r]);
   }
-  for (int64_t r = 0; r < t.rows; ++r) {
+  for (int64_t r = 0; r < t.n; ++r) {
     const uint64_t last = static_cast<uint64_t>(counts[in_turn ? r : t.feature[r]]) - 1;  // unbounded: 2**64 - 1
     beyond |= static_cast<uint64_t>(t.id[r]) > last;
   }
   t.inside = !beyond;
   if (job.filter) {
-    for (int64_t r = 0; r < t.rows; ++r) t.word[r] = multiply_high_32(t.hash[r], job.filter_words);
+    for (int64_t r = 0; r < t.n; ++r) t.word[r] = multiply_high_32(t.hash[r], job.filter_words);
     if (job.filter_words >= kNearWords)
-      for (int64_t r = 0; r < t.rows; ++r) __builtin_prefetch(job.filter + t.word[r]);
+      for (int64_t r = 0; r < t.n; ++r) __builtin_prefetch(job.filter + t.word[r]);
   }
 }
 
 // Lists the blocks of a tile of any tables.
 template <bool is_mix, class Prefetch>
 ROBE_INLINE void list_blocks(const Job& job, Tile& t, Block* out, bool& outside, Prefetch prefetch) {
-  for (int64_t r = 0; r < t.rows; ++r) {
+  for (int64_t r = 0; r < t.n; ++r) {
     if (!counts(job, t.feature[r], t.id[r], outside)) {
       *out++ = {-1, static_cast<int32_t>(job.dim), 0};
       continue;
@@ -120,12 +120,12 @@ ROBE_INLINE void list_blocks(const Job& job, Tile& t, Block* out, bool& outside,
   }
 }
 
-// Works on rows tile by tile: while one tile is consumed, the next one's blocks are on their way to the cache. A row that
-// does not count has one block of zeros, or in uniform tables as many as any row.
-//   ids(n, feature of each, id of each): steps over the next n rows      consume(blocks, rows)
-// in_turn: the features of rows follow each other, the first after the last.
+// Looks ids up tile by tile: while one tile is consumed, the next one's blocks are on their way to the cache. An id that
+// does not count has one block of zeros, or in uniform tables as many as any id.
+//   ids(n, feature of each, id of each): steps over the next n ids      consume(blocks, n)
+// in_turn: the features of ids follow each other, the first after the last.
 template <bool is_mix, bool is_uniform, bool in_turn, class Ids, class Consume>
-ROBE_INLINE bool read_ahead(const Job& job, int64_t rows, int64_t item, Ids ids, Consume consume) {
+ROBE_INLINE bool read_ahead(const Job& job, int64_t count, int64_t item, Ids ids, Consume consume) {
   const int64_t per_row = job.hash == Hash::identity ? 1 : job.hash == Hash::span ? 2 : (job.dim + job.block - 1) / job.block;
   const int64_t by_bytes = kTileBytes / (job.dim * item), by_blocks = kTileBlocks / per_row;
   const int64_t tile = by_bytes < 1 || by_blocks < 1 ? 1 : by_bytes < by_blocks ? by_bytes : by_blocks;
@@ -142,9 +142,9 @@ ROBE_INLINE bool read_ahead(const Job& job, int64_t rows, int64_t item, Ids ids,
   bool outside = false, full[2] = {false, false};
   const auto prefetch = [&](int64_t offset, int64_t length) { prefetch_bytes(weight + offset * item, length * item); };
   // First the ids of a tile, with what they need of the filter on its way to the cache; a tile later its blocks.
-  int64_t untaken = rows;
+  int64_t untaken = count;
   const auto take = [&](Tile& t) {
-    const int64_t n = t.rows = untaken < tile ? untaken : tile;
+    const int64_t n = t.n = untaken < tile ? untaken : tile;
     untaken -= n;
     if (!n) return;
     ids(n, t.feature, t.id);
@@ -152,7 +152,7 @@ ROBE_INLINE bool read_ahead(const Job& job, int64_t rows, int64_t item, Ids ids,
   };
   const auto place = [&](Tile& t, int64_t turn) {
     Entry* out = half[turn];
-    const int64_t n = t.rows;
+    const int64_t n = t.n;
     if constexpr (is_uniform) {
       if (job.filter && n) let_in<in_turn>(job, t);
       hash_blocks(job, n, per_row, t.hash, hashed, out);
@@ -169,15 +169,15 @@ ROBE_INLINE bool read_ahead(const Job& job, int64_t rows, int64_t item, Ids ids,
   take(tiles[0]);
   take(tiles[1]);
   place(tiles[0], 0);
-  for (int64_t turn = 0, now = tiles[0].rows; now; turn ^= 1) {
+  for (int64_t turn = 0, now = tiles[0].n; now; turn ^= 1) {
     take(tiles[turn]);
     Tile& next = tiles[turn ^ 1];
-    if (next.rows) place(next, turn ^ 1);
+    if (next.n) place(next, turn ^ 1);
     if constexpr (is_uniform)
       consume(UniformBlocks{half[turn], full[turn], static_cast<int32_t>(job.block)}, now);
     else
       consume(AnyBlocks{half[turn]}, now);
-    now = next.rows;
+    now = next.n;
   }
   if (!small) {
     delete[] blocks;

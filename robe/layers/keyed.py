@@ -170,11 +170,11 @@ class RobeKeyedEmbeddingBagCollection(nn.Module):
 
     def _pooled(self, bags_of: Callable[[list[str]], tuple]) -> list[Tensor]:
         """The columns of the output, from the arguments that a collection takes of some features."""
-        rows: dict[int, Tensor] = {}
+        embeddings: dict[int, Tensor] = {}
         for collection, columns in zip(self.collections, self._columns_of_collection):
             bags = bags_of([self._columns[c].feature for c in columns])
-            rows |= zip(columns, collection(*bags).unbind(1))
-        return [rows[column] for column in range(len(self._columns))]
+            embeddings |= zip(columns, collection(*bags).unbind(1))
+        return [embeddings[column] for column in range(len(self._columns))]
 
 
 def _of_mapping(features: Mapping, keys: list[str], weighted: bool) -> tuple[Tensor, Tensor, Tensor | None]:

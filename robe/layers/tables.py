@@ -221,12 +221,12 @@ def project(array: RobeArray, tables: Sequence[tuple[RobeTables, Tensor]]) -> No
         some = max(1, COMPONENTS_AT_ONCE // layer.embedding_dim)
         padding_idx = getattr(layer, "padding_idx", None)
         for start in range(0, len(weight), some):
-            rows = weight[start : start + some].to(total.device)
-            ids = torch.arange(start, start + len(rows), device=total.device)
+            piece = weight[start : start + some].to(total.device)
+            ids = torch.arange(start, start + len(piece), device=total.device)
             if padding_idx is not None:
-                rows, ids = rows[ids != padding_idx], ids[ids != padding_idx]
+                piece, ids = piece[ids != padding_idx], ids[ids != padding_idx]
             place, signs = layer._slots(0, ids)
-            values = rows.double() if signs is None else rows * signs.double()
+            values = piece.double() if signs is None else piece * signs.double()
             total.index_add_(0, place.flatten(), values.flatten())
             load.index_add_(0, place.flatten(), torch.ones_like(values).flatten())
     array.weight.copy_(torch.where(load > 0, total / load.clamp(min=1), array.weight))

@@ -37,13 +37,13 @@ def _check_counting(counters, ids, keys):
     _check_broadcast("keys", keys, torch.int64, ids)
 
 
-def _check_rows(rows):
-    if rows.dim() != 1 or rows.dtype != torch.int64:
-        raise ValueError(f"rows: expected an int64 vector (n,), got {rows.dtype} {tuple(rows.shape)}")
+def _check_row_hashes(row_hashes):
+    if row_hashes.dim() != 1 or row_hashes.dtype != torch.int64:
+        raise ValueError(f"row_hashes: expected an int64 vector (n,), got {row_hashes.dtype} {tuple(row_hashes.shape)}")
 
 
 def _add(counters, row):
-    """Each row as often as it is there, all at once: as one by one, or less where different rows share counters."""
+    """Each row as often as it is there, all at once: as one by one, or less where different ids share counters."""
     different, times = row.unique(return_counts=True)
     places = counters_of(different, counters.shape[1])
     after = counters.gather(1, places).amin(0) + times
@@ -67,10 +67,10 @@ def _count_ids(counters, ids, keys, clicks=None, labels=None):
     _add(counters, row.flatten())
 
 
-def _id_counts(counters, rows):
+def _id_counts(counters, row_hashes):
     _check_counters("counters", counters)
-    _check_rows(rows)
-    return counters.gather(1, counters_of(rows, counters.shape[1])).amin(0).long()
+    _check_row_hashes(row_hashes)
+    return counters.gather(1, counters_of(row_hashes, counters.shape[1])).amin(0).long()
 
 
 def _frequent_rows(counters, ids, keys, times, recent):
@@ -80,17 +80,17 @@ def _frequent_rows(counters, ids, keys, times, recent):
         raise ValueError(
             f"recent: expected a contiguous int64 vector of 2 or more, got {recent.dtype} {tuple(recent.shape)}"
         )
-    rows = row_hash(ids, keys).unique()
-    return rows[_id_counts(counters, rows) >= times]
+    row_hashes = row_hash(ids, keys).unique()
+    return row_hashes[_id_counts(counters, row_hashes) >= times]
 
 
 def _observe_ids(counters, ids, keys, filter, threshold):
     _check_counting(counters, ids, keys)
     check_filter(filter)
-    rows = row_hash(ids, keys)[~admits(filter, ids, keys)]
-    _add(counters, rows)
-    rows = rows.unique()
-    return rows[_id_counts(counters, rows) >= threshold]
+    row_hashes = row_hash(ids, keys)[~admits(filter, ids, keys)]
+    _add(counters, row_hashes)
+    row_hashes = row_hashes.unique()
+    return row_hashes[_id_counts(counters, row_hashes) >= threshold]
 
 
 BODIES: dict[str, Callable[..., Any]] = {

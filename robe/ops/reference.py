@@ -142,15 +142,17 @@ def _lookup(weight: Tensor, *arguments: Any) -> Tensor:
     return embeddings if places.kept is None else embeddings.where(places.kept.unsqueeze(-1), 0)
 
 
-def _pool(rows: Tensor, bag: Tensor, bags: int, per_sample_weights: Tensor | None, pooling: str) -> Tensor:
+def _pool(embeddings: Tensor, bag: Tensor, bags: int, per_sample_weights: Tensor | None, pooling: str) -> Tensor:
     """(n, D) embeddings to (bags, D); an empty bag gives zeros."""
     if pooling == "max":
-        lowest = torch.full((bags, rows.shape[1]), -torch.inf, dtype=rows.dtype, device=rows.device)
-        pooled = lowest.scatter_reduce(0, bag.unsqueeze(-1).expand_as(rows), rows, "amax")
+        lowest = torch.full((bags, embeddings.shape[1]), -torch.inf, dtype=embeddings.dtype, device=embeddings.device)
+        pooled = lowest.scatter_reduce(0, bag.unsqueeze(-1).expand_as(embeddings), embeddings, "amax")
         return pooled.where(_count(bag, bags).unsqueeze(-1) > 0, 0)
     if per_sample_weights is not None:
-        rows = rows * per_sample_weights.unsqueeze(-1)
-    pooled = torch.zeros(bags, rows.shape[1], dtype=rows.dtype, device=rows.device).index_add_(0, bag, rows)
+        embeddings = embeddings * per_sample_weights.unsqueeze(-1)
+    pooled = torch.zeros(bags, embeddings.shape[1], dtype=embeddings.dtype, device=embeddings.device).index_add_(
+        0, bag, embeddings
+    )
     return pooled / _count(bag, bags).clamp(min=1).unsqueeze(-1) if pooling == "mean" else pooled
 
 
@@ -164,10 +166,10 @@ def _bag(weight: Tensor, *arguments: Any) -> Tensor:
     check_array(weight, call.scale)
     opened = _open_bags(weight, call, call.bags)
     dtype = embedding_dtype(weight)
-    rows = _read(weight, opened.slots, opened.signs, call.scale).to(accumulation_dtype(dtype))
+    embeddings = _read(weight, opened.slots, opened.signs, call.scale).to(accumulation_dtype(dtype))
     factors = call.bags.per_sample_weights
     factors = None if factors is None else factors[opened.position]
-    pooled = _pool(rows, opened.bag, opened.bag_count, factors, call.bags.pooling).to(dtype)
+    pooled = _pool(embeddings, opened.bag, opened.bag_count, factors, call.bags.pooling).to(dtype)
     features = call.tables.table_keys.shape[0]
     pooled = pooled.view(features, opened.bag_count // features, pooled.shape[1]).transpose(0, 1)
     return torch.ops.aten._unsafe_view(pooled.contiguous(), pooled.shape)
@@ -203,12 +205,12 @@ def _bag_gradients(grad: Tensor, weight: Tensor, call: Call, bags: Bags) -> tupl
     value = grad[bag] if sign is None else grad[bag] * sign  # (n, D)
     if bags.pooling == "max":
         # The first of equal maxima takes the gradient, as in nn.EmbeddingBag.
-        rows = _read(weight, slot, sign).to(value.dtype)
+        embeddings = _read(weight, slot, sign).to(value.dtype)
         n = bag.shape[0]
-        order = torch.arange(n, device=bag.device).unsqueeze(-1).expand_as(rows)
-        equal = rows == _pool(rows, bag, count, None, "max")[bag]
+        order = torch.arange(n, device=bag.device).unsqueeze(-1).expand_as(embeddings)
+        equal = embeddings == _pool(embeddings, bag, count, None, "max")[bag]
         first = torch.full_like(grad, n, dtype=torch.long)
-        first = first.scatter_reduce(0, bag.unsqueeze(-1).expand_as(rows), order.where(equal, n), "amin")
+        first = first.scatter_reduce(0, bag.unsqueeze(-1).expand_as(embeddings), order.where(equal, n), "amin")
         won = order == first[bag]
         return slot[won], value[won]
     if bags.pooling == "mean":
@@ -241,10 +243,10 @@ def _bag_weights_backward(grad: Tensor, weight: Tensor, *arguments: Any) -> Tens
     if bags is None or bags.per_sample_weights is None:
         raise ValueError("per_sample_weights: expected a tensor, got None")
     opened = _open_bags(weight, call, bags)
-    rows = _read(weight, opened.slots, opened.signs).to(accumulation_dtype(weight.dtype))
-    grad = grad.transpose(0, 1).flatten(0, 1).to(rows.dtype)
+    embeddings = _read(weight, opened.slots, opened.signs).to(accumulation_dtype(weight.dtype))
+    grad = grad.transpose(0, 1).flatten(0, 1).to(embeddings.dtype)
     result = torch.zeros_like(bags.per_sample_weights)
-    result[opened.position] = (grad[opened.bag] * rows).sum(-1).to(result.dtype)
+    result[opened.position] = (grad[opened.bag] * embeddings).sum(-1).to(result.dtype)
     return result
 
 

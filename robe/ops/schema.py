@@ -50,7 +50,7 @@ SCHEMAS = (
     f"bag_backward(Tensor grad, Tensor weight, {_BAGS}, {_TABLES}, {_FILTER}) -> Tensor",
     f"bag_weights_backward(Tensor grad, Tensor weight, {_BAGS}, {_TABLES}, {_FILTER}) -> Tensor",
     "count_ids_(Tensor(a!) counters, Tensor ids, Tensor keys, Tensor(b!)? clicks=None, Tensor? labels=None) -> ()",
-    "id_counts(Tensor counters, Tensor rows) -> Tensor",
+    "id_counts(Tensor counters, Tensor row_hashes) -> Tensor",
     "frequent_rows_(Tensor counters, Tensor ids, Tensor keys, int times, Tensor(a!) recent) -> Tensor",
     "observe_ids_(Tensor(a!) counters, Tensor ids, Tensor keys, Tensor filter, int threshold) -> Tensor",
     f"update_(Tensor(a!) weight, Tensor(b!)[] state, str rule, float[] options, {_LISTS}, int[] layouts) -> ()",
@@ -101,8 +101,8 @@ def _(grad, weight, values, offsets, per_sample_weights, *_):
 
 
 @torch.library.register_fake("robe::id_counts")
-def _(counters, rows):
-    return torch.empty_like(rows)
+def _(counters, row_hashes):
+    return torch.empty_like(row_hashes)
 
 
 @torch.library.register_fake("robe::frequent_rows_")
