@@ -4,6 +4,8 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
+from robe.ops.layout import Tables, UpdateLists, unpack_bag_backward, unpack_lookup_backward
+
 HASHES, MODES = ("mix", "linear", "identity"), ("sum", "mean", "max")
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # One rounding step of each type, with room for sums in another order.
@@ -164,18 +166,9 @@ def updated(update_, weight, rule, options, calls):
     """
     weight = weight.clone(memory_format=torch.contiguous_format)
     state = [torch.full_like(weight, 0.25 * k + 0.5) for k in range({"adam": 2}.get(rule, 1))]
-    none = weight.new_empty(0)
-    lists = [[] for _ in range(7)]
-    layouts = []
+    packed = []
     for grad, arguments, *filter in calls:
-        ids, *middle = arguments[:-7]
-        keys, rows, dim, block, hash, sign, padding_idx = arguments[-7:]
-        offsets, factors, mode = middle or (none, None, None)
-        words = filter[0] if filter and filter[0] is not None else keys.new_empty(0)
-        row = (grad, ids, offsets, none if factors is None else factors, keys, rows, words)
-        for entries, entry in zip(lists, row):
-            entries.append(entry)
-        layouts += [0 if mode is None else 1 + MODES.index(mode), dim, block, HASHES.index(hash), int(sign)]
-        layouts += [0, 0] if padding_idx is None else [1, padding_idx]
-    update_(weight, state, rule, options, *lists, layouts)
+        unpack = unpack_lookup_backward if len(arguments) == 1 + len(Tables._fields) else unpack_bag_backward
+        packed.append((grad, unpack((*arguments, *filter))))
+    update_(weight, state, rule, options, *UpdateLists.pack(packed))
     return [weight, *state]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from robe.ops.layout import UpdateLists, unpack_lookup_backward
 from tests.helpers.problems import (
     HASHES,
     RULES,
@@ -28,10 +29,7 @@ def test_opcheck(hash, dtype):
 @pytest.mark.parametrize("rule", RULES)
 def test_opcheck_update(rule):
     problem = Problem([10, 20], size=300, dim=5, block=3)
-    _, ids, keys, rows, *_ = problem.lookup(3)
-    none = torch.empty(0)
+    _, *lookup = problem.lookup(3)
     state = [torch.ones(300) for _ in range({"adam": 2}.get(rule, 1))]
-    lists = [problem.grad(3)], [ids], [none], [none], [keys], [rows], [keys[:0]]
-    torch.library.opcheck(
-        torch.ops.robe.update_, (problem.weight, state, rule, RULES[rule], *lists, [0, 5, 3, 0, 0, 0, 0])
-    )
+    lists = UpdateLists.pack([(problem.grad(3), unpack_lookup_backward(lookup))])
+    torch.library.opcheck(torch.ops.robe.update_, (problem.weight, state, rule, RULES[rule], *lists))
