@@ -139,7 +139,6 @@ def collection(admission=None, **options):
 BOUNDED = ids_of(80, 3).clamp(min=0) % 900
 
 
-@pytest.mark.cpu_only("not of the kernels in Triton")
 @pytest.mark.parametrize("block_size", [8, 4, 3, 11])
 @pytest.mark.parametrize("sign", [False, True])
 def test_ids_outside_read_the_row_of_one(block_size, sign):
