@@ -224,8 +224,8 @@ class RobeEmbeddingBag(_RobeTable):
         padding_idx: the id that bags leave out.
         include_last_offset: whether offsets have one more entry, the end of the last bag.
         max_norm, norm_type, scale_grad_by_freq, sparse, _weight: torch's; refused where they ask for anything.
-        array, robe_size, compression, block_size, table_id, sign, hash, first_row, admission, seed, init_std, device,
-            dtype: as in RobeEmbedding.
+        array, robe_size, compression, block_size, table_id, sign, hash, first_row, admission: as in RobeEmbedding.
+        seed, init_std, device, dtype: as in RobeEmbedding.
 
     Raises:
         TypeError: an unknown keyword.
