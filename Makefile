@@ -76,7 +76,7 @@ build/triton/installed: Makefile
 build/sanitized/%/_cpu.so: .venv/installed $(wildcard robe/csrc/* dlrm/csrc/*)
 	mkdir -p $(@D)
 	torch=$$($(BIN)/python -c "import torch; print(torch.__path__[0])") && $(CXX) $*/csrc/$*_cpu.cpp -o $@ \
-	    -std=c++17 -O1 -g -shared -fPIC -ffp-contract=off -fvisibility=hidden $(SANITIZE) -Irobe/csrc \
+	    -std=c++17 -O1 -g -shared -fPIC -ffp-contract=off -fvisibility=hidden $(SANITIZE) -I$*/csrc -Irobe/csrc \
 	    -Wl,--no-as-needed -L$$torch/lib -ltorch_cpu
 
 $(SANITIZED_READER): data/csrc/criteo_tsv.cpp
