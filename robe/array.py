@@ -28,7 +28,7 @@ class RobeArray(nn.Module):
     Raises:
         ValueError: size is below 1, or init_std is negative.
 
-    Example:
+    Examples:
         >>> array = RobeArray(1_000_000)
         >>> users = RobeEmbedding(40_000_000, 16, array=array, table_id=0)
         >>> items = RobeEmbedding(2_000_000, 16, array=array, table_id=1)

@@ -135,7 +135,7 @@ def compress(
     Raises:
         ValueError: an argument out of range, no table to swap, or too few weights left. The model is then unchanged.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Embedding(1_000_000, 16), nn.Linear(16, 1))
         >>> compress(model, 1000).compression_report.floats_after
         16000

@@ -40,7 +40,7 @@ class Predictor:
         ValueError: a dtype is unknown, there is no array for array_dtype, or this CPU lacks the instructions for
             mlp_dtype, which would then be slower than float32.
 
-    Example:
+    Examples:
         >>> predictor = Predictor(checkpoint.load("runs/robe"), array_dtype="int8")
         >>> probabilities = predictor(torch.rand(64, 13), torch.randint(0, 2**32, (64, 26)))  # (64,)
     """

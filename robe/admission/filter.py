@@ -47,7 +47,7 @@ class Admission(nn.Module):
     Raises:
         ValueError: bytes is not a positive multiple of 8, or threshold is below 1.
 
-    Example:
+    Examples:
         >>> admission = Admission(1 << 20, threshold=10)
         >>> layer = RobeEmbedding(None, 16, robe_size=1 << 20, admission=admission)
     """

@@ -62,7 +62,7 @@ class RobeEmbeddingBagCollection(RobeTables):
         TypeError: an unknown keyword.
         ValueError: an argument out of range; a name used twice; tables with different embedding_dim or pooling.
 
-    Example:
+    Examples:
         >>> tables = [EmbeddingBagConfig("user", 40_000_000, 16), EmbeddingBagConfig("item", None, 16)]
         >>> layer = RobeEmbeddingBagCollection(tables, robe_size=100_000)
         >>> layer(torch.tensor([[7, 2**40], [8, -3]])).shape

@@ -163,7 +163,7 @@ class RobeEmbedding(_RobeTable):
         TypeError: an unknown keyword.
         ValueError: an argument out of range, or an option of nn.Embedding that shared weights can't have.
 
-    Example:
+    Examples:
         >>> layer = RobeEmbedding(40_000_000, 16, compression=1000)
         >>> layer(torch.tensor([[3, 39_999_999]])).shape
         torch.Size([1, 2, 16])
@@ -231,7 +231,7 @@ class RobeEmbeddingBag(_RobeTable):
         TypeError: an unknown keyword.
         ValueError: an argument out of range, or an option of nn.EmbeddingBag that shared weights can't have.
 
-    Example:
+    Examples:
         >>> layer = RobeEmbeddingBag(40_000_000, 16, mode="sum", compression=1000)
         >>> layer(torch.tensor([3, 5, 7]), torch.tensor([0, 2])).shape  # bags (3, 5) and (7)
         torch.Size([2, 16])

@@ -40,7 +40,7 @@ class RobeKeyedEmbeddingBagCollection(nn.Module):
         TypeError: an unknown keyword.
         ValueError: an argument out of range, or two tables with one name.
 
-    Example:
+    Examples:
         >>> tables = [EmbeddingBagConfig("user", 10_000, 16), EmbeddingBagConfig("words", None, 8, pooling="mean")]
         >>> layer = RobeKeyedEmbeddingBagCollection(tables, robe_size=5_000)
         >>> layer({"user": torch.tensor([7, 8]), "words": torch.tensor([[1, 2], [3, 4]])})["words"].shape
