@@ -53,7 +53,7 @@ from dlrm.inference.throughput import BATCH_SIZES, STAGES, make_candidates, meas
 from dlrm.machine import environment
 from dlrm.metrics import EVALUATION_BATCH, Scores
 from robe import backend
-from robe.files import write_json
+from robe_files import write_json
 
 TIMED_ROWS = 1 << 16  # so many that their ids do not stay in the caches
 

@@ -39,7 +39,7 @@ from tqdm import tqdm
 from benchmarks.accuracy_plot import plot
 from benchmarks.results import machine
 from benchmarks.trials import ADMISSION, EPOCHS, FULL, METHODS, Trial, TrialData, run
-from robe.files import write_json
+from robe_files import write_json
 
 SEARCH_SEED = 1000  # first seed of searches; tests count from 0
 SEARCHED_AS = {

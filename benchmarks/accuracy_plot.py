@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.trials import ADMISSION, FULL
-from robe.files import whole_file
+from robe_files import whole_file
 
 
 @dataclass(frozen=True)

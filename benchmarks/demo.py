@@ -22,7 +22,7 @@ from data.formats.criteo_tsv import CriteoTSV
 from data.rows import Batch
 from data.synthetic import Signal, write
 from dlrm.plots import learning_curves
-from robe.files import write_json
+from robe_files import write_json
 
 COMPRESSIONS = (10, 100, 1000)
 AVERAGED = ("--averaging-steps", 500)

@@ -8,7 +8,7 @@ import torch
 
 import robe
 from dlrm.machine import environment
-from robe.files import write_json
+from robe_files import write_json
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:

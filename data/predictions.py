@@ -12,7 +12,7 @@ from polars.io.plugins import register_io_source
 
 from data.formats.parquet import disk_errors
 from data.npy import npy_header
-from robe.files import whole_file
+from robe_files import whole_file
 
 FORMATS = (".csv", ".parquet", ".npy")
 _NAME = "probability"

@@ -20,7 +20,7 @@ from data.formats.writer import Writer
 from data.schema import DataError, Layout
 from data.sources import Piece, Source, require_one_layout
 from data.storage import locked
-from robe.files import write_json
+from robe_files import write_json
 
 FAULTS_KEPT = 5  # of each source, for the report
 

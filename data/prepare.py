@@ -31,7 +31,7 @@ from data.formats.prepared import Dataset
 from data.preparation import Preparation, PrepareOptions, Share, SourceProgress, quarantine_file
 from data.program import exit_code
 from data.sources import Source
-from robe.files import whole_file
+from robe_files import whole_file
 
 ON_ERROR = ("raise", "skip", "quarantine")
 

@@ -27,7 +27,7 @@ from data.formats.criteo_tsv import write_tsv
 from data.program import exit_code
 from data.rows import to_batch, to_frame
 from data.schema import MISSING, NUM_DENSE, NUM_SPARSE, Layout
-from robe.files import whole_file
+from robe_files import whole_file
 
 # The Kaggle data: distinct ids of each category, and roughly the share of rows in which a field is empty.
 CARDINALITIES = (

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from dlrm.config import DLRMConfig
 from dlrm.model import DLRM
 from robe import IdCounter
-from robe.files import whole_file, write_json
+from robe_files import whole_file, write_json
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 # Counts of an admission that chooses ids during training. Only checkpoints of training keep them.

@@ -27,10 +27,10 @@ from torch import nn
 from robe.admission import Admission
 from robe.array import Int8RobeArray, RobeArray
 from robe.compress import reason_to_leave, tables_of
-from robe.files import whole_file
 from robe.layers.collection import EmbeddingBagConfig, RobeEmbeddingBagCollection, own_config
 from robe.layers.embedding import RobeEmbedding, RobeEmbeddingBag
 from robe.layers.keyed import RobeKeyedEmbeddingBagCollection
+from robe_files import whole_file
 
 _KEY, _VERSION = "robe", 1
 _LAYERS: dict[str, Any] = {

@@ -49,6 +49,7 @@ def metrics_of(folder):
     return json.loads((folder / "metrics.json").read_text())
 
 
+@pytest.mark.slow
 def test_two_processes_train_what_one_trains(rows, tmp_path):
     two = start("--data", rows, "--output", tmp_path / "two", *OPTIONS)
     assert train.main(["--data", str(rows), "--output", str(tmp_path / "one"), *OPTIONS]) == 0
@@ -65,6 +66,7 @@ def test_two_processes_train_what_one_trains(rows, tmp_path):
         assert point["train_loss"] == pytest.approx(expected_point["train_loss"], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_one_process_goes_on_where_two_were_stopped(rows, tmp_path):
     two = start("--data", rows, "--output", tmp_path, *OPTIONS, "--epochs", "100000")
     try:

@@ -193,6 +193,7 @@ def test_output_that_is_a_file(rows, tmp_path, capsys):
     assert (tmp_path / "run").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_from_the_command_line(rows, tmp_path):
     """A process of its own: exit code, no traceback, progress on stderr."""
     command = [

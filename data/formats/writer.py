@@ -16,7 +16,7 @@ from typing import BinaryIO, ClassVar
 import numpy as np
 
 from data.schema import DataError, Layout
-from robe.files import rename
+from robe_files import rename
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from dlrm.inference.loadgen_system import BATCH_ROWS, LabelledRows, System
 from dlrm.inference.predictor import Predictor
 from dlrm.machine import environment
 from dlrm.metrics import score
-from robe.files import write_json
+from robe_files import write_json
 
 SCENARIOS = ("Offline", "Server", "SingleStream", "MultiStream")
 MODEL = "dlrm-v2"  # LoadGen silently ignores names that it does not know

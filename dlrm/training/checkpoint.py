@@ -28,7 +28,7 @@ import robe.optim
 from dlrm.checkpoint import WEIGHTS, CheckpointError, build_model, contiguous_state, read_tensors
 from dlrm.config import DLRMConfig
 from dlrm.model import DLRM
-from robe.files import whole_file, write_json
+from robe_files import whole_file, write_json
 
 BEST, OPTIMIZER, STATE = "best.safetensors", "optimizer.safetensors", "state.json"
 VERSION = 1

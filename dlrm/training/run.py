@@ -22,7 +22,7 @@ from dlrm.training.plan import METRICS, Builder, Built, OpenData, Plan, Request
 from dlrm.training.signals import StopSignals
 from dlrm.training.summary import describe_model, describe_result, describe_rows, summary
 from dlrm.training.trainer import Progress, Stopped, Trainer, TrainingError
-from robe.files import write_json
+from robe_files import write_json
 
 CURVES = "learning_curve.png"
 

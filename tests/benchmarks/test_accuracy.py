@@ -33,6 +33,7 @@ def test_search_keeps_what_helps():
     assert found == Trial("x", 10.0, rate=2e-3)
 
 
+@pytest.mark.slow
 def test_a_run_from_the_command_line_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     argv = ["accuracy", "--generate", str(ROWS), "--output", str(tmp_path), "--seeds", "2", "--searches", "1"]
     argv += [

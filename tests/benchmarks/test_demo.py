@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from sklearn.metrics import roc_auc_score
 
 from benchmarks import demo
@@ -13,6 +14,7 @@ from data.synthetic import write
 ROOT = Path(demo.__file__).parent.parent
 
 
+@pytest.mark.slow
 def test_demo_compares_full_tables_with_robe(tmp_path):
     command = [sys.executable, "-m", "benchmarks.demo", "--rows", "2000", "--output", tmp_path / "demo"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -320,6 +320,7 @@ def test_a_file_the_system_does_not_take(tmp_path, days, kind):
     assert contents(out) == contents(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_killed_again_and_again(tmp_path):
     paths = [write_log(tmp_path / f"day_{i}{end}", make_rows(3000, i), end=end) for i, end in enumerate(("", ".gz"))]
     options = ["--shard-rows", "10", "--workers", "2"]

@@ -118,6 +118,7 @@ def test_describe(tmp_path, capsys):
     assert (tmp_path / "ids.png").read_bytes().startswith(b"\x89PNG\r\n")
 
 
+@pytest.mark.slow
 def test_from_the_command_line(tmp_path, days):
     command = [sys.executable, "-m", "data.prepare", *days, "--output", tmp_path / "out"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -139,3 +140,9 @@ def test_shares_that_are_none(text, capsys):
     with pytest.raises(SystemExit):
         prepare.parse(["day_0", "--output", "out", f"--part={text}"])
     assert "argument --part: expected I" in capsys.readouterr().err
+
+
+def test_preparing_needs_no_torch():
+    code = "import sys, data.prepare; print(sorted({'torch', 'robe', 'dlrm'} & set(sys.modules)))"
+    got = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, check=True)
+    assert got.stdout == "[]\n"

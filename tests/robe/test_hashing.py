@@ -407,6 +407,7 @@ def test_mix_keeps_at_least_999_of_1000_embeddings_distinct():
     assert len(key.unique()) >= 0.999 * rows  # blocks are distinct by all four
 
 
+@pytest.mark.slow
 def test_linear_keeps_6_percent_of_the_kaggle_embeddings_distinct():
     """Why "mix" exists. Block b of a row has value (value of block 0 + b * B) mod P, so a row's first address fixes
     the others but for one thing: whether the sum wrapped at P. The three sums wrap one after the other as the first

@@ -21,7 +21,7 @@ from dlrm.inference.export.verification import expected_probabilities, first_row
 from dlrm.inference.predictor import with_array_dtype
 from dlrm.model import DLRM
 from robe import RobeEmbeddingBagCollection
-from robe.files import whole_file
+from robe_files import whole_file
 
 FORMATS = {"onnx": ".onnx", "aoti": ".pt2"}  # suffix of each format's files
 TOLERANCE = 1e-5  # largest accepted difference of a probability

@@ -177,6 +177,7 @@ def curve(recipe):
     return losses_of(full_tables(recipe).double(), recipe.batches(STEPS, "f8"))
 
 
+@pytest.mark.slow
 def test_losses_are_those_of_facebookresearch_dlrm(recipe, curve):
     assert recipe.checksum == CHECKSUM
     np.testing.assert_allclose(curve[[0, *range(99, STEPS, 100)]], LOSSES, rtol=0, atol=1e-9)

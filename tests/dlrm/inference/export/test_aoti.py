@@ -21,6 +21,7 @@ def test_no_compiler_is_one_error(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_aoti_as_its_user_runs_it(tmp_path):
     model = make(block_size=3, sign=True, hots=HOTS, interaction="cross", cross_rank=3)
     out = export_as_user(tmp_path, model, "model.pt2", "--format", "aoti", "--array-dtype", "int8")
@@ -32,6 +33,7 @@ def test_aoti_as_its_user_runs_it(tmp_path):
     np.testing.assert_allclose(probability, predicted, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "array_dtype"),
     [

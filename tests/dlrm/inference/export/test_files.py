@@ -24,6 +24,7 @@ def test_load_gives_a_function_of_tensors(tmp_path):
         load(tmp_path / "model.pt")
 
 
+@pytest.mark.slow
 def test_no_id_is_counted_by_an_export(tmp_path):
     model = make()
     model.embeddings.admission = admission = Admission(64, threshold=1, counter_bytes=1 << 23)

