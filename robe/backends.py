@@ -97,11 +97,8 @@ def load_library(package: Path) -> str:
                 f"{_SWITCH}: expected native, reference or a folder with {package.name}/{LIBRARY}, got {wanted!r}"
             )
         reason = "the kernels were not built: install a C++17 compiler, then install this package again"
-        warnings.warn(
-            f"{package.name}: {reason}. Until then the reference in plain torch runs, many times slower",
-            KernelsMissing,
-            stacklevel=2,
-        )
+        # One text from one place: Python shows it once, whatever number of libraries is missing.
+        warnings.warn(f"{reason}. Until then the reference in plain torch runs, many times slower", KernelsMissing)  # noqa: B028
         return reason
     try:
         library = ctypes.CDLL(str(file))
