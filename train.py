@@ -43,7 +43,7 @@ from data.program import exit_code
 from data.training_rows import TrainingRows
 from dlrm import PRESETS
 from dlrm.config import EMBEDDINGS, OPTIMIZERS
-from dlrm.distributed import World
+from dlrm.distributed import World, leave
 from dlrm.training.options import RunOptions
 from dlrm.training.plan import LAST, Request
 from dlrm.training.run import run
@@ -214,4 +214,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -5,8 +5,12 @@ they made of it.
 """
 
 import copy
+import os
 import pickle
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +26,7 @@ from dlrm.metrics import evaluate
 from dlrm.training.trainer import Stopped, Trainer
 from tests.helpers.processes import in_processes
 
+ROOT = Path(__file__).parents[2]
 ALONE = World()
 
 
@@ -479,3 +484,11 @@ def test_a_loss_that_is_not_finite_ends_all(found):
 
 OF_PROCESSES = (answers, averaged, copies, stops, failures)
 SHARED = {"scores": scores, "arrays": arrays, "trainings": trainings}
+
+
+@pytest.mark.parametrize(("processes", "printed"), [(1, "said\nended\n"), (2, "said\n")])
+def test_processes_of_several_leave_at_once(processes, printed):
+    code = "import atexit; from dlrm.distributed import leave; atexit.register(print, 'ended'); print('said'); leave(3)"
+    environment = os.environ | {"WORLD_SIZE": str(processes)}
+    got = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, text=True, capture_output=True)
+    assert (got.returncode, got.stdout) == (3, printed)
