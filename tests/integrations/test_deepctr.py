@@ -4,9 +4,9 @@ import pytest
 import torch
 from deepctr_torch.inputs import DenseFeat, SparseFeat
 from deepctr_torch.models import DCN, AutoInt, DeepFM, FiBiNET, xDeepFM
-from integrations.rows import FEATURES, IDS, TRAIN, auc, check, rows
 
 import robe
+from tests.integrations.rows import FEATURES, IDS, TRAIN, auc, check, rows
 
 COLUMNS = [SparseFeat(f"cat_{k}", IDS, embedding_dim=8) for k in range(FEATURES)]
 COLUMNS += [DenseFeat(f"int_{k}", 1) for k in range(13)]

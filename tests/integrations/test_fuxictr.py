@@ -10,11 +10,11 @@ from fuxictr.preprocess import FeatureProcessor
 from fuxictr.pytorch.dataloaders import RankDataLoader
 from fuxictr.pytorch.layers import FactorizationMachine, FeatureEmbedding, MLP_Block
 from fuxictr.pytorch.models import BaseModel
-from integrations.rows import FEATURES, IDS, TRAIN, auc, check, rows
 from model_zoo.LongCTR import DIN, DCNv2, FinalMLP
 from model_zoo.LongCTR.longctr_dataloader import LongCTRDataLoader
 
 import robe
+from tests.integrations.rows import FEATURES, IDS, TRAIN, auc, check, rows
 
 NAMES = [f"cat_{k}" for k in range(FEATURES)]
 ITEM = NAMES[-4:]  # in the models of histories, what describes an item

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from integrations.rows import FEATURES, IDS, TRAIN, auc, check, rows
 from torch import nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor, KeyedTensor, PoolingType
 from torchrec.models.dlrm import DLRM
 
 import robe
+from tests.integrations.rows import FEATURES, IDS, TRAIN, auc, check, rows
 
 NAMES = [f"cat_{k}" for k in range(FEATURES)]
 MIXED = [
