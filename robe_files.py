@@ -30,8 +30,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         mode = part.stat().st_mode  # as the umask has it; safetensors makes files that only their owner can read
         yield part
         part.chmod(mode)
-        with open(part, "rb") as file:
-            os.fsync(file.fileno())
+        flush(part)
         rename(part, path)
     except (OSError, SafetensorError) as error:
         number, text = getattr(error, "errno", None), getattr(error, "strerror", None)
@@ -53,8 +52,13 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 def rename(old: Path, new: Path) -> None:
     """Rename a file or folder, safe against a power cut."""
     os.replace(old, new)
-    folder = os.open(new.parent, os.O_RDONLY)
+    flush(new.parent)
+
+
+def flush(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)

@@ -28,7 +28,7 @@ import robe.optim
 from dlrm.checkpoint import WEIGHTS, CheckpointError, build_model, contiguous_state, read_tensors
 from dlrm.config import DLRMConfig
 from dlrm.model import DLRM
-from robe_files import whole_file, write_json
+from robe_files import flush, rename, whole_file, write_json
 
 BEST, OPTIMIZER, STATE = "best.safetensors", "optimizer.safetensors", "state.json"
 VERSION = 1
@@ -186,8 +186,7 @@ class TrainingCheckpoints:
             if path.exists():  # the run went back, and has come to this step again
                 shutil.rmtree(replaced, ignore_errors=True)
                 path.rename(replaced)
-            part.rename(path)
-            _flush(self.folder)
+            rename(part, path)
             shutil.rmtree(replaced, ignore_errors=True)
         finally:
             shutil.rmtree(part, ignore_errors=True)
@@ -256,12 +255,11 @@ def _write(
         save_file(tensors, file)
     if best:
         _link(best, folder / BEST)
+        flush(folder / BEST)
     names = [WEIGHTS, OPTIMIZER, *([BEST] if best else [])]
     digests = {name: _sha256(folder / name) for name in names}
     state = {"version": VERSION, "model": model.config.to_dict(), "optimizers": numbers} | state
     write_json(folder / STATE, {"sha256": digests | {STATE: _sha256_of_state(state)}} | state)
-    for name in (*names, STATE, ""):
-        _flush(folder / name)
 
 
 def _open(path: Path) -> Saved:
@@ -302,11 +300,3 @@ def _link(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:  # not every file system has links
         shutil.copyfile(source, target)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

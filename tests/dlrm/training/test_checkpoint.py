@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import robe.optim
+import robe_files
 from dlrm import DLRM, DLRMConfig, checkpoint
 from dlrm.checkpoint import CheckpointError
 from dlrm.embeddings import VocabularyTables
@@ -199,7 +200,7 @@ def test_killed_while_it_saves(saved, monkeypatch, calls):
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(training_checkpoint, "_flush", kill)
+        patch.setattr(robe_files, "flush", kill)
         with pytest.raises(Killed):
             checkpoints.save(9, model, optimizers, {})
     monkeypatch.setattr(shutil, "rmtree", rmtree)
