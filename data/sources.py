@@ -92,7 +92,7 @@ class Source(ABC):
 
     @property
     def labelled(self) -> bool:
-        """Whether the rows have a label."""
+        """True if the rows have a label."""
         return self.layout.labelled
 
     @abstractmethod

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from robe import backends
+from robe.ops.schema import refuse_second_derivative
 
 PANEL = 32  # outputs of a layer whose weights lie together
 
@@ -132,11 +133,7 @@ def _dot_interaction_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
     return torch.ops.dlrm.dot_interaction_backward(grad, *ctx.saved_tensors)
 
 
-def _refuse_second_derivative(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError("dlrm: second derivatives are not supported")
-
-
-torch.library.register_autograd("dlrm::dot_interaction_backward", _refuse_second_derivative)
+torch.library.register_autograd("dlrm::dot_interaction_backward", refuse_second_derivative)
 torch.library.register_autograd("dlrm::dot_interaction", _dot_interaction_autograd, setup_context=_save_all)
 
 backends.load_library(Path(__file__).parent)

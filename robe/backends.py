@@ -60,11 +60,6 @@ def backend() -> dict[str, str]:
     return {b.device: f"reference ({_reasons[b.device]})" if _reasons[b.device] else b.describe() for b in BACKENDS}
 
 
-def libraries() -> list[ctypes.CDLL]:
-    """Return the libraries of compiled kernels that are loaded."""
-    return list(_libraries)
-
-
 def set_instruction_set(name: str) -> None:
     """Use the CPU kernels of another instruction set: "plain", "avx2" or "avx512". For tests and measurements.
 

@@ -232,7 +232,7 @@ def _parts(layer: Any) -> list[Any]:
 
 
 def _reads(layer: Any) -> tuple:
-    """Where a layer reads, and the names of its tensors."""
+    """The places that a layer reads, and the names of its tensors."""
     return [part.keys_and_bounds() for part in _parts(layer)], list(layer.state_dict())
 
 

@@ -149,7 +149,7 @@ def _bag_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def refuse_second_derivative(ctx: Any, *grads: Tensor) -> None:
-    """The backward of a backward operator.
+    """Refuse to be the backward of a backward operator, of robe's and of the model's.
 
     Raises:
         RuntimeError: always.

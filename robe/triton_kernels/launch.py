@@ -1,4 +1,4 @@
-"""How kernels are launched for one call of an operator: checked arguments, constants to compile for, and the grid."""
+"""The launch of kernels for one call of an operator: checked arguments, constants to compile for, and the grid."""
 
 from math import gcd
 from typing import Any

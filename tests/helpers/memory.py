@@ -1,4 +1,4 @@
-"""How much memory calls leave behind."""
+"""The memory that calls leave behind."""
 
 import os
 from pathlib import Path

@@ -17,7 +17,7 @@ machines = st.builds(machine, st.sampled_from(SETS or [""]), st.sampled_from([1,
 
 
 def written(name, arguments, like, columns=1):
-    """What an out operator writes into vectors[:, columns:], the rest of which must stay as it is."""
+    """Return what an out operator writes into vectors[:, columns:]; the rest must stay as it is."""
     vectors = torch.full((like.shape[0], like.shape[1] + columns, like.shape[2]), 7, dtype=like.dtype)
     *before, filter = arguments
     assert native(name, *before, vectors[:, columns:], filter) is None

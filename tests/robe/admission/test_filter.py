@@ -266,5 +266,5 @@ def test_compiled():
 
 
 def test_what_runs():
-    """Of the tests above, that they are of the kernels where there are some."""
+    """The tests above run on the kernels where there are some."""
     assert robe.backend()["cpu"].startswith("native") == IS_NATIVE

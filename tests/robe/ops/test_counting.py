@@ -51,7 +51,7 @@ def empty_counters(width):
 
 
 def bodies(name):
-    """What is called, by the name of what it runs."""
+    """Return the operator and its reference body, by name."""
     return {"operator": getattr(torch.ops.robe, name), "reference": REFERENCE[name]}
 
 

@@ -1,4 +1,4 @@
-"""What torch asks of operators: schemas, fakes and autograd that agree with the bodies."""
+"""Schemas, fakes and autograd agree with the bodies, as torch asks of operators."""
 
 import pytest
 import torch
