@@ -93,7 +93,8 @@ def load_library(package: Path) -> str:
             )
         reason = "the kernels were not built: install a C++17 compiler, then install this package again"
         # One text from one place: Python shows it once, whatever number of libraries is missing.
-        warnings.warn(f"{reason}. Until then the reference in plain torch runs, many times slower", KernelsMissing)  # noqa: B028
+        missing = KernelsMissing(f"{reason}. Until then the reference in plain torch runs, many times slower")
+        warnings.warn(missing, stacklevel=1)
         return reason
     try:
         library = ctypes.CDLL(str(file))
