@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from robe.gather import gather
+from robe.gradient import SlotGradient
 
 T = TypeVar("T")
 
@@ -159,7 +160,7 @@ class World:
         """
         if self.group is None:
             return numbers
-        with_gradient = [p for p in parameters if p.grad is not None]
+        with_gradient = [p for p in parameters if p.grad is not None and not isinstance(p.grad, SlotGradient)]
         for p in with_gradient:
             if p.grad is not None and p.grad.is_sparse:
                 parts = gather([p.grad._indices().T.contiguous(), p.grad._values()], self.group)

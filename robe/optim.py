@@ -5,9 +5,11 @@
     ...
     optimizer.zero_grad(); loss.backward(); optimizer.step()
 
-A dense gradient is as large as the array, and torch's optimizers go through all of it in every step. Here the backward
-keeps the gradient of the embeddings, (B, F, D), as it comes. ``step`` sums the part of each slot and applies the rule
-to the slots touched since the last ``zero_grad``, and to no others. ``weight.grad`` stays None.
+A dense gradient is as large as the array, and torch's optimizers go through all of it in every step. Once an optimizer
+of this module has an array, backward passes leave a SlotGradient in ``weight.grad``: the gradients of the embeddings,
+(B, F, D), as they come (robe/gradient.py). ``step`` sums the part of each slot and applies the rule to the slots that
+were read, and to no others. Everything else is as in torch: gradients add up until ``zero_grad``, of the optimizer or
+the model; clip_grad_norm_ and GradScaler work; ``weight.grad.to_dense()`` has the numbers.
 
 The result does not depend on the number of threads, to the bit: gradients are sorted by the segment of the array they
 go to, in the order of the ids within a segment, and one thread sums and updates a segment.
@@ -18,12 +20,12 @@ these (SGD or Adagrad without decay) the results are equal except for rounding. 
 updated in float32.
 
 With ``process_group``, several processes train one array, each on its part of a batch. ``step`` gathers the gradients
-that all of them have kept, and applies their average in each, as DistributedDataParallel does for other parameters.
-That transfers (B, F, D) numbers a step for the batch of all processes. Where this is more than a dense gradient, let
-DistributedDataParallel reduce the dense one, with an optimizer of torch.optim.
+of all of them, and applies their average in each, as DistributedDataParallel does for other parameters. That transfers
+(B, F, D) numbers a step for the batch of all processes. Where this is more than a dense gradient, let
+DistributedDataParallel reduce the dense one, with an optimizer of torch.optim. To clip or unscale gradients, call
+``synchronize`` of the optimizer before.
 
-torch.compile breaks its graph where a layer hands its gradient over. Gradient clipping and loss scaling (GradScaler)
-see no gradient of these arrays. full_weight() is an exception: its gradient goes to weight.grad.
+torch.compile breaks its graph where a layer is read for such an optimizer.
 """
 
 import math
@@ -34,17 +36,24 @@ import torch
 from torch import Tensor, nn
 
 from robe.array import RobeArray
+from robe.gradient import Pieces, SlotGradient
 from robe.ops.layout import Call, UpdateLists, unpack_bag_backward, unpack_lookup_backward
+
+# Options of torch's optimizers that another rule would be needed for. A state taken over from torch may have them on.
+_OTHER_RULES = ("amsgrad", "nesterov", "maximize", "dampening", "decoupled_weight_decay")
 
 
 class _Recorded(torch.autograd.Function):
-    """A lookup or bag whose gradient goes to an optimizer, not to weight.grad."""
+    """A lookup or bag that gives the array a SlotGradient."""
 
     @staticmethod
-    def forward(ctx, weight, per_sample_weights, optimizer, call):
-        ctx.parameter, ctx.optimizer, ctx.is_lookup = weight, optimizer, call.bags is None
+    def forward(ctx, weight, per_sample_weights, group, call):
+        ctx.group, ctx.is_lookup = group, call.bags is None
         arguments = (*call.pack(), call.filter)
-        ctx.save_for_backward(weight, *(x for x in arguments if isinstance(x, Tensor)))
+        # A lookup's gradient depends on the size of the weights only: as in torch, they may change before the backward.
+        compared = call.bags is not None and (call.bags.pooling == "max" or per_sample_weights is not None)
+        ctx.weight = None if compared else weight.detach()
+        ctx.save_for_backward(weight if compared else None, *(x for x in arguments if isinstance(x, Tensor)))
         ctx.arguments = [None if isinstance(x, Tensor) else (x,) for x in arguments]
         forward = torch.ops.robe.lookup_forward if ctx.is_lookup else torch.ops.robe.bag_forward
         return forward.default(weight, *arguments[:-1], None, call.filter)
@@ -53,18 +62,23 @@ class _Recorded(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         weight, *saved = ctx.saved_tensors
+        weight = ctx.weight if weight is None else weight.detach()
         tensors = iter(saved)
         arguments = [next(tensors) if constant is None else constant[0] for constant in ctx.arguments]
-        call = unpack_lookup_backward(arguments) if ctx.is_lookup else unpack_bag_backward(arguments)
-        ctx.optimizer._pending.setdefault(ctx.parameter, []).append((grad, call))
-        grad_weights = None
+        grad_weight = grad_factors = None
         if ctx.needs_input_grad[1]:
-            grad_weights = torch.ops.robe.bag_weights_backward(grad, weight, *arguments)
-        return None, grad_weights, None, None
+            grad_factors = torch.ops.robe.bag_weights_backward(grad, weight, *arguments)
+        if ctx.needs_input_grad[0]:
+            # Whoever made the ids may fill them anew before the step.
+            of_ids = 1 if ctx.is_lookup else 3
+            arguments[:of_ids] = [x if x is None else x.clone() for x in arguments[:of_ids]]
+            call = unpack_lookup_backward(arguments) if ctx.is_lookup else unpack_bag_backward(arguments)
+            grad_weight = SlotGradient(Pieces(weight, [(grad, call)], ctx.group))
+        return grad_weight, grad_factors, None, None
 
 
 class _TouchedSlots(torch.optim.Optimizer):
-    """The base of the optimizers: holds the arrays and the gradients that wait for ``step``."""
+    """The base of the optimizers."""
 
     _rule: str
     _state_names: tuple[str, ...]
@@ -73,15 +87,12 @@ class _TouchedSlots(torch.optim.Optimizer):
         for name in ("lr", "weight_decay", "eps", "momentum", "lr_decay", "initial_accumulator_value"):
             if not 0 <= defaults.get(name, 0) < math.inf:
                 raise ValueError(f"{name}: expected at least 0, got {defaults[name]}")
-        self._pending: dict[Tensor, list[tuple[Tensor, Call]]] = {}
         self._process_group = process_group
         # add_param_group takes the weights out of the modules.
         super().__init__([arrays] if isinstance(arrays, nn.Module) else arrays, defaults)  # type: ignore[arg-type]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # A copy takes no gradients: the arrays still give them to the optimizer they had.
         super().__setstate__(state)
-        self._pending = {}
         self.__dict__.setdefault("_process_group", None)  # load_state_dict comes here too, and leaves it as it is
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -115,7 +126,7 @@ class _TouchedSlots(torch.optim.Optimizer):
     # torch.compile leaves this call out of its graphs; torch.compiler.disable would import the compiler to say so.
     @torch._disable_dynamo
     def record(self, weight: Tensor, call: Call) -> Tensor:
-        """Return the embeddings of a call, whose gradient will come to this optimizer. Layers call this.
+        """Return the embeddings of a call, which will give the array a SlotGradient. Layers call this.
 
         Args:
             weight: of the array, (m,).
@@ -124,22 +135,35 @@ class _TouchedSlots(torch.optim.Optimizer):
         Returns:
             (B, F, D).
         """
-        return _Recorded.apply(weight, None if call.bags is None else call.bags.per_sample_weights, self, call)
+        factors = None if call.bags is None else call.bags.per_sample_weights
+        return _Recorded.apply(weight, factors, self._process_group, call)
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients since the last step."""
-        self._pending.clear()
-        super().zero_grad(set_to_none)
+    def synchronize(self) -> None:
+        """Average the gradients over the process group before ``step`` does, to clip or look at them.
+
+        All processes call this together.
+        """
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    pieces = SlotGradient.of(weight.grad, weight).pieces
+                    weight.grad = SlotGradient(Pieces(weight.detach(), self._averaged(pieces)))
+
+    def _averaged(self, pieces: Pieces) -> list[tuple[Tensor, Call]]:
+        return pieces.calls() if pieces.group is None else _of_all_processes(pieces.calls(), pieces.group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None):
-        """Update the slots touched since the last step or zero_grad, and forget the gradients.
+        """Update the slots that were read since the last zero_grad.
 
         Args:
             closure: computes the loss and its gradients again, as in torch.
 
         Returns:
             The closure's loss, or None.
+
+        Raises:
+            RuntimeError: the weights have changed since the backward pass, and "max" bags compare them.
         """
         loss = None
         if closure is not None:
@@ -147,20 +171,36 @@ class _TouchedSlots(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             for weight in group["params"]:
-                calls = self._pending.pop(weight, None)
+                if weight.grad is None:
+                    continue
+                calls = self._averaged(SlotGradient.of(weight.grad, weight).pieces)
                 if not calls:
                     continue
-                if self._process_group is not None:
-                    calls = _of_all_processes(calls, self._process_group)
                 state = self.state[weight]
-                state["step"] = state.get("step", 0) + 1
+                state["step"] = int(state.get("step", 0)) + 1  # torch counts in float32
                 for name in self._state_names:
-                    if name not in state:
+                    if state.get(name) is None:
                         state[name] = torch.full_like(weight, group.get("initial_accumulator_value", 0))
                 options = self._options(group, state["step"])
                 tensors = [state[name] for name in self._state_names]
                 torch.ops.robe.update_(weight, tensors, self._rule, options, *UpdateLists.pack(calls))
+                torch.autograd.graph.increment_version(weight)
         return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take a state over, as in torch; one of torch's optimizer of the same name too.
+
+        Args:
+            state_dict: as ``state_dict`` returns it.
+
+        Raises:
+            ValueError: a group has an option on that is not supported here, or as in torch.
+        """
+        for group in state_dict["param_groups"]:
+            for name in _OTHER_RULES:
+                if group.get(name):
+                    raise ValueError(f"{name}: expected it off, got {group[name]}; {type(self).__name__} has it not")
+        super().load_state_dict(state_dict)
 
     def _options(self, group: dict[str, Any], step: int) -> list[float]:
         """The five numbers of the rule: its rate, weight decay, and three of its own."""

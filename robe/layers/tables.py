@@ -183,6 +183,10 @@ class RobeTables(nn.Module):
         keys, bounds, *layout = self._tables(padding_idx)
         table = slice(feature, feature + 1)
         filter = None if self.admission is None else self.admission.filter
+        optimizer = self.array.optimizer() if torch.is_grad_enabled() and weight.requires_grad else None
+        if optimizer and optimizer.owns(weight):
+            call = Call(ids, None, Tables(keys[table], bounds[table], *layout), filter)
+            return optimizer.record(weight, call).squeeze(1)
         return torch.ops.robe.lookup(weight, ids, keys[table], bounds[table], *layout, scale, filter).squeeze(1)
 
     def _slots(self, feature: int, ids: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -254,19 +254,21 @@ def _bag_weights_backward(grad: Tensor, weight: Tensor, *arguments: Any) -> Tens
 # Optimizers
 
 
-def _update(weight: Tensor, state: Sequence[Tensor], rule: str, options: Sequence[float], *lists: Any) -> None:
-    slot, value = [], []
+def _sum_gradients(weight: Tensor, *lists: Any) -> tuple[Tensor, Tensor]:
+    check_array(weight)
+    slot = [torch.empty(0, dtype=torch.int64, device=weight.device)]
+    value = [torch.empty(0, dtype=accumulation_dtype(weight.dtype), device=weight.device)]
     for grad, call in UpdateLists(*lists).unpack():
         slots, values = _gradients(grad, weight, call)
         slot.append(slots.flatten())
-        value.append(values.flatten())
-    if not slot:
-        return
-    dtype = accumulation_dtype(weight.dtype)
+        value.append(values.flatten().to(value[0].dtype))
     touched, inverse = torch.cat(slot).unique(return_inverse=True)
-    grad = torch.zeros(touched.shape, dtype=dtype, device=weight.device)
-    grad.index_add_(0, inverse, torch.cat(value).to(dtype))
-    before = [tensor[touched].to(dtype) for tensor in (weight, *state)]
+    return touched, value[0].new_zeros(touched.shape).index_add_(0, inverse, torch.cat(value))
+
+
+def _update(weight: Tensor, state: Sequence[Tensor], rule: str, options: Sequence[float], *lists: Any) -> None:
+    touched, grad = _sum_gradients(weight, *lists)
+    before = [tensor[touched].to(grad.dtype) for tensor in (weight, *state)]
     for tensor, values in zip((weight, *state), _apply_rule(rule, options, grad, before)):
         tensor[touched] = values.to(tensor.dtype)
 
@@ -304,4 +306,5 @@ BODIES: dict[str, Callable[..., Any]] = {
     "bag_backward": _bag_backward,
     "bag_weights_backward": _bag_weights_backward,
     "update_": _update,
+    "sum_gradients": _sum_gradients,
 }

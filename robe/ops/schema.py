@@ -7,6 +7,7 @@
     lookup_backward, bag_backward -> (m,)                      the dense gradient of the array
     bag_weights_backward -> (n,)                               the gradient of per_sample_weights
     update_(weight, ...)                                       an optimizer's rule on the slots that lookups touched
+    sum_gradients(weight, ...) -> (n,), (n,)                   the slots that lookups touched, and their gradients
     count_ids_, id_counts, frequent_rows_, observe_ids_        counting for an admission (robe/ops/counting.py)
 
 B examples, F features, D = embedding_dim, m = number of weights. Values are features major: feature f of example b is
@@ -30,7 +31,15 @@ import torch
 from torch import Tensor
 
 from robe.ops import counting, reference
-from robe.ops.layout import Call, UpdateLists, check_array, embedding_dtype, unpack_bag, unpack_lookup
+from robe.ops.layout import (
+    Call,
+    UpdateLists,
+    accumulation_dtype,
+    check_array,
+    embedding_dtype,
+    unpack_bag,
+    unpack_lookup,
+)
 
 REFERENCE = {**reference.BODIES, **counting.BODIES}
 
@@ -54,6 +63,7 @@ SCHEMAS = (
     "frequent_rows_(Tensor counters, Tensor ids, Tensor keys, int times, Tensor(a!) recent) -> Tensor",
     "observe_ids_(Tensor(a!) counters, Tensor ids, Tensor keys, Tensor filter, int threshold) -> Tensor",
     f"update_(Tensor(a!) weight, Tensor(b!)[] state, str rule, float[] options, {_LISTS}, int[] layouts) -> ()",
+    f"sum_gradients(Tensor weight, {_LISTS}, int[] layouts) -> (Tensor, Tensor)",
 )
 for _schema in SCHEMAS:
     _name, _signature = _schema.split("(", 1)
@@ -109,6 +119,14 @@ def _(counters, row_hashes):
 @torch.library.register_fake("robe::observe_ids_")
 def _(counters, ids, *_):
     return ids.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64)
+
+
+@torch.library.register_fake("robe::sum_gradients")
+def _(weight, *_):
+    touched = torch.library.get_ctx().new_dynamic_size()
+    return weight.new_empty(touched, dtype=torch.int64), weight.new_empty(
+        touched, dtype=accumulation_dtype(weight.dtype)
+    )
 
 
 @torch.library.register_fake("robe::count_ids_")

@@ -10,6 +10,7 @@ import pickle
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -287,7 +288,6 @@ def trained_array(world, kind, name, dtype):
         optimizer.step()
         if step == 0:  # of a saved state, all but the processes
             optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    assert array.weight.grad is None
     state = {k: v for k, v in optimizer.state[array.weight].items() if isinstance(v, torch.Tensor)}
     return {"weight": array.weight.detach(), **state}
 
@@ -322,6 +322,36 @@ def test_every_process_has_the_same_bits(found):
     for of_process in found[1:]:
         for case, tensors in found[0]["arrays"].items():
             assert all(torch.equal(of_process["arrays"][case][what], value) for what, value in tensors.items()), case
+
+
+def clipped(world, name="SGD"):
+    """Norms, weights and what is said without synchronize, of steps with clipped gradients."""
+    array, layer = a_layer("one array", torch.float64)
+    make, options = OPTIMIZERS[name]
+    optimizer = make(layer, process_group=world.group, **options)
+    norms, said = [], None
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        whole = inputs_of("sum", 8, step)
+        own = share(range(8), world.rank, world.size)
+        output = outputs("one array", layer, [whole[i] for i in own], torch.float64)
+        (output.square().sum() * world.size / 8).backward()
+        if world.size > 1 and step == 0:
+            said = [outcome(partial(read, array.weight.grad)) for read in (torch.norm, torch.isfinite)]
+        optimizer.synchronize()
+        norms.append(nn.utils.clip_grad_norm_(layer.parameters(), 0.5))
+        optimizer.step()
+    return torch.stack(norms), array.weight.detach(), said
+
+
+def test_synchronized_gradients_are_clipped_as_by_one_process(found, alone):
+    norms, weight, _ = alone["clipped"]
+    assert (norms > 0.5).all()
+    for of_process in found:
+        torch.testing.assert_close(of_process["clipped"][:2], (norms, weight), rtol=1e-12, atol=1e-12)
+    for kind, message, _ in found[0]["clipped"][2]:
+        assert kind == "RuntimeError"
+        assert "synchronize()" in message
 
 
 def copies(world):
@@ -483,7 +513,7 @@ def test_a_loss_that_is_not_finite_ends_all(found):
 
 
 OF_PROCESSES = (answers, averaged, copies, stops, failures)
-SHARED = {"scores": scores, "arrays": arrays, "trainings": trainings}
+SHARED = {"scores": scores, "arrays": arrays, "trainings": trainings, "clipped": clipped}
 
 
 @pytest.mark.parametrize(("processes", "printed"), [(1, "said\nended\n"), (2, "said\n")])
