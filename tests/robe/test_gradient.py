@@ -273,6 +273,22 @@ def test_the_whole_table_gives_its_gradient_too():
     torch.testing.assert_close(results[1], results[0], rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("penalty_first", [False, True])
+def test_a_penalty_on_the_weights_gives_its_gradient_too(penalty_first):
+    results = []
+    for ours in (False, True):
+        model = Two(an_array())
+        weight = model.one.array.weight
+        optimizer = robe.optim.SGD(model, lr=0.1) if ours else torch.optim.SGD(model.parameters(), lr=0.1)
+        for (batch,) in steps():
+            optimizer.zero_grad()
+            penalty = weight.square().sum()
+            (penalty + loss_of(model(batch)) if penalty_first else loss_of(model(batch)) + penalty).backward()
+            optimizer.step()
+        results.append(weight.detach())
+    close(*results)
+
+
 @pytest.mark.parametrize("kind", ["dense", "sparse"])
 def test_a_gradient_of_the_users_own_is_applied(kind):
     array = an_array()

@@ -107,6 +107,52 @@ def test_a_saved_state_goes_on_to_the_bit(name, dtype):
             assert torch.equal(torch.as_tensor(one[key]), torch.as_tensor(other[key]))
 
 
+STATES_OF_TORCH = {
+    "SGD": {"lr": 0.1, "momentum": 0.9},
+    "Adagrad": {"lr": 0.1, "lr_decay": 0.3},
+    "Adam": {"lr": 0.1, "betas": (0.8, 0.95)},
+}
+
+
+@pytest.mark.parametrize("name", STATES_OF_TORCH)
+@pytest.mark.parametrize("begun", [0, 3])
+def test_a_state_of_torchs_optimizer_goes_on(name, begun):
+    """Where every step reads every slot, so that both rules are the same."""
+    results = []
+    for ours in (False, True):
+        model = robe.RobeEmbedding(16, DIM, array=an_array(), hash="identity")
+        with torch.no_grad():
+            model.array.weight[16 * DIM :] = 0  # of no row
+        optimizer = getattr(torch.optim, name)(model.parameters(), **STATES_OF_TORCH[name])
+        every = [(ids(16, seed=step, high=1) + torch.arange(16),) for step in range(8)]
+        train(model, optimizer, every[:begun])
+        if ours:
+            taken = getattr(robe.optim, name)(model)
+            taken.load_state_dict(optimizer.state_dict())
+            optimizer = taken
+        train(model, optimizer, every[begun:])
+        results.append(model.array.weight.detach())
+    torch.testing.assert_close(results[1], results[0], rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        ("SGD", {"momentum": 0.9, "nesterov": True}),
+        ("SGD", {"momentum": 0.9, "dampening": 0.1}),
+        ("SGD", {"maximize": True}),
+        ("Adagrad", {"maximize": True}),
+        ("Adam", {"amsgrad": True}),
+    ],
+    ids=str,
+)
+def test_a_state_of_another_rule_is_refused(name, option):
+    model = an_embedding()
+    state = getattr(torch.optim, name)(model.parameters(), lr=0.1, **option).state_dict()
+    with pytest.raises(ValueError, match=f"^{list(option)[-1]}: expected it off"):
+        getattr(robe.optim, name)(model).load_state_dict(state)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Types, bodies, threads
 
