@@ -81,13 +81,14 @@ class Admission(nn.Module):
 
     def _admit(self, row: Tensor) -> None:
         word, bits = (x.cpu().numpy() for x in filter_places(row.unique(), len(self.filter)))
-        filter = self.filter.cpu()
+        # Gradients of what was read with the filter as it was still need that one.
+        filter = self.filter.to("cpu", copy=True)
         touched = np.unique(word)
         before = _count_bits(filter.numpy()[touched])
         np.bitwise_or.at(filter.numpy(), word, bits)
         if self._bits_set is not None:
             self._bits_set += _count_bits(filter.numpy()[touched]) - before
-        self.filter.copy_(filter)
+        self.filter = filter.to(self.filter.device)
 
     def _is_full(self) -> bool:
         if self._bits_set is None:

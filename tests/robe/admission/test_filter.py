@@ -241,6 +241,22 @@ def test_layers_count_while_they_train_only():
     assert admission.counter.count(torch.tensor([9]), key).item() == 0
 
 
+@pytest.mark.parametrize("ours", [False, True])
+def test_a_gradient_goes_where_the_row_was_read_though_ids_were_let_in_since(ours):
+    """Two layers of one admission: what the second reads lets ids of the first in before the backward pass."""
+    admission = robe.Admission(800, threshold=2, counter_bytes=1 << 16)
+    array = robe.RobeArray(500, dtype=torch.float64)
+    layer = robe.RobeEmbedding(None, 8, array=array, admission=admission)
+    _optimizer = robe.optim.SGD(array) if ours else None
+    before = layer(torch.tensor([5, 6]))
+    shared, _ = layer._slots(0, torch.tensor([SHARED_ID]))
+    layer(torch.tensor([5, 6]))
+    assert admission.admits(torch.tensor([5, 6]), layer.table_keys).all()
+    before.sum().backward()
+    grad = array.weight.grad.to_dense() if ours else array.weight.grad
+    assert grad.nonzero().flatten().tolist() == sorted(shared.flatten().tolist())
+
+
 def test_an_admission_is_saved_copied_and_moved_with_its_layer():
     layer = collection(robe.Admission(512))
     layer.admission.admit(BOUNDED[:30], layer.table_keys)
