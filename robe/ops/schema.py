@@ -141,14 +141,28 @@ def _(*_, **__):
 # Autograd
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save_lookup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _save(ctx, inputs, reads_weight=False)
+
+
+def _save_bag(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, _, _, per_sample_weights, pooling, *_ = inputs
+    _save(ctx, inputs, reads_weight=pooling == "max" or per_sample_weights is not None)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], reads_weight: bool) -> None:
+    weight, *others = inputs
+    # Other gradients depend on the size of the weights only: as in torch, they may change before the backward pass.
+    ctx.weight = None if reads_weight else weight.detach()
+    inputs = (weight if reads_weight else None, *others)
     ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)))
     ctx.arguments = [None if isinstance(x, Tensor) else (x,) for x in inputs]
 
 
 def _arguments(ctx: Any) -> list[Any]:
     saved = iter(ctx.saved_tensors)
-    return [next(saved) if constant is None else constant[0] for constant in ctx.arguments]
+    arguments = [next(saved) if constant is None else constant[0] for constant in ctx.arguments]
+    return arguments if ctx.weight is None else [ctx.weight, *arguments[1:]]
 
 
 def _lookup_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -177,5 +191,5 @@ def refuse_second_derivative(ctx: Any, *grads: Tensor) -> None:
 
 for _name in ("lookup_backward", "bag_backward", "bag_weights_backward"):
     torch.library.register_autograd(f"robe::{_name}", refuse_second_derivative)
-torch.library.register_autograd("robe::lookup", _lookup_autograd, setup_context=_save)
-torch.library.register_autograd("robe::bag", _bag_autograd, setup_context=_save)
+torch.library.register_autograd("robe::lookup", _lookup_autograd, setup_context=_save_lookup)
+torch.library.register_autograd("robe::bag", _bag_autograd, setup_context=_save_bag)

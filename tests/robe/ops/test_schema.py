@@ -19,6 +19,10 @@ from tests.helpers.problems import (
 def test_opcheck(hash, dtype):
     problem = Problem([10, 20], size=300, dim=5, block=3, hash=hash, dtype=dtype)
     lookup, bag = (*problem.lookup(3), problem.scale), (*problem.bag(3, "sum", weighted=True), problem.scale)
+    if dtype != torch.int8:
+        weight = problem.weight.clone().requires_grad_()
+        torch.library.opcheck(torch.ops.robe.lookup, (weight, *lookup[1:]))
+        torch.library.opcheck(torch.ops.robe.bag, (weight, *bag[1:]))
     out = torch.empty(3, 3, 5, dtype=problem.embedding_dtype)
     torch.library.opcheck(torch.ops.robe.lookup_forward, lookup)
     torch.library.opcheck(torch.ops.robe.bag_forward, bag)
@@ -33,3 +37,31 @@ def test_opcheck_update(rule):
     state = [torch.ones(300) for _ in range({"adam": 2}.get(rule, 1))]
     lists = UpdateLists.pack([(problem.grad(3), unpack_lookup_backward(lookup))])
     torch.library.opcheck(torch.ops.robe.update_, (problem.weight, state, rule, RULES[rule], *lists))
+    torch.library.opcheck(torch.ops.robe.sum_gradients, (problem.weight, *lists))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What autograd keeps
+
+
+@pytest.mark.parametrize("pooling", [None, "sum", "mean", "max"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_weights_may_change_before_the_backward_pass_unless_it_reads_them(pooling, weighted):
+    """As for nn.Embedding and nn.EmbeddingBag, between whose forward and backward another loss may take a step."""
+    if weighted and pooling != "sum":
+        return
+    problem = Problem([10, 20], size=300, dim=5, block=3)
+    op, call = torch.ops.robe.lookup, problem.lookup(3)
+    if pooling is not None:
+        op, call = torch.ops.robe.bag, problem.bag(3, pooling, weighted=weighted)
+    weight = call[0].clone().requires_grad_()
+    (want,) = torch.autograd.grad(op(weight, *call[1:]).sum(), weight)
+    output = op(weight, *call[1:])
+    with torch.no_grad():
+        weight += 1
+    if pooling == "max" or weighted:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            output.sum().backward()
+    else:
+        output.sum().backward()
+        assert torch.equal(weight.grad, want)
