@@ -86,7 +86,7 @@ Extent extent(const Tensor& t) {
   }
 }
 
-void apart(const char* written, const Extent& memory, const char* read, const Tensor& t) {
+inline void apart(const char* written, const Extent& memory, const char* read, const Tensor& t) {
   EXPECT(!memory.meets(extent(t)), std::string(written) + ": expected memory of its own, but it shares some with " + read);
 }
 

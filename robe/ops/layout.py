@@ -368,9 +368,9 @@ def check_out(out: Tensor, shape: Sequence[int], dtype: torch.dtype, weight: Ten
             raise ValueError("out: expected each entry to have memory of its own")
         end += (size - 1) * stride
     bags = call.bags
-    inputs = {"weight": weight, "ids": call.ids, "table_keys": call.tables.table_keys}
+    inputs: dict[str, Any] = {"weight": weight, "ids": call.ids, "table_keys": call.tables.table_keys}
     inputs |= {"num_embeddings": call.tables.num_embeddings, "scale": call.scale, "filter": call.filter}
-    inputs |= {"offsets": None, "per_sample_weights": None} if bags is None else bags._asdict()
+    inputs |= {} if bags is None else bags._asdict()
     for name, tensor in inputs.items():
         if isinstance(tensor, Tensor):
             check_apart("out", out, name, tensor)

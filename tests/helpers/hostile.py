@@ -1,8 +1,8 @@
 """Random calls of the operators with arguments that fit neither the schema's promises nor each other.
 
-A call is a good one in which a few arguments are replaced: tensors of other shapes, dtypes, strides and devices, ids and
-offsets of any value, integers at the ends of their range, lists of other lengths. It must succeed, or raise an error
-that names what is wrong. Whether it touched memory that is not its own is for AddressSanitizer to say.
+A call is a good one in which a few arguments are replaced: tensors of other shapes, dtypes, strides and devices, ids
+and offsets of any value, integers at the ends of their range, lists of other lengths. It must succeed, or raise an
+error that names what is wrong. Whether it touched memory that is not its own is for AddressSanitizer to say.
 """
 
 import random

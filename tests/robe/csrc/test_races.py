@@ -1,4 +1,4 @@
-"""Threads that change the array, the ids or the tables while operators read them: a wrong gradient, never a wrong write.
+"""Threads that change the array, the ids or the tables while operators read: a wrong gradient, never a wrong write.
 
 As in training on one array from several threads (Hogwild), or with a loader that fills the same buffer of ids again.
 Whether a write was wrong is for AddressSanitizer to say (`make test-sanitized`).
