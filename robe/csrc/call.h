@@ -158,8 +158,7 @@ struct Call {
     if (weights) {
       EXPECT(job.pooling == Pooling::sum, "per_sample_weights: supported with pooling 'sum' only, got pooling '" + pooling + "'");
       EXPECT(weights->dim() == 1 && weights->numel() == values.numel() &&
-                 (weights->scalar_type() == weight.scalar_type() ||
-                  (job.dtype == Dtype::int8 && weights->scalar_type() == ScalarType::Float)),
+                 weights->scalar_type() == out_type(),
              "per_sample_weights: expected " + (job.dtype == Dtype::int8 ? "torch.float32" : type(weight)) + " " +
                  shape(values) + " as the weights and values, got " + type(*weights) + " " + shape(*weights));
       per_sample_weights = *weights;

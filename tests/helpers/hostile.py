@@ -80,10 +80,7 @@ def _other_tensor(rng: random.Random, name: str, tensor: Tensor, others: list[Te
         return rng.choice(others)
     if kind == 4 and name in VECTORS and rng.random() < 0.1:
         return tensor.reshape(-1)[:1].expand(2**55) if tensor.numel() else tensor
-    try:
-        return _relaid(rng, tensor)
-    except RuntimeError:  # torch makes no such tensor
-        return tensor
+    return _relaid(rng, tensor)
 
 
 def _other_list(rng: random.Random, name: str, values: list, others: list[Tensor]) -> list:
@@ -103,6 +100,13 @@ def _other_list(rng: random.Random, name: str, values: list, others: list[Tensor
     return values
 
 
+def _or_same(change, rng, name, value, others):
+    try:
+        return change(rng, name, value, others)
+    except RuntimeError:  # torch makes no such tensor
+        return value
+
+
 def mutated(rng: random.Random, names: list[str], arguments: list) -> list:
     """The arguments with up to three of them replaced."""
     others = [x for x in arguments if isinstance(x, Tensor)]
@@ -116,9 +120,9 @@ def mutated(rng: random.Random, names: list[str], arguments: list) -> list:
         elif isinstance(value, bool):
             arguments[place] = not value
         elif isinstance(value, Tensor):
-            arguments[place] = _other_tensor(rng, name, value, others)
+            arguments[place] = _or_same(_other_tensor, rng, name, value, others)
         elif isinstance(value, list):
-            arguments[place] = _other_list(rng, name, value, others)
+            arguments[place] = _or_same(_other_list, rng, name, value, others)
         elif isinstance(value, str):
             arguments[place] = rng.choice(TEXTS)
         elif isinstance(value, int) or name == "padding_idx":

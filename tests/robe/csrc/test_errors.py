@@ -63,6 +63,11 @@ BAD_BAGS = {
     "weights with mean": [(3, torch.ones(3)), (4, "mean")],
     "two weights": [(3, torch.ones(2))],
     "weights of another type": [(3, torch.ones(3).double())],
+    "int8 weights for an int8 array": [
+        (0, torch.ones(60, dtype=torch.int8)),
+        (3, torch.ones(3, dtype=torch.int8)),
+        (12, torch.ones(4)),
+    ],
     "one key": [(5, KEYS[:1])],
     "unknown hash": [(9, "md5")],
     "id too large": [(1, torch.tensor([3, 5, 6]))],
