@@ -7,7 +7,7 @@ SANITIZED := build/sanitized/robe/_cpu.so build/sanitized/dlrm/_cpu.so
 SANITIZED_READER := build/sanitized/_tsv.so
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 
-.PHONY: setup train bench wheel test test-install test-integrations test-triton test-sanitized lint format
+.PHONY: setup train bench wheel test test-install test-integrations test-triton test-sanitized test-hostile lint format
 
 # A virtual environment with the pinned packages and this project in editable mode. Without a compiler the project is
 # installed all the same, and says what is missing.
@@ -83,13 +83,20 @@ $(SANITIZED_READER): data/csrc/criteo_tsv.cpp
 	mkdir -p $(@D)
 	$(CXX) -std=c++17 -O0 -g -shared -fPIC $(SANITIZE) $< -o $@
 
+WITH_SANITIZERS = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	    ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1
+
 test-sanitized: setup $(SANITIZED) $(SANITIZED_READER)
-	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
-	    ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 ROBE_KERNELS=build/sanitized ROBE_READER=$(SANITIZED_READER) \
+	$(WITH_SANITIZERS) OMP_NUM_THREADS=2 ROBE_KERNELS=build/sanitized ROBE_READER=$(SANITIZED_READER) \
 	    $(BIN)/python -m pytest tests/robe/csrc tests/robe/test_int8_array.py tests/robe/ops/test_schema.py \
 	    tests/robe/ops/test_counting.py tests/robe/admission tests/robe/test_optim.py tests/robe/test_optim_as_torch.py \
-	    tests/dlrm/test_mlp.py tests/dlrm/test_interaction.py tests/data/formats/test_criteo_tsv.py \
+	    tests/dlrm/test_mlp.py tests/dlrm/test_interaction.py tests/dlrm/test_hostile_calls.py tests/data/formats/test_criteo_tsv.py \
 	    --deselect tests/robe/csrc/test_memory.py
+
+# 100,000 calls of each operator with arguments that do not fit, under the same sanitizers.
+test-hostile: setup $(SANITIZED)
+	$(WITH_SANITIZERS) OMP_NUM_THREADS=1 ROBE_KERNELS=build/sanitized HOSTILE_CALLS=100000 \
+	    $(BIN)/python -m pytest -n auto tests/robe/csrc/test_hostile_calls.py tests/dlrm/test_hostile_calls.py
 
 lint: setup
 	$(BIN)/ruff format --check .

@@ -30,10 +30,14 @@ for _schema in (
 
 def _vectors(dense: Tensor, embeddings: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """All vectors (B, F + 1, D), and the two of each pair."""
-    if dense.dim() != 2 or embeddings.dim() != 3 or dense.shape != embeddings.select(1, 0).shape:
+    if dense.dim() != 2 or embeddings.dim() != 3 or dense.shape != embeddings.shape[::2]:
         raise ValueError(
             "dense and embeddings: expected (B, D) and (B, F, D), "
             f"got {tuple(dense.shape)} and {tuple(embeddings.shape)}"
+        )
+    if dense.dtype != embeddings.dtype or not dense.is_floating_point():
+        raise ValueError(
+            f"dense and embeddings: expected one floating-point dtype, got {dense.dtype} and {embeddings.dtype}"
         )
     count = embeddings.shape[1] + 1
     first, second = torch.tril_indices(count, count, offset=-1, device=dense.device)
@@ -48,6 +52,12 @@ def _dot_interaction(dense: Tensor, embeddings: Tensor) -> Tensor:
 
 def _dot_interaction_backward(grad: Tensor, dense: Tensor, embeddings: Tensor) -> tuple[Tensor, Tensor]:
     vectors, first, second = _vectors(dense, embeddings)
+    width = dense.shape[1] + len(first)
+    if grad.shape != (len(dense), width):
+        raise ValueError(f"grad: expected shape {(len(dense), width)}, got {tuple(grad.shape)}")
+    if not grad.is_floating_point():
+        raise ValueError(f"grad: expected floating-point numbers, got {grad.dtype}")
+    grad = grad.to(vectors.dtype)
     dots = vectors.new_zeros(len(vectors), vectors.shape[1], vectors.shape[1])
     dots[:, first, second] = grad[:, dense.shape[1] :]
     grad_vectors = torch.bmm(dots + dots.transpose(1, 2), vectors)

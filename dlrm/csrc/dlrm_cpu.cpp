@@ -24,8 +24,8 @@ struct InteractionCall {
   ScalarType type;
   Interaction x{};
 
-  static Tensor wide(const Tensor& t, bool keep) {
-    return dense_rows(keep || t.scalar_type() == ScalarType::Float ? t : convert(t, ScalarType::Float));
+  static Tensor wide(const char* name, const Tensor& t, bool keep) {
+    return dense_rows(name, keep || t.scalar_type() == ScalarType::Float ? t : convert(t, ScalarType::Float));
   }
 
   InteractionCall(const Tensor& d, const Tensor& e) : type(d.scalar_type()) {
@@ -35,12 +35,14 @@ struct InteractionCall {
                                        type == ScalarType::BFloat16 || type == ScalarType::Half),
            "dense and embeddings: expected one floating-point dtype, got " + robe::type(d) + " and " + robe::type(e));
     x.wide = type == ScalarType::Double;
-    dense = wide(d, x.wide);
-    embeddings = wide(e, x.wide);
+    EXPECT(e.size(1) < INT32_MAX, "embeddings: expected less than 2147483647 features, got " + str(e.size(1)));
+    dense = wide("dense", d, x.wide);
+    embeddings = wide("embeddings", e, x.wide);
     x.batch = e.size(0), x.features = e.size(1), x.dim = e.size(2);
     x.dense = dense.const_data_ptr(), x.embeddings = embeddings.const_data_ptr();
-    x.dense_stride = dense.stride(0), x.example_stride = embeddings.stride(0);
-    x.feature_stride = embeddings.stride(1);
+    x.dense_stride = stride_of(dense, 0), x.example_stride = stride_of(embeddings, 0);
+    x.feature_stride = stride_of(embeddings, 1);
+    EXPECT(x.dim < INT32_MAX, "dense: expected less than 2147483647 columns, got " + str(x.dim));
   }
 
   ScalarType computed() const { return x.wide ? ScalarType::Double : ScalarType::Float; }
@@ -49,7 +51,7 @@ struct InteractionCall {
 
   void run(void (*kernel)(const Interaction&, int64_t, int64_t)) {
     constexpr int64_t products = 1 << 17;  // multiplications that are worth a thread
-    const int64_t each = width() * x.dim;
+    const int64_t each = product(width(), x.dim);
     parallel_for(0, x.batch, std::max<int64_t>(1, products / std::max<int64_t>(each, 1)),
                                 [&](int64_t begin, int64_t end) { kernel(x, begin, end); });
   }
@@ -73,9 +75,10 @@ void dot_interaction_backward(Value* stack, uint64_t, uint64_t) {
   InteractionCall call(dense, embeddings);
   EXPECT(grad.dim() == 2 && grad.size(0) == call.x.batch && grad.size(1) == call.width(),
          "grad: expected shape (" + str(call.x.batch) + ", " + str(call.width()) + "), got " + shape(grad));
-  call.out = dense_rows(grad.scalar_type() == call.computed() ? grad : convert(grad, call.computed()));
+  EXPECT(is_floating(grad), "grad: expected floating-point numbers, got " + type(grad));
+  call.out = dense_rows("grad", grad.scalar_type() == call.computed() ? grad : convert(grad, call.computed()));
   call.x.out = const_cast<void*>(call.out.const_data_ptr());
-  call.x.out_stride = call.out.stride(0);
+  call.x.out_stride = stride_of(call.out, 0);
   const int64_t sizes[3] = {call.x.batch, call.x.features, call.x.dim}, dense_sizes[2] = {call.x.batch, call.x.dim};
   Tensor dense_grad = new_tensor(dense_sizes, call.computed());
   Tensor embeddings_grad = new_tensor(sizes, call.computed());
@@ -96,7 +99,7 @@ void mlp(Value* stack, uint64_t, uint64_t) {
   const bool relu_last = in.boolean();
   EXPECT(given.dim() == 2 && given.scalar_type() == ScalarType::Float,
          "x: expected a float32 matrix (B, fan_in), got " + type(given) + " " + shape(given));
-  const Tensor input = dense_rows(given);
+  const Tensor input = dense_rows("x", given);
   EXPECT(!weights.empty() && weights.size() == biases.size(), "weights and biases: expected one of each for each layer");
   std::vector<Layer> layers(weights.size());
   int64_t before = input.size(1), products = 0;  // outputs of the layer before
@@ -106,8 +109,8 @@ void mlp(Value* stack, uint64_t, uint64_t) {
                (i ? w.size(1) <= before : w.size(1) == before),
            "weights: expected contiguous float32 (panels, " + str(before) + ", " + str(kPanel) + "), got " + type(w) + " " +
                shape(w));
-    EXPECT(b.dim() == 1 && b.numel() == w.size(0) * kPanel && b.scalar_type() == ScalarType::Float && b.is_contiguous(),
-           "biases: expected contiguous float32 (" + str(w.size(0) * kPanel) + ",), got " + type(b) + " " + shape(b));
+    EXPECT(b.dim() == 1 && b.numel() == product(w.size(0), kPanel) && b.scalar_type() == ScalarType::Float && b.is_contiguous(),
+           "biases: expected contiguous float32 (" + str(product(w.size(0), kPanel)) + ",), got " + type(b) + " " + shape(b));
     layers[i] = {static_cast<const float*>(w.const_data_ptr()), static_cast<const float*>(b.const_data_ptr()), w.size(1),
                  w.size(0), i + 1 < weights.size() || relu_last};
     before = b.numel();
@@ -118,7 +121,7 @@ void mlp(Value* stack, uint64_t, uint64_t) {
   x.layers = static_cast<int64_t>(layers.size());
   x.batch = input.size(0);
   x.in = static_cast<const float*>(input.const_data_ptr());
-  x.in_stride = input.stride(0);
+  x.in_stride = stride_of(input, 0);
   const int64_t sizes[2] = {x.batch, x.width};
   Tensor out = new_tensor(sizes, ScalarType::Float);
   x.out = static_cast<float*>(out.mutable_data_ptr());

@@ -131,6 +131,7 @@ bool each_gradient(const Job& job, int64_t begin, int64_t end, Emit emit) {
     }
     if (job.pooling == Pooling::max) {
       bool empty = true;
+      for (int64_t i = 0; i < dim; ++i) winner[i] = -1;
       for (int64_t v = first; v < last; ++v) {
         int64_t id = id_at(job, v * stride);
         if (!counts(job, feature, id, outside)) continue;

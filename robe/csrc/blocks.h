@@ -9,8 +9,15 @@ struct Block {
   int32_t negative;
 };
 
+// Read once: other threads may change ids meanwhile, and what is checked must be what is used.
 ROBE_INLINE int64_t id_at(const Job& job, int64_t position) {
-  return job.wide ? static_cast<const int64_t*>(job.ids)[position] : static_cast<const int32_t*>(job.ids)[position];
+  return job.wide ? __atomic_load_n(static_cast<const int64_t*>(job.ids) + position, __ATOMIC_RELAXED)
+                  : __atomic_load_n(static_cast<const int32_t*>(job.ids) + position, __ATOMIC_RELAXED);
+}
+
+// The most runs of slots that an id's embedding lies in.
+ROBE_INLINE int64_t pieces_per_id(const Job& job) {
+  return job.hash == Hash::identity ? 1 : job.hash == Hash::span ? 2 : (job.dim + job.block - 1) / job.block;
 }
 
 // Whether a row counts: it is no padding, and within its table. Notes an id that is outside; an id that was not let in

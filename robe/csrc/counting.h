@@ -3,6 +3,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "job.h"
@@ -17,7 +18,7 @@ struct Ids {
   const void* ids;
   bool wide;            // int64, else int32
   const int64_t* keys;
-  const bool* labels;   // or null: none has one
+  const uint8_t* labels;  // of torch.bool, whose bytes may be any; or null: none has one
   std::vector<int64_t> sizes;  // at least one dimension
   std::vector<int64_t> ids_strides, keys_strides, labels_strides;
 };
@@ -25,6 +26,7 @@ struct Ids {
 // use(row hash, label) of each id in order.
 template <class Use>
 void each_row(const Ids& x, Use use) {
+  if (std::count(x.sizes.begin(), x.sizes.end(), 0)) return;
   const int64_t last = static_cast<int64_t>(x.sizes.size()) - 1, length = x.sizes[last];
   int64_t lines = 1;
   for (int64_t d = 0; d < last; ++d) lines *= x.sizes[d];
@@ -39,7 +41,7 @@ void each_row(const Ids& x, Use use) {
     }
     for (int64_t i = 0; i < length; ++i, id += step, key += keys_step, label += labels_step) {
       const int64_t value = x.wide ? static_cast<const int64_t*>(x.ids)[id] : static_cast<const int32_t*>(x.ids)[id];
-      use(row_hash(x.keys[key], value), x.labels && x.labels[label]);
+      use(row_hash(x.keys[key], value), x.labels && x.labels[label] != 0);
     }
   }
 }

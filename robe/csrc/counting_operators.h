@@ -54,8 +54,9 @@ void count_ids(Value* stack, uint64_t, uint64_t) {
     of_clicks = counters_of("clicks", *clicks);
     EXPECT(clicks->size(1) == counters.size(1), "clicks: expected the shape of counters, " + shape(counters) + ", got " +
                                                     shape(*clicks));
+    apart("clicks", extent(*clicks), "counters", counters);
     x.labels_strides = broadcast_strides("labels", *labels, ScalarType::Bool, ids);
-    x.labels = static_cast<const bool*>(labels->const_data_ptr());
+    x.labels = static_cast<const uint8_t*>(labels->const_data_ptr());
   }
   robe::count_ids(of_all, of_clicks, counters.size(1), x);
 }
@@ -66,7 +67,7 @@ void id_counts(Value* stack, uint64_t, uint64_t) {
   const int32_t* const from_counters = counters_of("counters", counters);
   EXPECT(given.dim() == 1 && given.scalar_type() == ScalarType::Long,
          "row_hashes: expected an int64 vector (n,), got " + type(given) + " " + shape(given));
-  const Tensor row_hashes = dense_rows(given);
+  const Tensor row_hashes = dense_rows("row_hashes", given);
   const int64_t sizes[1] = {row_hashes.numel()};
   Tensor out = new_tensor(sizes, ScalarType::Long);
   robe::id_counts(from_counters, counters.size(1), static_cast<const int64_t*>(row_hashes.const_data_ptr()), row_hashes.numel(),
@@ -102,7 +103,7 @@ void observe_ids(Value* stack, uint64_t, uint64_t) {
   const Ids x = ids_of(ids, keys);
   EXPECT(words.dim() == 1 && words.scalar_type() == ScalarType::Long && words.numel() > 0,
          "filter: expected an int64 vector (W,), got " + type(words) + " " + shape(words));
-  const Tensor filter = dense_rows(words);
+  const Tensor filter = dense_rows("filter", words);
   stack[0] = value_of(vector_of(robe::observe_ids(of_all, counters.size(1), static_cast<const uint64_t*>(filter.const_data_ptr()),
                                         static_cast<uint64_t>(filter.numel()), x, threshold)));
 }

@@ -3,33 +3,48 @@
 namespace robe {
 namespace ROBE_ISA {
 
-bool count(const Job& job, int64_t begin, int64_t end, int shift, int64_t* counts) {
+bool collect(const Job& job, int64_t begin, int64_t end, int shift, Pieces& pieces, int64_t* counts) {
   return with_hash(job.hash, [&](auto is_mix) {
     return with_dtype(job.dtype, [&](auto t) {
       using T = typename decltype(t)::type;
-      return each_gradient<is_mix.value, T>(job, begin, end, [&](int64_t offset, int64_t length, T*, Sum<T>) {
+      using P = Piece<T, Sum<T>>;
+      constexpr int64_t most = 1 << 20;  // to begin with
+      const int64_t ids = job.pooling == Pooling::none ? end - begin : job.offsets[end] - job.offsets[begin];
+      const int64_t per_id = pieces_per_id(job);
+      pieces.grow(ids < most / per_id ? ids * per_id + 1 : most, sizeof(P));
+      P* out = reinterpret_cast<P*>(pieces.data.get());
+      int64_t n = 0;
+      const bool inside = each_gradient<is_mix.value, T>(job, begin, end, [&](int64_t offset, int64_t length, const T* grad, Sum<T> scale) {
+        if (n == pieces.capacity) {
+          pieces.size = n;
+          pieces.grow(0, sizeof(P));
+          out = reinterpret_cast<P*>(pieces.data.get());
+        }
+        out[n++] = {offset, grad, scale, static_cast<int32_t>(length)};
         for (int64_t s = offset >> shift, last = (offset + length - 1) >> shift; s <= last; ++s) ++counts[s];
       });
+      pieces.size = n;
+      return inside;
     });
   });
 }
 
-void fill(const Job& job, int64_t begin, int64_t end, int shift, void* records, int64_t* cursors) {
-  with_hash(job.hash, [&](auto is_mix) {
-    with_dtype(job.dtype, [&](auto t) {
-      using T = typename decltype(t)::type;
-      auto* const out = static_cast<Record<T, Sum<T>>*>(records);
-      each_gradient<is_mix.value, T>(job, begin, end, [&](int64_t offset, int64_t length, T* grad, Sum<T> scale) {
-        for (const int64_t stop = offset + length; offset < stop;) {
-          const int64_t segment = offset >> shift, edge = (segment + 1) << shift;
-          const int64_t n = (edge < stop ? edge : stop) - offset;
-          out[cursors[segment]++] = {grad, scale, static_cast<uint16_t>(offset - (segment << shift)),
-                                     static_cast<uint16_t>(n)};
-          grad += n;
-          offset += n;
-        }
-      });
-    });
+void sort(Dtype dtype, const Pieces& pieces, int shift, void* records, int64_t* cursors) {
+  with_dtype(dtype, [&](auto t) {
+    using T = typename decltype(t)::type;
+    const auto* piece = reinterpret_cast<const Piece<T, Sum<T>>*>(pieces.data.get());
+    auto* const out = static_cast<Record<T, Sum<T>>*>(records);
+    for (const auto* const last = piece + pieces.size; piece < last; ++piece) {
+      const T* grad = piece->grad;
+      for (int64_t offset = piece->offset, stop = offset + piece->length; offset < stop;) {
+        const int64_t segment = offset >> shift, edge = (segment + 1) << shift;
+        const int64_t n = (edge < stop ? edge : stop) - offset;
+        out[cursors[segment]++] = {grad, piece->scale, static_cast<uint16_t>(offset - (segment << shift)),
+                                   static_cast<uint16_t>(n)};
+        grad += n;
+        offset += n;
+      }
+    }
   });
 }
 

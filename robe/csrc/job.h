@@ -5,7 +5,10 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
+#include <memory>
 #include <type_traits>
+#include <utility>
 
 #include "bag.h"
 #include "hash.h"
@@ -54,7 +57,32 @@ struct Job {
   int64_t bags() const { return batch * features; }
 };
 
-// A piece of a gradient that falls into one segment of the array.
+// A run of slots that a gradient goes to.
+template <class T, class Sum>
+struct Piece {
+  int64_t offset;
+  const T* grad;
+  Sum scale;
+  int32_t length;
+};
+
+// Pieces one after another, in the order of the ids. Ids and weights may change while they are read: what has been
+// read is kept here, and decides alone where anything is written.
+struct Pieces {
+  std::unique_ptr<char[]> data;
+  int64_t size = 0, capacity = 0;
+
+  // Room for twice as many, or for ``least``. No template and not in a kernel: compiled for any CPU.
+  void grow(int64_t least, size_t item) {
+    const int64_t more = std::max(least, 2 * capacity);
+    std::unique_ptr<char[]> wider(new char[static_cast<size_t>(more) * item]);
+    if (size) std::memcpy(wider.get(), data.get(), static_cast<size_t>(size) * item);
+    data = std::move(wider);
+    capacity = more;
+  }
+};
+
+// A piece, or the part of one, that falls into one segment of the array.
 template <class T, class Sum>
 struct Record {
   const T* grad;
@@ -78,10 +106,11 @@ struct Kernels {
   bool (*read)(const Job&, int64_t begin, int64_t end);
   // Gradient of the per_sample_weights of bags begin .. end; false where an id was outside its table.
   bool (*weights_gradient)(const Job&, int64_t begin, int64_t end, void* out);
-  // Records of bags begin .. end: how many fall into each segment; then the records themselves, each segment's from
-  // its cursor on. False where an id was outside its table.
-  bool (*count)(const Job&, int64_t begin, int64_t end, int shift, int64_t* counts);
-  void (*fill)(const Job&, int64_t begin, int64_t end, int shift, void* records, int64_t* cursors);
+  // Pieces of the gradient of bags begin .. end, and how many records they make in each segment. False where an id was
+  // outside its table.
+  bool (*collect)(const Job&, int64_t begin, int64_t end, int shift, Pieces&, int64_t* counts);
+  // The records of pieces, each segment's from its cursor on.
+  void (*sort)(Dtype, const Pieces&, int shift, void* records, int64_t* cursors);
   // Bring what the records of a segment read and write towards the cache; weight and state may be null.
   void (*prefetch)(Dtype, const Segments&, int64_t segment, const void* weight, void* const* state);
   // Sum the records of a segment into the dense gradient, or sum them and apply the update.

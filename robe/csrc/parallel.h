@@ -14,7 +14,7 @@ namespace {
 std::vector<int64_t> split(const Call& call, int64_t grain) {
   const Job& job = call.job;
   const int64_t bags = job.bags(), work = call.values() + (job.pooling == Pooling::none ? 0 : bags);
-  const int64_t bytes = work * job.dim * static_cast<int64_t>(item_size(job.dtype));
+  const int64_t bytes = product(work, job.dim, item_size(job.dtype));
   const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(bytes < 2 * grain ? 1 : get_num_threads(), bytes / grain));
   std::vector<int64_t> bounds(parts + 1);
   for (int64_t p = 1; p < parts; ++p) {

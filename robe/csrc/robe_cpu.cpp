@@ -96,8 +96,7 @@ void forward_out(Value* stack, uint64_t, uint64_t) {
   Call call;
   Arguments in{stack};
   const Tensor out = *arguments(call, in, Kind::out);
-  EXPECT(call.job.dim == 1 || out.dim() != 3 || out.stride(2) == 1, "out: expected its last dimension to be contiguous");
-  call.set_embeddings("out", out, call.out_type());
+  call.set_out(out);
   read(call);
 }
 
@@ -116,12 +115,13 @@ void bag_weights_backward(Value* stack, uint64_t, uint64_t) {
   Arguments in{stack};
   const Tensor grad = in.tensor();
   bag_arguments(call, in, Kind::backward);
+  EXPECT(call.per_sample_weights.has_value(), "per_sample_weights: expected a tensor, got None");
   call.gradient(grad);
   const int64_t sizes[1] = {call.ids.numel()};
   Tensor out = new_tensor(sizes, call.weight.scalar_type());
   void* const data = out.mutable_data_ptr();
-  std::memset(static_cast<char*>(data) + call.values() * item_size(call.job.dtype), 0,
-              (call.ids.numel() - call.values()) * item_size(call.job.dtype));
+  const int64_t used = call.values(), item = static_cast<int64_t>(item_size(call.job.dtype));
+  if (used < sizes[0]) std::memset(static_cast<char*>(data) + used * item, 0, (sizes[0] - used) * item);
   const auto bounds = split(call, kReadGrain);
   std::atomic<bool> inside{true};
   each_part(static_cast<int64_t>(bounds.size()) - 1, [&](int64_t p) {
@@ -138,7 +138,8 @@ struct LayoutCode {
 
 std::vector<LayoutCode> unpack_layouts(const std::vector<int64_t>& numbers, size_t calls) {
   constexpr size_t entries = sizeof(LayoutCode) / sizeof(int64_t);
-  EXPECT(numbers.size() == entries * calls, "layouts: expected " + str(entries) + " entries for each gradient");
+  EXPECT(numbers.size() == entries * calls, "layouts: expected " + str(entries) + " entries for each gradient, " +
+                                                str(entries * calls) + ", got " + str(numbers.size()));
   std::vector<LayoutCode> layouts(calls);
   if (calls) std::memcpy(layouts.data(), numbers.data(), numbers.size() * sizeof(int64_t));
   for (const LayoutCode& layout : layouts)
@@ -160,10 +161,34 @@ void update(Value* stack, uint64_t, uint64_t) {
   const auto filters = in.list<Tensor>();
   const auto numbers = in.list<int64_t>();
 
+  Update applied{};
+  applied.rule = static_cast<Rule>(place_of("rule", rule, kRules));
+  EXPECT(options.size() == 5, "options: expected 5, got " + str(options.size()));
+  for (const double option : options) EXPECT(std::isfinite(option), "options: expected finite numbers");
+  std::copy(options.begin(), options.end(), applied.options);
+  const Dtype dtype = dtype_of(weight);
+  EXPECT(dtype != Dtype::int8 && weight.dim() == 1,
+         "weight: expected a floating-point vector (m,), got " + type(weight) + " " + shape(weight));
   EXPECT(weight.is_contiguous(), "weight: expected contiguous");
-  for (const Tensor& s : state)
-    EXPECT(s.is_contiguous() && s.numel() == weight.numel() && s.scalar_type() == weight.scalar_type(),
+  const size_t needed = applied.states();
+  EXPECT(state.size() >= needed && state.size() <= 2,
+         "state: expected " + str(needed) + " tensors for " + rule + ", got " + str(state.size()));
+  for (const Tensor& s : state) {
+    EXPECT(s.is_contiguous() && s.dim() == 1 && s.numel() == weight.numel() && s.scalar_type() == weight.scalar_type(),
            "state: expected tensors like weight");
+    apart("state", extent(s), "weight", weight);
+  }
+  if (state.size() == 2) apart("state", extent(state[0]), "the other state", state[1]);
+  const std::pair<const char*, size_t> lengths[] = {
+      {"ids", ids.size()},
+      {"offsets", offsets.size()},
+      {"per_sample_weights", per_sample_weights.size()},
+      {"table_keys", table_keys.size()},
+      {"num_embeddings", num_embeddings.size()},
+      {"filters", filters.size()}};
+  for (const auto& [name, length] : lengths)
+    EXPECT(length == grads.size(),
+           std::string(name) + ": expected one for each gradient, " + str(grads.size()) + ", got " + str(length));
   const auto layouts = unpack_layouts(numbers, grads.size());
   std::vector<std::unique_ptr<Call>> calls;
   for (size_t k = 0; k < grads.size(); ++k) {
@@ -188,18 +213,13 @@ void update(Value* stack, uint64_t, uint64_t) {
       call->bags(ids[k], offsets[k], std::move(weights), kPoolings[layout.pooling - 1]);
     }
     call->gradient(grads[k]);
+    apart("weight", extent(weight), "grads", grads[k]);
+    for (const Tensor& s : state) apart("state", extent(s), "grads", grads[k]);
     if (call->values()) calls.push_back(std::move(call));
   }
-  Update applied{};
-  applied.rule = static_cast<Rule>(place_of("rule", rule, kRules));
-  EXPECT(options.size() == 5, "options: expected 5");
-  std::copy(options.begin(), options.end(), applied.options);
-  const size_t needed = applied.states();
-  EXPECT(state.size() >= needed && state.size() <= 2, "state: expected " + str(needed) + " tensors for " + rule);
   for (size_t i = 0; i < state.size(); ++i) applied.state[i] = state[i].mutable_data_ptr();
   void* const data = weight.mutable_data_ptr();
   if (calls.empty()) return;
-  const Dtype dtype = calls.front()->job.dtype;
   by_segment(calls, data, applied.state, [&](const Segments& segments, int64_t segment, void* scratch) {
     kernels->update(dtype, segments, segment, scratch, data, applied);
   });

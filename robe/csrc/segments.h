@@ -38,10 +38,11 @@ void by_segment(const std::vector<std::unique_ptr<Call>>& calls, const void* wei
   }
   const int64_t n = static_cast<int64_t>(parts.size());
   std::vector<std::vector<int64_t>> cursors(n);
+  std::vector<Pieces> pieces(n);
   std::atomic<int64_t> outside{n};
   each_part(n, [&](int64_t p) {
     cursors[p].assign(segments, 0);
-    if (!kernels->count(parts[p].call->job, parts[p].begin, parts[p].end, shift, cursors[p].data())) {
+    if (!kernels->collect(parts[p].call->job, parts[p].begin, parts[p].end, shift, pieces[p], cursors[p].data())) {
       int64_t first = outside;
       while (p < first && !outside.compare_exchange_weak(first, p)) {}
     }
@@ -61,7 +62,8 @@ void by_segment(const std::vector<std::unique_ptr<Call>>& calls, const void* wei
   const size_t record = wide ? sizeof(Record<double, double>) : sizeof(Record<float, float>);
   const std::unique_ptr<char[]> records(new char[total * record]);
   each_part(n, [&](int64_t p) {
-    kernels->fill(parts[p].call->job, parts[p].begin, parts[p].end, shift, records.get(), cursors[p].data());
+    kernels->sort(front.job.dtype, pieces[p], shift, records.get(), cursors[p].data());
+    pieces[p] = Pieces{};
   });
 
   const Segments sorted{records.get(), ends.data(), shift, slots};

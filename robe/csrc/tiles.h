@@ -126,7 +126,7 @@ ROBE_INLINE void list_blocks(const Job& job, Tile& t, Block* out, bool& outside,
 // in_turn: the features of ids follow each other, the first after the last.
 template <bool is_mix, bool is_uniform, bool in_turn, class Ids, class Consume>
 ROBE_INLINE bool read_ahead(const Job& job, int64_t count, int64_t item, Ids ids, Consume consume) {
-  const int64_t per_row = job.hash == Hash::identity ? 1 : job.hash == Hash::span ? 2 : (job.dim + job.block - 1) / job.block;
+  const int64_t per_row = pieces_per_id(job);
   const int64_t by_bytes = kTileBytes / (job.dim * item), by_blocks = kTileBlocks / per_row;
   const int64_t tile = by_bytes < 1 || by_blocks < 1 ? 1 : by_bytes < by_blocks ? by_bytes : by_blocks;
   const int64_t capacity = tile * per_row;
@@ -153,8 +153,9 @@ ROBE_INLINE bool read_ahead(const Job& job, int64_t count, int64_t item, Ids ids
   const auto place = [&](Tile& t, int64_t turn) {
     Entry* out = half[turn];
     const int64_t n = t.n;
+    if (!n) return;
     if constexpr (is_uniform) {
-      if (job.filter && n) let_in<in_turn>(job, t);
+      if (job.filter) let_in<in_turn>(job, t);
       hash_blocks(job, n, per_row, t.hash, hashed, out);
       for (int64_t i = 0; i < n * per_row; ++i) prefetch(out[i], job.block);
       full[turn] = t.inside;

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from robe.hashing import row_hash
-from robe.ops.layout import check_filter, check_ids
+from robe.ops.layout import check_apart, check_filter, check_ids
 from robe.sketches import COUNTERS, admits, counters_of
 
 
@@ -62,6 +62,7 @@ def _count_ids(counters, ids, keys, clicks=None, labels=None):
             raise ValueError(
                 f"clicks: expected the shape of counters, {tuple(counters.shape)}, got {tuple(clicks.shape)}"
             )
+        check_apart("clicks", clicks, "counters", counters)
         _check_broadcast("labels", labels, torch.bool, ids)
         _add(clicks, row[labels.expand_as(row)])
     _add(counters, row.flatten())

@@ -6,6 +6,7 @@ Layers, optimizers, reference bodies and Triton kernels go through this module, 
 """
 
 from collections.abc import Iterator, Sequence
+from math import isfinite
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,9 @@ from torch import Tensor
 from robe.hashing import HASHES, TRAITS
 
 POOLINGS = ("sum", "mean", "max")
+RULES = ("sgd", "adagrad", "adam")
+LARGEST_DIM = 2**31 - 1
+LARGEST_FILTER = 2**32 - 1  # words
 
 
 class Tables(NamedTuple):
@@ -201,10 +205,23 @@ class UpdateLists(NamedTuple):
         return lists
 
     def unpack(self) -> Iterator[tuple[Tensor, Call]]:
-        """Each call with its gradient."""
+        """Each call with its gradient.
+
+        Raises:
+            ValueError: lists of different lengths, or a layout that means nothing.
+        """
         size = len(LayoutCode._fields)
+        for name, entries in zip(self._fields[1:-1], self[1:-1]):
+            if len(entries) != len(self.grads):
+                raise ValueError(f"{name}: expected one for each gradient, {len(self.grads)}, got {len(entries)}")
+        if len(self.layouts) != size * len(self.grads):
+            raise ValueError(
+                f"layouts: expected {size} entries for each gradient, {size * len(self.grads)}, got {len(self.layouts)}"
+            )
         for k, grad in enumerate(self.grads):
             code = LayoutCode(*self.layouts[size * k : size * (k + 1)])
+            if not 0 <= code.pooling <= len(POOLINGS) or not 0 <= code.hash < len(HASHES):
+                raise ValueError("layouts: unknown pooling or hash")
             tables = Tables(
                 table_keys=self.table_keys[k],
                 num_embeddings=self.num_embeddings[k],
@@ -268,10 +285,14 @@ def check_tables(weight: Tensor, tables: Tables, filter: Tensor | None = None) -
             "table_keys and num_embeddings: expected one entry per feature in each, got shapes "
             f"{tuple(table_keys.shape)} and {tuple(num_embeddings.shape)}"
         )
+    if table_keys.dtype != torch.int64 or num_embeddings.dtype != torch.int64:
+        raise ValueError("table_keys and num_embeddings: expected int64")
     if hash not in HASHES:
         raise ValueError(f"hash: expected one of {', '.join(HASHES)}, got {hash!r}")
     if embedding_dim < 1 or block_size < 1:
         raise ValueError(f"embedding_dim and block_size: expected at least 1, got {embedding_dim} and {block_size}")
+    if embedding_dim > LARGEST_DIM:
+        raise ValueError(f"embedding_dim: expected at most {LARGEST_DIM}, got {embedding_dim}")
     if not TRAITS[hash].is_exact and weight.shape[0] < block_size:
         raise ValueError(f"weight: {weight.shape[0]} weights do not hold one block of {block_size}")
     if table_keys.shape[0] == 0:
@@ -285,7 +306,7 @@ def check_tables(weight: Tensor, tables: Tables, filter: Tensor | None = None) -
 
 def check_filter(filter: Tensor) -> None:
     """Check the words of an admission's filter."""
-    if filter.dim() != 1 or filter.dtype != torch.int64 or filter.shape[0] == 0:
+    if filter.dim() != 1 or filter.dtype != torch.int64 or not 1 <= filter.shape[0] <= LARGEST_FILTER:
         raise ValueError(f"filter: expected an int64 vector (W,), got {filter.dtype} {tuple(filter.shape)}")
 
 
@@ -329,7 +350,70 @@ def check_bags(weight: Tensor, values: Tensor, bags: Bags, tables: Tables, filte
         )
 
 
-def check_out(out: Tensor, shape: Sequence[int], dtype: torch.dtype) -> None:
-    """Check a tensor to write embeddings into."""
+def check_grad(grad: Tensor, shape: Sequence[int]) -> None:
+    """Check the gradient of embeddings of a shape (B, F, D)."""
+    if tuple(grad.shape) != tuple(shape):
+        raise ValueError(f"grad: expected shape {tuple(shape)}, got {tuple(grad.shape)}")
+    if not grad.is_floating_point():
+        raise ValueError(f"grad: expected floating-point numbers, got {grad.dtype}")
+
+
+def check_out(out: Tensor, shape: Sequence[int], dtype: torch.dtype, weight: Tensor, call: Call) -> None:
+    """Check a tensor to write embeddings into: its type, and that it shares no memory with itself or an input."""
     if tuple(out.shape) != tuple(shape) or out.dtype != dtype:
         raise ValueError(f"out: expected {dtype} {tuple(shape)}, got {out.dtype} {tuple(out.shape)}")
+    end = 1  # of what has been laid out so far, from the shortest stride to the longest
+    for stride, size in sorted((s, n) for s, n in zip(out.stride(), out.shape) if n > 1):
+        if stride < end and out.numel():
+            raise ValueError("out: expected each entry to have memory of its own")
+        end += (size - 1) * stride
+    bags = call.bags
+    inputs: dict[str, Any] = {"weight": weight, "ids": call.ids, "table_keys": call.tables.table_keys}
+    inputs |= {"num_embeddings": call.tables.num_embeddings, "scale": call.scale, "filter": call.filter}
+    inputs |= {} if bags is None else bags._asdict()
+    for name, tensor in inputs.items():
+        if isinstance(tensor, Tensor):
+            check_apart("out", out, name, tensor)
+
+
+def check_step(
+    weight: Tensor, state: Sequence[Tensor], rule: str, options: Sequence[float], grads: Sequence[Tensor]
+) -> None:
+    """Check what ``update_`` writes, its rule and its options."""
+    if rule not in RULES:
+        raise ValueError(f"rule: expected one of {', '.join(RULES)}, got {rule!r}")
+    if len(options) != 5:
+        raise ValueError(f"options: expected 5, got {len(options)}")
+    if not all(map(isfinite, options)):
+        raise ValueError("options: expected finite numbers")
+    if weight.dim() != 1 or not weight.is_floating_point():
+        raise ValueError(f"weight: expected a floating-point vector (m,), got {weight.dtype} {tuple(weight.shape)}")
+    needed = {"sgd": int(options[2] != 0), "adagrad": 1, "adam": 2}[rule]
+    if not needed <= len(state) <= 2:
+        raise ValueError(f"state: expected {needed} tensors for {rule}, got {len(state)}")
+    for tensor in state:
+        if tensor.shape != weight.shape or tensor.dtype != weight.dtype or tensor.device != weight.device:
+            raise ValueError("state: expected tensors like weight")
+        check_apart("state", tensor, "weight", weight)
+    if len(state) == 2:
+        check_apart("state", state[0], "the other state", state[1])
+    for grad in grads:
+        check_apart("weight", weight, "grads", grad)
+        for tensor in state:
+            check_apart("state", tensor, "grads", grad)
+
+
+def _memory(tensor: Tensor) -> tuple[int, int]:
+    """The addresses of a tensor's first byte and behind its last."""
+    begin = tensor.data_ptr()
+    if tensor.numel() == 0:
+        return begin, begin
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+    return begin, begin + (last + 1) * tensor.element_size()
+
+
+def check_apart(written: str, tensor: Tensor, read: str, other: Tensor) -> None:
+    """Check that a tensor that is written shares no memory with another."""
+    (begin, end), (first, last) = _memory(tensor), _memory(other)
+    if begin < last and first < end and tensor.device == other.device:
+        raise ValueError(f"{written}: expected memory of its own, but it shares some with {read}")

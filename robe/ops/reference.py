@@ -10,15 +10,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from robe.hashing import slots
+from robe.hashing import TRAITS, slots
 from robe.ops.layout import (
+    RULES,
     Bags,
     Call,
     Tables,
     UpdateLists,
     accumulation_dtype,
     check_array,
+    check_grad,
     check_out,
+    check_step,
     embedding_dtype,
     group_bits,
     take_out,
@@ -80,6 +83,19 @@ def _check_range(ids: Tensor, features: Tensor, tables: Tables) -> None:
         )
 
 
+def _check_tables_fit(weight: Tensor, tables: Tables) -> None:
+    """Raise ValueError for a negative bound, or a table of weights of its own that ends outside the array."""
+    size = weight.shape[0]
+    for feature, (key, rows) in enumerate(zip(tables.table_keys.tolist(), tables.num_embeddings.tolist())):
+        if rows < 0:
+            raise ValueError(f"num_embeddings: expected 0 or more, got {rows} for feature {feature}")
+        exact = TRAITS[tables.hash].is_exact
+        if exact and not (rows > 0 and 0 <= key <= size - rows * tables.embedding_dim):
+            raise ValueError(
+                f"hash={tables.hash!r}: the table of feature {feature} does not lie within the array's {size} slots"
+            )
+
+
 def _slots(weight: Tensor, ids: Tensor, keys: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
     if call.filter is not None:
         ids = ids.where(admits(call.filter, ids, keys), SHARED_ID)
@@ -91,6 +107,7 @@ def _slots(weight: Tensor, ids: Tensor, keys: Tensor, call: Call) -> tuple[Tenso
 def _places(weight: Tensor, call: Call) -> Places:
     call.check(weight)
     tables = call.tables
+    _check_tables_fit(weight, tables)
     ids = call.ids.long()
     _check_range(ids, torch.arange(ids.shape[1], device=ids.device).expand_as(ids), tables)
     kept = None
@@ -103,6 +120,7 @@ def _places(weight: Tensor, call: Call) -> Places:
 def _open_bags(weight: Tensor, call: Call, bags: Bags) -> OpenBags:
     call.check(weight)
     tables, values = call.tables, call.ids
+    _check_tables_fit(weight, tables)
     offsets = bags.offsets.long()
     counts = offsets.diff()
     if offsets[0] != 0 or (counts < 0).any() or offsets[-1] > values.shape[0]:
@@ -179,7 +197,8 @@ def _writes_out(body: Callable[..., Tensor], ids: int) -> Callable[..., None]:
     def write(weight: Tensor, *arguments: Any) -> None:
         arguments, out = take_out(arguments, ids)
         embeddings = body(weight, *arguments)
-        check_out(out, embeddings.shape, embeddings.dtype)
+        call = unpack_lookup(arguments) if ids == 1 else unpack_bag(arguments)
+        check_out(out, embeddings.shape, embeddings.dtype, weight, call)
         out.copy_(embeddings)
 
     return write
@@ -195,12 +214,15 @@ def _gradients(grad: Tensor, weight: Tensor, call: Call) -> tuple[Tensor, Tensor
     if call.bags is not None:
         return _bag_gradients(grad, weight, call, call.bags)
     places = _places(weight, call)
+    check_grad(grad, places.slots.shape)
     value = grad if places.signs is None else grad * places.signs
     return (places.slots, value) if places.kept is None else (places.slots[places.kept], value[places.kept])
 
 
 def _bag_gradients(grad: Tensor, weight: Tensor, call: Call, bags: Bags) -> tuple[Tensor, Tensor]:
     position, bag, slot, sign, count = _open_bags(weight, call, bags)
+    features = call.tables.table_keys.shape[0]
+    check_grad(grad, (count // features, features, call.tables.embedding_dim))
     grad = grad.transpose(0, 1).flatten(0, 1).to(accumulation_dtype(weight.dtype))  # (B, F, D) -> (F * B, D)
     value = grad[bag] if sign is None else grad[bag] * sign  # (n, D)
     if bags.pooling == "max":
@@ -243,6 +265,8 @@ def _bag_weights_backward(grad: Tensor, weight: Tensor, *arguments: Any) -> Tens
     if bags is None or bags.per_sample_weights is None:
         raise ValueError("per_sample_weights: expected a tensor, got None")
     opened = _open_bags(weight, call, bags)
+    features = call.tables.table_keys.shape[0]
+    check_grad(grad, (opened.bag_count // features, features, call.tables.embedding_dim))
     embeddings = _read(weight, opened.slots, opened.signs).to(accumulation_dtype(weight.dtype))
     grad = grad.transpose(0, 1).flatten(0, 1).to(embeddings.dtype)
     result = torch.zeros_like(bags.per_sample_weights)
@@ -267,6 +291,7 @@ def _sum_gradients(weight: Tensor, *lists: Any) -> tuple[Tensor, Tensor]:
 
 
 def _update(weight: Tensor, state: Sequence[Tensor], rule: str, options: Sequence[float], *lists: Any) -> None:
+    check_step(weight, state, rule, options, lists[0])
     touched, grad = _sum_gradients(weight, *lists)
     before = [tensor[touched].to(grad.dtype) for tensor in (weight, *state)]
     for tensor, values in zip((weight, *state), _apply_rule(rule, options, grad, before)):
@@ -292,7 +317,7 @@ def _apply_rule(rule: str, options: Sequence[float], grad: Tensor, before: list[
         s[0] = beta1 * s[0] + (1 - beta1) * grad
         s[1] = beta2 * s[1] + (1 - beta2) * grad * grad
         return [w - rate * s[0] / (s[1].sqrt() + eps), *s]
-    raise ValueError(f"rule: expected one of sgd, adagrad, adam, got {rule!r}")
+    raise ValueError(f"rule: expected one of {', '.join(RULES)}, got {rule!r}")
 
 
 BODIES: dict[str, Callable[..., Any]] = {

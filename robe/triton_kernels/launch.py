@@ -41,6 +41,7 @@ class LaunchPlan:
             ValueError: an argument does not fit, or is on another device than the array.
         """
         call.check(weight)
+        self._call = call
         ids, bags, tables, filter, self._scale = call
         features, dim = len(tables.table_keys), tables.embedding_dim
         self.pooling = "none" if bags is None else bags.pooling
@@ -124,7 +125,7 @@ class LaunchPlan:
         Raises:
             ValueError: the tensor is of another shape or dtype.
         """
-        check_out(out, self.shape, embedding_dtype(weight))
+        check_out(out, self.shape, embedding_dtype(weight), weight, self._call)
         scale = self._scale
         shift = 0 if scale is None else group_bits(weight, scale)
         direct = out if out.stride(2) == 1 else out.new_empty(out.shape)

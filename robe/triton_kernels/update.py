@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from robe.ops import REFERENCE
-from robe.ops.layout import UpdateLists, check_array
+from robe.ops.layout import UpdateLists, check_step
 from robe.triton_kernels.device import divide
 from robe.triton_kernels.launch import LaunchPlan
 from robe.triton_kernels.pieces import sort_pieces, sum_segment
@@ -49,18 +49,11 @@ def _update_kernel(
     tl.store(weight + slot, w.to(weight.dtype.element_ty), known)
 
 
-def _check_state(weight: Tensor, state: Sequence[Tensor], needed: int) -> None:
-    if len(state) < needed or any(x.shape != weight.shape or x.device != weight.device for x in state):
-        raise ValueError(f"state: expected {needed} tensors like the weights {tuple(weight.shape)}, got {len(state)}")
-
-
 def _rule_options(rule: str, own: Sequence[float]) -> list[float]:
     """The options of a rule as the kernel takes them: five numbers."""
     if rule == "adam":
         beta1, beta2, eps = own
         return [beta1, 1 - beta1, beta2, 1 - beta2, eps]
-    if rule not in ("sgd", "adagrad"):
-        raise ValueError(f"rule: expected one of sgd, adagrad, adam, got {rule!r}")
     return [*own, *[0.0] * 5][:5]
 
 
@@ -68,9 +61,8 @@ def _update(weight: Tensor, state: Sequence[Tensor], rule: str, options: Sequenc
     if weight.dtype == torch.float64 or not all(x.is_contiguous() for x in (weight, *state)):
         REFERENCE["update_"](weight, state, rule, options, *lists)  # numbers reach kernels as float32
         return
-    check_array(weight)
+    check_step(weight, state, rule, options, lists[0])
     rate, decay, *own = options
-    _check_state(weight, state, {"sgd": int(own[0] != 0), "adagrad": 1, "adam": 2}.get(rule, 0))
     if rule == "sgd" and not own[0]:
         state = []
     numbers = _rule_options(rule, own)

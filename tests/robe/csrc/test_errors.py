@@ -27,6 +27,17 @@ BAD_LOOKUPS = {
     "no components": [(4, 0)],
     "blocks of nothing": [(5, 0)],
     "negative dim": [(4, -1)],
+    "dim of 2**31": [(4, 2**31)],
+    "dim of 2**63 - 1": [(4, 2**63 - 1)],
+    "blocks of 2**62": [(5, 2**62)],
+    "keys of int32": [(2, KEYS.int())],
+    "bounds of float": [(3, ROWS.float())],
+    "negative bound": [(3, torch.tensor([4, -6]))],
+    "identity tables of 2**62 rows": [(2, KEYS * 0), (3, torch.tensor([4, 2**62])), (4, 4), (5, 4), (6, "identity")],
+    "identity tables past the end": [(2, torch.tensor([0, 2**62])), (6, "identity")],
+    "identity tables without end": [(3, torch.tensor([4, 0])), (6, "identity")],
+    "scale of no dimension": [(0, torch.ones(60, dtype=torch.int8)), (9, torch.tensor(1.0))],
+    "no scale": [(0, torch.ones(60, dtype=torch.int8)), (9, torch.ones(0))],
     "unknown hash": [(6, "md5")],
     "scale": [(9, torch.ones(60))],
     "id too large": [(1, torch.tensor([[3, 2], [4, 6]]))],
@@ -52,6 +63,11 @@ BAD_BAGS = {
     "weights with mean": [(3, torch.ones(3)), (4, "mean")],
     "two weights": [(3, torch.ones(2))],
     "weights of another type": [(3, torch.ones(3).double())],
+    "int8 weights for an int8 array": [
+        (0, torch.ones(60, dtype=torch.int8)),
+        (3, torch.ones(3, dtype=torch.int8)),
+        (12, torch.ones(4)),
+    ],
     "one key": [(5, KEYS[:1])],
     "unknown hash": [(9, "md5")],
     "id too large": [(1, torch.tensor([3, 5, 6]))],
@@ -104,6 +120,63 @@ def test_an_out_that_does_not_fit_is_refused(name, out):
     for body in (getattr(torch.ops.robe, name), REFERENCE[name]):
         with pytest.raises(ValueError, match=r"^out: expected .*, got "):
             body(*arguments)
+
+
+BUFFER = torch.zeros(200)
+SHARED_OUTS = {
+    "entries": (torch.ones(60), IDS, torch.zeros(5).expand(1, 2, 5), "each entry to have memory of its own"),
+    "parts of entries": (torch.ones(60), IDS, BUFFER.as_strided((1, 2, 5), (9, 4, 1)), "each entry to have memory"),
+    "weight": (BUFFER[:60], IDS, BUFFER[59:69].view(1, 2, 5), "it shares some with weight"),
+    "ids": (torch.ones(60), BUFFER[:4].view(torch.int64).view(1, 2), BUFFER[:10].view(1, 2, 5), "shares some with ids"),
+}
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", SHARED_OUTS)
+def test_an_out_that_shares_memory_is_refused(name):
+    weight, ids, out, message = SHARED_OUTS[name]
+    for body in (torch.ops.robe.lookup_out, REFERENCE["lookup_out"]):
+        with pytest.raises(ValueError, match=f"^out: expected .*{message}"):
+            body(weight, ids, *LOOKUP[2:], out)
+
+
+@needs_kernels
+@pytest.mark.parametrize("strides", [(2**62, 5, 1), (10, 2**62, 1), (2**62, 2**62, 1)])
+def test_the_stride_of_a_dimension_without_a_second_entry_means_nothing(strides):
+    batch, features = 1, 1 if strides[1] == 2**62 else 2
+    ids, out = IDS[:, :features], torch.zeros(10)[: 5 * features].as_strided((batch, features, 5), strides)
+    tables = KEYS[:features], ROWS[:features], *LOOKUP[4:]
+    torch.ops.robe.lookup_out(LOOKUP[0], ids.as_strided(ids.shape, (2**62, 1)), *tables, out)
+    assert (out == 1).all()
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("grad", "message"),
+    [
+        (torch.tensor(1.0), r"grad: expected shape \(1, 2, 5\), got \(\)"),
+        (torch.ones(1, 2, 4), r"grad: expected shape \(1, 2, 5\), got \(1, 2, 4\)"),
+        (torch.ones(1, 2, 5, dtype=torch.int64), "grad: expected floating-point numbers, got torch.int64"),
+    ],
+    ids=["a number", "short", "integers"],
+)
+def test_a_gradient_that_does_not_fit_is_refused(grad, message):
+    weighted = replaced(BAG[:-1], (3, torch.ones(3)))
+    for name, arguments in (
+        ("lookup_backward", LOOKUP[:-1]),
+        ("bag_backward", weighted),
+        ("bag_weights_backward", weighted),
+    ):
+        for body in (getattr(torch.ops.robe, name), REFERENCE[name]):
+            with pytest.raises(ValueError, match=message):
+                body(grad, *arguments)
+
+
+@needs_kernels
+def test_factors_without_factors_have_no_gradient():
+    for body in (torch.ops.robe.bag_weights_backward, REFERENCE["bag_weights_backward"]):
+        with pytest.raises(ValueError, match="per_sample_weights: expected a tensor, got None"):
+            body(torch.ones(1, 2, 5), *BAG[:-1])
 
 
 @needs_kernels

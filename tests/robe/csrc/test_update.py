@@ -91,6 +91,9 @@ def test_colliding_ids_add_up_in_order_on_any_number_of_threads(size, block):
             assert torch.equal(a, b)
 
 
+BUFFER = torch.ones(120)
+
+
 @needs_kernels
 @pytest.mark.parametrize(
     ("changes", "message"),
@@ -104,6 +107,22 @@ def test_colliding_ids_add_up_in_order_on_any_number_of_threads(size, block):
         ({"layouts": [0, 5, 3, 0, 0, 0]}, "layouts: expected 7 entries"),
         ({"layouts": [4, 5, 3, 0, 0, 0, 0]}, "layouts: unknown pooling or hash"),
         ({"layouts": [0, 5, 3, 3, 0, 0, 0]}, "layouts: unknown pooling or hash"),
+        ({"layouts": [-1, 5, 3, 0, 0, 0, 0]}, "layouts: unknown pooling or hash"),
+        ({"layouts": [0, 2**62, 3, 0, 0, 0, 0]}, "embedding_dim: expected at most 2147483647, got 4611686018427387904"),
+        *(
+            ({name: entries}, f"{name}: expected one for each gradient, 1, got {len(entries)}")
+            for name in ("ids", "offsets", "per_sample_weights", "table_keys", "num_embeddings", "filters")
+            for entries in ([], [KEYS, KEYS])
+        ),
+        ({"grads": []}, "ids: expected one for each gradient, 0, got 1"),
+        ({"options": [0.1, 0.0, 0.9, 0.0, float("nan")]}, "options: expected finite numbers"),
+        ({"weight": BUFFER[:60], "state": [BUFFER[:60]]}, "state: expected memory of its own, .* with weight"),
+        ({"weight": BUFFER[:60], "state": [BUFFER[59:119]]}, "state: expected memory of its own, .* with weight"),
+        ({"state": [BUFFER[:60], BUFFER[30:90]]}, "state: expected memory of its own, .* with the other state"),
+        ({"weight": BUFFER[:60], "grads": [BUFFER[50:60].view(1, 2, 5)]}, "weight: expected memory of its own"),
+        ({"state": [BUFFER[:60]], "grads": [BUFFER[50:60].view(1, 2, 5)]}, "state: expected memory of its own"),
+        ({"state": [torch.ones(60, 1)]}, "state: expected tensors like weight"),
+        ({"weight": torch.ones(60, dtype=torch.int8)}, "weight: expected a floating-point vector"),
     ],
 )
 def test_update_refuses_and_changes_nothing(changes, message):
@@ -121,6 +140,9 @@ def test_update_refuses_and_changes_nothing(changes, message):
         "filters": [KEYS[:0]],
         "layouts": [0, 5, 3, 0, 0, 0, 0],
     } | changes
-    with pytest.raises(ValueError, match=message):
-        torch.ops.robe.update_(*arguments.values())
-    assert (arguments["weight"] == 1).all()
+    for body in (torch.ops.robe.update_, REFERENCE["update_"]):
+        if body is REFERENCE["update_"] and message == "weight: expected contiguous":
+            continue  # only kernels need that
+        with pytest.raises(ValueError, match=message):
+            body(*arguments.values())
+        assert (arguments["weight"] == 1).all()
