@@ -37,8 +37,12 @@ class RobeTables(nn.Module):
     Attributes:
         array: the RobeArray, or its Int8RobeArray.
         admission: the Admission, or None.
-        table_keys: buffer (F,) int64, the hash key of each feature's table.
-        num_embeddings_per_feature: buffer (F,) int64, 0 for an unbounded table.
+        table_keys: (F,) int64, the hash key of each feature's table.
+        num_embeddings_per_feature: (F,) int64, 0 for an unbounded table.
+
+    These two tensors follow from the arguments, so they are no buffers: whatever fills a module's buffers, or leaves
+    them on the meta device, would set them to other keys, and rows would be read elsewhere. They lie where the array
+    lies, or on the CPU while it is on the meta device.
 
     Raises:
         TypeError: an unknown keyword.
@@ -88,8 +92,7 @@ class RobeTables(nn.Module):
         # Whole models that 0.8.0 pickled have these two names.
         self._keys = [keys[table] for table in table_of_feature]
         self._rows = [bounds[table] for table in table_of_feature]
-        for name, values in (("table_keys", self._keys), ("num_embeddings_per_feature", self._rows)):
-            self.register_buffer(name, torch.tensor(values, device=array.weight.device), persistent=False)
+        self._place_tables()
 
     def arguments(self) -> dict[str, Any]:
         """Return the arguments, in JSON's types, that make this layer again on the same array and admission."""
@@ -106,12 +109,22 @@ class RobeTables(nn.Module):
 
     def take_keys(self, other: "RobeTables") -> None:
         """Read where another layer of the same tables reads: take the hash keys, which stand for its array's seed."""
-        self._keys, self.table_keys = other._keys, other.table_keys
+        self._keys = other._keys
+        self._place_tables()
 
-    def _tables(self, padding_idx: int | None = None) -> tuple:
+    def _place_tables(self) -> None:
+        """Make the tensors of keys and bounds where the array is now."""
+        weight, _ = self.array.read()
+        device = torch.device("cpu") if weight.is_meta else weight.device
+        self._device_index = weight.get_device()
+        self.table_keys = torch.tensor(self._keys, device=device)
+        self.num_embeddings_per_feature = torch.tensor(self._rows, device=device)
+
+    def _tables(self, weight: Tensor, padding_idx: int | None = None) -> tuple:
         """The fields of ``layout.Tables``; a plain tuple, since making a NamedTuple takes as long as hashing a row."""
-        buffers = self._buffers  # past nn.Module.__getattr__, which costs as much as reading a batch of one
-        keys, bounds = buffers["table_keys"], buffers["num_embeddings_per_feature"]
+        if weight.get_device() != self._device_index:  # an integer, quicker to compare than devices
+            self._place_tables()
+        keys, bounds = self.table_keys, self.num_embeddings_per_feature
         return keys, bounds, self.embedding_dim, self.block_size, self.hash, self.sign, padding_idx
 
     def _lookup(self, ids: Tensor, padding_idx: int | None = None, out: Tensor | None = None) -> Tensor:
@@ -133,7 +146,7 @@ class RobeTables(nn.Module):
     def _read(self, name: str, ids: tuple, padding_idx: int | None, out: Tensor | None) -> Tensor:
         array: RobeArray | Int8RobeArray = self._modules["array"]  # type: ignore[assignment]
         weight, scale = array.read()
-        tables = self._tables(padding_idx)
+        tables = self._tables(weight, padding_idx)
         arguments = (*ids, *tables)
         admission: Admission | None = self._modules.get("admission")  # type: ignore[assignment]
         filter = None
@@ -180,7 +193,7 @@ class RobeTables(nn.Module):
             raise ValueError("full_weight: a table without num_embeddings has no end")
         weight, scale = self.array.read()
         ids = torch.arange(self._rows[feature], device=weight.device).unsqueeze(1)
-        keys, bounds, *layout = self._tables(padding_idx)
+        keys, bounds, *layout = self._tables(weight, padding_idx)
         table = slice(feature, feature + 1)
         filter = None if self.admission is None else self.admission.filter
         return torch.ops.robe.lookup(weight, ids, keys[table], bounds[table], *layout, scale, filter).squeeze(1)
@@ -195,10 +208,15 @@ class RobeTables(nn.Module):
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
-        # to_empty leaves buffers unset, and these are in no state_dict: other keys would silently read other rows.
-        self.table_keys.copy_(torch.tensor(self._keys))
-        self.num_embeddings_per_feature.copy_(torch.tensor(self._rows))
+        self._place_tables()
         return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for name in ("table_keys", "num_embeddings_per_feature"):  # 0.8.0 had them as buffers
+            self._buffers.pop(name, None)
+            self._non_persistent_buffers_set.discard(name)
+        self._place_tables()
 
     def reset_parameters(self) -> None:
         """Draw the array's initial values again."""
