@@ -134,7 +134,9 @@ class Int8RobeArray(nn.Module):
     def _apply(self, fn, recurse=True):
         scale = self.scale
         super()._apply(fn, recurse)
-        self.scale = scale.to(self.weight.device)  # in float32, whatever the dtype of the model around it
+        # In float32, whatever the dtype of the model around it.
+        device = self.weight.device
+        self.scale = torch.empty_like(scale, device=device) if scale.is_meta else scale.to(device)
         return self
 
     def extra_repr(self) -> str:
