@@ -31,6 +31,7 @@ class RobeTables(nn.Module):
         table_of_feature: for each feature the index of its table.
         table_ids: of each table, for "mix".
         first_rows: of each table, for "linear" and "identity".
+        first_slot: where the first of the tables begins in the array, for "identity".
         device, dtype: of the layer's own array.
         options: see LayerOptions.
 
@@ -60,6 +61,7 @@ class RobeTables(nn.Module):
         table_of_feature: Sequence[int],
         table_ids: Sequence[int],
         first_rows: Sequence[int],
+        first_slot: int = 0,
         device=None,
         dtype=None,
         **options: Unpack[LayerOptions],
@@ -74,16 +76,17 @@ class RobeTables(nn.Module):
         array = resolve_array(options, table_weights=table_weights, device=device, dtype=dtype)
         if admission is not None and not TRAITS[hash].has_admission:
             raise ValueError(f"admission: expected hash='mix' with it, got {hash!r}")
-        own = options.get("array") is None
-        has_room = table_weights is not None and array.size >= table_weights
-        if own and has_room and admission is None and TRAITS[hash].key == "table":
-            # Room for every weight: no hash can do better than a slot for each.
+        if TRAITS[hash].key == "table" and has_room(options, array, table_weights):
             hash, first_rows = "identity", [0, *accumulate(bounds)][:-1]
+        if first_slot and TRAITS[hash].key != "slot":
+            raise ValueError(
+                f"first_slot: expected 0 with hash={hash!r}, which has no order of slots, got {first_slot}"
+            )
         if TRAITS[hash].key == "table":
             keys = [table_key(array.seed, table_id) for table_id in table_ids]
         else:
             slots_each = embedding_dim if TRAITS[hash].key == "slot" else 1
-            keys = [first * slots_each for first in first_rows]
+            keys = [first_slot + first * slots_each for first in first_rows]
         _check_room(array, keys, bounds, embedding_dim, block_size, hash)
 
         self.array, self.admission = array, admission
@@ -283,6 +286,18 @@ def _check_room(
             f"block_size: an array of {array.size} weights does not hold one block of {block_size}; "
             "take a larger array (share one between tables), or a smaller block"
         )
+
+
+def has_room(options: SharedOptions, array: RobeArray, table_weights: int | None) -> bool:
+    """Return whether a layer's own array holds every weight: then no hash does better than a slot for each.
+
+    Args:
+        options: of the layer; a filter needs a hash.
+        array: that ``resolve_array`` returned.
+        table_weights: as there.
+    """
+    own = options.get("array") is None and options.get("admission") is None
+    return own and table_weights is not None and array.size >= table_weights
 
 
 def resolve_array(options: SharedOptions, *, table_weights: int | None, device, dtype) -> RobeArray:
