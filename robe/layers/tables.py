@@ -226,6 +226,25 @@ class RobeTables(nn.Module):
         self.array.reset_parameters()
 
 
+def check_finite(name: str, table: Tensor) -> None:
+    """Refuse a table with a value that would spread to all that share its slots.
+
+    Args:
+        name: of the table, in the error.
+        table: (num_embeddings, D).
+
+    Raises:
+        ValueError: a value is infinite or not a number; says where.
+    """
+    for start in range(0, len(table), rows := max(1, COMPONENTS_AT_ONCE // table.shape[1])):
+        piece = table[start : start + rows]
+        bad = (~piece.isfinite()).nonzero()
+        if len(bad):
+            row, column = bad[0].tolist()
+            value = piece[row, column].item()
+            raise ValueError(f"{name}: expected finite values, got {value} in row {start + row}, component {column}")
+
+
 @torch.no_grad()
 def project(array: RobeArray, tables: Sequence[tuple[RobeTables, Tensor]]) -> None:
     """Set an array to the least squares approximation of tables.
