@@ -30,7 +30,7 @@ class Tables(nn.Module):
             table, as in facebookresearch/dlrm.
     """
 
-    _beside_weight = ("table_rows", "first_rows")  # tensors that go where it goes
+    _beside_weight: tuple[str, ...] = ("table_rows", "first_rows")  # tensors that go where it goes
 
     def __init__(self, table_rows: Sequence[int], embedding_dim: int):
         super().__init__()

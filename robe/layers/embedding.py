@@ -251,9 +251,9 @@ class RobeEmbedding(_RobeTable):
 
     def _with_padding_row(self, embeddings: Tensor, ids: Tensor) -> Tensor:
         row = self._buffers.get("padding_row")  # whole models that 0.8.0 pickled have none
-        if row is None:
+        if row is None or self.padding_idx is None:
             return embeddings
-        return torch.where((ids == self.padding_idx).unsqueeze(-1), row.to(embeddings.dtype), embeddings)
+        return torch.where(torch.eq(ids, self.padding_idx).unsqueeze(-1), row.to(embeddings.dtype), embeddings)
 
     def arguments(self) -> dict[str, Any]:
         """Return the arguments, in JSON's types, that make this layer again on the same array and admission."""
@@ -265,7 +265,7 @@ class RobeEmbedding(_RobeTable):
             if self._buffers.get("padding_row") is None:
                 self.padding_row = self.array.weight.new_zeros(self.embedding_dim)
         elif f"{prefix}array.weight" in state_dict:  # of a layer whose padding reads zeros
-            self.padding_row = None
+            self._buffers["padding_row"] = None
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
 
