@@ -32,7 +32,7 @@ class Table:
         num_embeddings, embedding_dim: its shape.
         reason: why it was left as it was; None: it was swapped.
         before: the values that it held; None: it was left, or on the meta device.
-        after: the values that it begins with now, of its array; None: it was left.
+        after: the values that its array begins with; None: it was left, or projected.
     """
 
     names: tuple[str, ...]
@@ -116,9 +116,11 @@ def compress(
 
     Every nn.Embedding and nn.EmbeddingBag with enough rows, wherever it is in the model (torchrec's
     EmbeddingBagCollection holds such modules too), is replaced in place, under its name, by a RobeEmbedding or
-    RobeEmbeddingBag with the same size, dimension, mode, padding and training mode. Tables that share a weight still
-    share one afterwards. Weights with the same device, dtype and ``requires_grad`` share one array, so usually there
-    is one array. Make the optimizer after this call, and DistributedDataParallel too. Code that reads the ``weight``
+    RobeEmbeddingBag with the same size, dimension, mode, padding, training mode and attributes. Tables that share a
+    weight still share one afterwards. Weights with the same device, dtype and ``requires_grad`` share one array, so
+    usually there is one array. Tables whose values are all equal, or whose mean is more than half of their standard
+    deviation, get an array of their own that begins there. What can't be carried over, such as a hook, leaves a table
+    as it is. Make the optimizer after this call, and DistributedDataParallel too. Code that reads the ``weight``
     of a swapped table itself gets an error: there is no table any more.
 
     Args:
@@ -142,7 +144,8 @@ def compress(
         CompressionReport.
 
     Raises:
-        ValueError: an argument out of range, no table to swap, or too few weights left. The model is then unchanged.
+        ValueError: an argument out of range, no table to swap, too few weights left, or a table with a value that is
+            not finite. The model is then unchanged.
 
     Examples:
         >>> model = nn.Sequential(nn.Embedding(1_000_000, 16), nn.Linear(16, 1))
@@ -153,58 +156,43 @@ def compress(
         raise ValueError(f"ratio: expected more than 1, got {ratio}")
     if init not in ("random", "project"):
         raise ValueError(f"init: expected 'random' or 'project', got {init!r}")
+    options = _Options(ratio, block_size, init, init_std, sign, seed, admission, device)
     found = [(_names(model, modules), modules) for modules in tables_of(model)]
     reasons = {names: reason_to_leave(model, modules, min_rows, init) for names, modules in found}
     tables = [_Swap(names, modules, _values(names, modules)) for names, modules in found if reasons[names] is None]
     if init == "project" and any(table.values is None for table in tables):
         raise ValueError("init='project': tables on the meta device have no weights to project")
-    groups = _groups(tables, init_std, device)
-    for group in groups:
-        if group.is_apart:
-            size = _size(group, tables, ratio, admission)
-            reason = _reason_to_leave_apart(group, size, block_size, turned=sign and init == "random")
-            reasons |= {table.names: reason for table in group.tables}
+    for group in _groups(tables, options):
+        reason = _reason_to_leave_apart(group, tables, options) if group.is_apart else None
+        reasons |= {table.names: reason for table in group.tables}
     tables = [table for table in tables if reasons[table.names] is None]
     if not tables:
         why = "; ".join(f"{names[0] or 'it'}: {reason}" for names, reason in reasons.items())
         raise ValueError(f"model: no table to swap: {why or 'there is no nn.Embedding or nn.EmbeddingBag in it'}")
-
-    options = {"block_size": block_size, "sign": sign, "admission": admission}
-    layers: dict[nn.Module, RobeEmbedding | RobeEmbeddingBag] = {}
-    arrays: dict[tuple[str, ...], RobeArray] = {}  # by the names of a table
-    for group in _groups(tables, init_std, device):
-        size = _size(group, tables, ratio, admission)
-        array = _array_of(group, size, ratio, block_size, seed=seed, init_std=init_std, device=device)
-        arrays |= {table.names: array for table in group.tables}
-        ids = {table.names: tables.index(table) for table in group.tables}
-        for table in group.tables:
-            own = {"array": array, "table_id": ids[table.names], **options}
-            layers |= {module: _layer(module, **own) for module in table.modules}
-        if init == "project":
-            _project(group, array, ids, **options)
-    of_names = {table.names: table for table in tables}
-    report = CompressionReport(
-        tables=tuple(
-            Table(
-                names,
-                module.num_embeddings,
-                module.embedding_dim,
-                reasons[names],
-                before=of_names[names].values if names in arrays else None,
-                after=Values(arrays[names].init_mean, arrays[names].init_std)
-                if names in arrays and init == "random"
-                else None,
-            )
-            for names, (module, *_) in found
-        ),
-        array_floats=sum({id(array): array.size for array in arrays.values()}.values()),
-        admission_bytes=0 if admission is None else admission.bytes,
-        notes=_notes(tables, len({id(array) for array in arrays.values()})),
-    )
+    layers, arrays = _make_layers(tables, options)
+    report = _report(found, reasons, tables, arrays, options)
     _swap(model, layers)
     model = layers.get(model, model)
     model.compression_report = report  # type: ignore[assignment]
     return model
+
+
+class _Options(NamedTuple):
+    """The arguments of ``compress`` that say how arrays and layers are made."""
+
+    ratio: float
+    block_size: int | None
+    init: str
+    init_std: float | None
+    sign: bool
+    seed: int
+    admission: Admission | None
+    device: Any
+
+    @property
+    def of_layers(self) -> dict[str, Any]:
+        """The keywords of the layers."""
+        return {"block_size": self.block_size, "sign": self.sign, "admission": self.admission}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -255,14 +243,17 @@ def _values(names: tuple[str, ...], modules: list[TorchTable]) -> Values | None:
 
 
 class _Group(NamedTuple):
-    """Tables that share an array. Their values lie around ``mean``; a group apart has no others but around it."""
+    """Tables that share an array, whose values begin around ``mean``.
+
+    They are apart from others of their kind where all values of a table are equal, or their mean is not 0.
+    """
 
     tables: list[_Swap]
     mean: float
     is_apart: bool
 
 
-def _groups(tables: list[_Swap], init_std: float | None, device) -> list[_Group]:
+def _groups(tables: list[_Swap], options: _Options) -> list[_Group]:
     """Tables that can share an array: of one device, dtype, requires_grad and attributes, and around one mean.
 
     A shared array has one mean and one scale of initial values. Around 0 the scale may differ from a table's, but where
@@ -277,12 +268,12 @@ def _groups(tables: list[_Swap], init_std: float | None, device) -> list[_Group]
             for name, value in sorted(vars(weight).items())
         )
         center = None
-        if values is not None and values.std == 0 and (values.mean or init_std is None):
+        if values is not None and values.std == 0 and (values.mean or options.init_std is None):
             center = values.mean
         elif values is not None and abs(values.mean) > values.std / 2:
             center = float(f"{values.mean:.2g}")
         constant = values is not None and values.std == 0
-        kind = device or weight.device, weight.dtype, weight.requires_grad, attributes
+        kind = options.device or weight.device, weight.dtype, weight.requires_grad, attributes
         groups.setdefault((*kind, center, center is not None and constant), []).append(table)
     return [
         _Group(of_kind, 0.0 if center is None else _median(of_kind, "mean"), center is not None)
@@ -294,45 +285,43 @@ def _median(tables: list[_Swap], what: str) -> float:
     return median(getattr(table.values, what) for table in tables if table.values is not None)
 
 
-def _size(group: _Group, tables: list[_Swap], ratio: float, admission: Admission | None) -> int:
-    """The weights of a group's array, smaller than its tables by ``ratio`` together with its share of a filter."""
-    floats = sum(table.weight.numel() for table in group.tables)
-    share = floats / sum(table.weight.numel() for table in tables)
-    filter_bytes = 0.0 if admission is None else admission.bytes * share
-    return max(int(floats / ratio) - ceil(filter_bytes / group.tables[0].weight.dtype.itemsize), 0)
+def _size(group: _Group, tables: list[_Swap], options: _Options) -> tuple[int, int]:
+    """The size of a group's array, which with its share of a filter is smaller than the tables by the ratio; and the
+    least size, that of a block.
+    """
+    floats, all_floats = (sum(table.weight.numel() for table in some) for some in (group.tables, tables))
+    filter_bytes = 0.0 if options.admission is None else options.admission.bytes * floats / all_floats
+    size = int(floats / options.ratio) - ceil(filter_bytes / group.tables[0].weight.dtype.itemsize)
+    return max(size, 0), max(options.block_size or table.weight.shape[1] for table in group.tables)
 
 
-def _widest(group: _Group, block_size: int | None) -> int:
-    return max(block_size or table.weight.shape[1] for table in group.tables)
-
-
-def _reason_to_leave_apart(group: _Group, size: int, block_size: int | None, *, turned: bool) -> str | None:
-    """Why tables that need an array of their own are left; turned: by hashed signs."""
-    if turned and group.mean:
+def _reason_to_leave_apart(group: _Group, tables: list[_Swap], options: _Options) -> str | None:
+    """Why tables that need an array of their own can't have one."""
+    if group.mean and options.sign and options.init == "random":
         return f"its values are around {group.mean:.2g}, and sign=True would turn half of them round"
-    if size < _widest(group, block_size):
+    size, least = _size(group, tables, options)
+    if size < least:
         return f"its values are around {group.mean:.2g}, and an array of such tables would be smaller than a block"
     return None
 
 
-def _array_of(
-    group: _Group, size: int, ratio: float, block_size: int | None, *, seed: int, init_std: float | None, device
-) -> RobeArray:
+def _array_of(group: _Group, tables: list[_Swap], options: _Options) -> RobeArray:
     """The array in the place of a group's tables."""
-    first, widest = group.tables[0].weight, _widest(group, block_size)
-    if size < widest:
+    first = group.tables[0].weight
+    size, least = _size(group, tables, options)
+    if size < least:
         floats = sum(table.weight.numel() for table in group.tables)
         raise ValueError(
-            f"ratio: {floats} weights compressed {ratio:g} times leave {size}, fewer than one block of {widest}; "
-            "compress less"
+            f"ratio: {floats} weights compressed {options.ratio:g} times leave {size}, fewer than one block of "
+            f"{least}; compress less"
         )
-    if init_std is None:
+    std = options.init_std
+    if std is None:
         # torch's N(0, 1) would be noise that never trains away (docs/accuracy.md).
         measured = any(table.values is not None for table in group.tables)
-        init_std = min(_median(group.tables, "std"), INIT_STD) if measured else INIT_STD
-    array = RobeArray(
-        size, seed=seed, init_std=init_std, init_mean=group.mean, dtype=first.dtype, device=device or first.device
-    )
+        std = min(_median(group.tables, "std"), INIT_STD) if measured else INIT_STD
+    device = options.device or first.device
+    array = RobeArray(size, seed=options.seed, init_std=std, init_mean=group.mean, dtype=first.dtype, device=device)
     array.weight.requires_grad_(first.requires_grad)
     vars(array.weight).update(vars(first))
     return array
@@ -340,6 +329,28 @@ def _array_of(
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Layers
+
+
+def _make_layers(
+    tables: list[_Swap], options: _Options
+) -> tuple[dict[nn.Module, RobeEmbedding | RobeEmbeddingBag], dict[tuple[str, ...], RobeArray]]:
+    """The layer in the place of each module, and the array of each table, by its names."""
+    layers: dict[nn.Module, RobeEmbedding | RobeEmbeddingBag] = {}
+    arrays = {}
+    ids = {table.names: k for k, table in enumerate(tables)}
+    for group in _groups(tables, options):
+        array = _array_of(group, tables, options)
+        readers = []
+        for table in group.tables:
+            own = {"array": array, "table_id": ids[table.names], **options.of_layers}
+            layers |= {module: _layer(module, **own) for module in table.modules}
+            arrays[table.names] = array
+            # Rows count that any of a table's modules trains.
+            rows, dim = table.weight.shape
+            readers.append((RobeEmbedding(rows, dim, table.padding_idx, **own), table.weight))
+        if options.init == "project":
+            project(array, readers)
+    return layers, arrays
 
 
 def _names(model: nn.Module, modules: list[TorchTable]) -> tuple[str, ...]:
@@ -358,27 +369,45 @@ def _layer(module: TorchTable, **options: Any) -> RobeEmbedding | RobeEmbeddingB
     return layer.train(module.training)
 
 
-def _project(group: _Group, array: RobeArray, ids: dict[tuple[str, ...], int], **options: Any) -> None:
-    """Set an array to what is nearest to its tables; rows count that any of a table's modules trains."""
-    readers = [
-        RobeEmbedding(
-            table.weight.shape[0],
-            table.weight.shape[1],
-            table.padding_idx,
-            array=array,
-            table_id=ids[table.names],
-            **options,
-        )
-        for table in group.tables
-    ]
-    project(array, [(reader, table.weight) for reader, table in zip(readers, group.tables)])
-
-
 def _swap(model: nn.Module, layers: dict[nn.Module, RobeEmbedding | RobeEmbeddingBag]) -> None:
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child in layers:
                 parent._modules[name] = layers[child]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The report
+
+
+def _report(
+    found: list[tuple[tuple[str, ...], list[TorchTable]]],
+    reasons: dict[tuple[str, ...], str | None],
+    tables: list[_Swap],
+    arrays: dict[tuple[str, ...], RobeArray],
+    options: _Options,
+) -> CompressionReport:
+    before = {table.names: table.values for table in tables}
+    after = {}
+    if options.init == "random":
+        after = {names: Values(array.init_mean, array.init_std) for names, array in arrays.items()}
+    sizes = {id(array): array.size for array in arrays.values()}
+    return CompressionReport(
+        tables=tuple(
+            Table(
+                names,
+                module.num_embeddings,
+                module.embedding_dim,
+                reasons[names],
+                before=before.get(names),
+                after=after.get(names),
+            )
+            for names, (module, *_) in found
+        ),
+        array_floats=sum(sizes.values()),
+        admission_bytes=0 if options.admission is None else options.admission.bytes,
+        notes=_notes(tables, len(sizes)),
+    )
 
 
 def _swapped(table: Table) -> str:

@@ -83,7 +83,10 @@ def test_the_hook_of_a_weight_still_runs_beside_swapped_tables(change):
 
 
 def test_subclasses_are_left_if_they_do_more_than_a_table():
-    for make, reason in ((WithMethod, "is a WithMethod, which has nearest of its own"), (Mixed, "which has rows of its")):
+    for make, reason in (
+        (WithMethod, "is a WithMethod, which has nearest of its own"),
+        (Mixed, "which has rows of its"),
+    ):
         table = make(1000, 8) if make is WithMethod else make(1000)
         assert reason in reason_to_leave(table, [table], min_rows=1, init="random")
     table = WithInit(1000)
