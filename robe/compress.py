@@ -286,8 +286,9 @@ def _median(tables: list[_Swap], what: str) -> float:
 
 
 def _size(group: _Group, tables: list[_Swap], options: _Options) -> tuple[int, int]:
-    """The size of a group's array, which with its share of a filter is smaller than the tables by the ratio; and the
-    least size, that of a block.
+    """The size of a group's array, and the least that it needs, a block.
+
+    Together with its share of a filter it is smaller than the tables by the ratio.
     """
     floats, all_floats = (sum(table.weight.numel() for table in some) for some in (group.tables, tables))
     filter_bytes = 0.0 if options.admission is None else options.admission.bytes * floats / all_floats
