@@ -30,18 +30,24 @@ class Tables(nn.Module):
             table, as in facebookresearch/dlrm.
     """
 
-    table_rows: Tensor
-    first_rows: Tensor
+    _beside_weight: tuple[str, ...] = ("table_rows", "first_rows")  # tensors that go where it goes
 
     def __init__(self, table_rows: Sequence[int], embedding_dim: int):
         super().__init__()
-        rows = torch.tensor(table_rows)
-        self.register_buffer("table_rows", rows, persistent=False)
-        self.register_buffer("first_rows", rows.cumsum(0) - rows, persistent=False)
+        # No buffers, which could be left unset: they follow from the arguments. Real even in a model made on meta.
+        self.table_rows = torch.tensor(table_rows, device="cpu")
+        self.first_rows = self.table_rows.cumsum(0) - self.table_rows
         self.weight = nn.Parameter(torch.empty(sum(table_rows), embedding_dim))
         with torch.no_grad():
             for table in self.weight.split(list(table_rows)):
                 table.uniform_(-(len(table) ** -0.5), len(table) ** -0.5)
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        if not self.weight.is_meta:
+            for name in self._beside_weight:
+                setattr(self, name, getattr(self, name).to(self.weight.device))
+        return self
 
     def rows(self, ids: Tensor, feature: Tensor | slice = slice(None)) -> Tensor:
         """Return the row of each id in its table.
@@ -108,17 +114,17 @@ class VocabularyTables(Tables):
         vocabulary: the known ids of each feature, ascending, in [0, 2**32); None: they come from a state_dict.
     """
 
-    features: Tensor
     keys: Tensor
+    _beside_weight = (*Tables._beside_weight, "features")
 
     def __init__(self, table_rows: Sequence[int], embedding_dim: int, vocabulary: Sequence[Tensor] | None):
         super().__init__(table_rows, embedding_dim)
-        features = torch.arange(len(table_rows)) << _ID_BITS
+        features = torch.arange(len(table_rows), device="cpu") << _ID_BITS
         if vocabulary is None:
             keys = torch.zeros(sum(table_rows) - len(table_rows), dtype=torch.int64)
         else:
             keys = torch.cat([feature | ids for feature, ids in zip(features, vocabulary)])
-        self.register_buffer("features", features, persistent=False)
+        self.features = features
         self.register_buffer("keys", keys)  # feature << 32 | id, ascending over all features
 
     def rows(self, ids: Tensor, feature: Tensor | slice = slice(None)) -> Tensor:

@@ -20,6 +20,7 @@ class RobeArray(nn.Module):
         init_std: standard deviation of the initial values, N(0, init_std**2), drawn from torch's global generator.
             None: 0.01. Ids that training seldom sees keep reading these values, so a large scale is noise that never
             trains away; docs/accuracy.md has the figures behind the choice.
+        init_mean: mean of the initial values.
         dtype, device: of the weights, as in torch.
 
     Attributes:
@@ -34,7 +35,18 @@ class RobeArray(nn.Module):
         >>> items = RobeEmbedding(2_000_000, 16, array=array, table_id=1)
     """
 
-    def __init__(self, size: int, *, seed: int = 0, init_std: float | None = None, dtype=None, device=None):
+    init_mean = 0.0  # of whole arrays that 0.8.0 pickled
+
+    def __init__(
+        self,
+        size: int,
+        *,
+        seed: int = 0,
+        init_std: float | None = None,
+        init_mean: float = 0.0,
+        dtype=None,
+        device=None,
+    ):
         super().__init__()
         if size < 1:
             raise ValueError(f"size: expected at least 1 weight, got {size}")
@@ -42,6 +54,7 @@ class RobeArray(nn.Module):
             raise ValueError(f"init_std: expected at least 0, got {init_std}")
         self.seed = seed
         self.init_std = INIT_STD if init_std is None else init_std
+        self.init_mean = init_mean
         self.weight = nn.Parameter(torch.empty(size, dtype=dtype, device=device))
         self._optimizer: weakref.ref | None = None
         self.reset_parameters()
@@ -53,7 +66,7 @@ class RobeArray(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw the initial values again."""
-        nn.init.normal_(self.weight, std=self.init_std)
+        nn.init.normal_(self.weight, self.init_mean, self.init_std)
 
     def optimizer(self) -> Any:
         """Return the optimizer of robe.optim that takes this array's gradients, or None."""
@@ -134,7 +147,9 @@ class Int8RobeArray(nn.Module):
     def _apply(self, fn, recurse=True):
         scale = self.scale
         super()._apply(fn, recurse)
-        self.scale = scale.to(self.weight.device)  # in float32, whatever the dtype of the model around it
+        # In float32, whatever the dtype of the model around it.
+        device = self.weight.device
+        self.scale = torch.empty_like(scale, device=device) if scale.is_meta else scale.to(device)
         return self
 
     def extra_repr(self) -> str:

@@ -1,21 +1,26 @@
 """compress: swaps the embedding tables of any model for ROBE layers on one shared array."""
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from math import ceil
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from robe.admission import Admission
 from robe.array import INIT_STD, RobeArray
 from robe.layers.embedding import RobeEmbedding, RobeEmbeddingBag
-from robe.layers.tables import COMPONENTS_AT_ONCE, project
+from robe.layers.tables import COMPONENTS_AT_ONCE, check_finite, project
+from robe.swappable import TorchTable, own_attributes, reason_to_leave, tables_of
 
-TorchTable = nn.Embedding | nn.EmbeddingBag
+
+class Values(NamedTuple):
+    """The mean and the standard deviation of a table's components, those of a padding row left out."""
+
+    mean: float
+    std: float
 
 
 @dataclass(frozen=True)
@@ -26,12 +31,16 @@ class Table:
         names: of the modules that read it, as in ``named_modules``; several where modules share the weight.
         num_embeddings, embedding_dim: its shape.
         reason: why it was left as it was; None: it was swapped.
+        before: the values that it held; None: it was left, or on the meta device.
+        after: the values that its array begins with; None: it was left, or projected.
     """
 
     names: tuple[str, ...]
     num_embeddings: int
     embedding_dim: int
     reason: str | None = None
+    before: Values | None = field(default=None, compare=False)
+    after: Values | None = field(default=None, compare=False)
 
     @property
     def floats(self) -> int:
@@ -80,7 +89,7 @@ class CompressionReport:
         lines = [f"{'table':<{width}}  {'rows':>13}  {'dim':>5}"]
         for table in self.tables:
             shape = f"{table.num_embeddings:>13,}  {table.embedding_dim:>5}"
-            lines.append(f"{', '.join(table.names):<{width}}  {shape}  {table.reason or 'swapped'}")
+            lines.append(f"{', '.join(table.names):<{width}}  {shape}  {table.reason or _swapped(table)}")
         lines.append(
             f"{len(self.swapped)} of {len(self.tables)} tables swapped; floats of embeddings: "
             f"{self.floats_before:,} before, {self.floats_after:,} after, {self.array_floats:,} of them shared"
@@ -107,9 +116,11 @@ def compress(
 
     Every nn.Embedding and nn.EmbeddingBag with enough rows, wherever it is in the model (torchrec's
     EmbeddingBagCollection holds such modules too), is replaced in place, under its name, by a RobeEmbedding or
-    RobeEmbeddingBag with the same size, dimension, mode, padding and training mode. Tables that share a weight still
-    share one afterwards. Weights with the same device, dtype and ``requires_grad`` share one array, so usually there
-    is one array. Make the optimizer after this call, and DistributedDataParallel too. Code that reads the ``weight``
+    RobeEmbeddingBag with the same size, dimension, mode, padding, training mode and attributes. Tables that share a
+    weight still share one afterwards. Weights with the same device, dtype and ``requires_grad`` share one array, so
+    usually there is one array. Tables whose values are all equal, or whose mean is more than half of their standard
+    deviation, get an array of their own that begins there. What can't be carried over, such as a hook, leaves a table
+    as it is. Make the optimizer after this call, and DistributedDataParallel too. Code that reads the ``weight``
     of a swapped table itself gets an error: there is no table any more.
 
     Args:
@@ -133,7 +144,8 @@ def compress(
         CompressionReport.
 
     Raises:
-        ValueError: an argument out of range, no table to swap, or too few weights left. The model is then unchanged.
+        ValueError: an argument out of range, no table to swap, too few weights left, or a table with a value that is
+            not finite. The model is then unchanged.
 
     Examples:
         >>> model = nn.Sequential(nn.Embedding(1_000_000, 16), nn.Linear(16, 1))
@@ -144,125 +156,206 @@ def compress(
         raise ValueError(f"ratio: expected more than 1, got {ratio}")
     if init not in ("random", "project"):
         raise ValueError(f"init: expected 'random' or 'project', got {init!r}")
-    found = list(tables_of(model))
-    wanted = [(modules, reason_to_leave(model, modules, min_rows, init)) for modules in found]
-    swapped = [modules for modules, reason in wanted if reason is None]
-    if not swapped:
-        reasons = "; ".join(f"{_names(model, modules)[0] or 'it'}: {reason}" for modules, reason in wanted)
-        raise ValueError(f"model: no table to swap: {reasons or 'there is no nn.Embedding or nn.EmbeddingBag in it'}")
-    if init == "project" and any(modules[0].weight.is_meta for modules in swapped):
+    options = _Options(ratio, block_size, init, init_std, sign, seed, admission, device)
+    found = [(_names(model, modules), modules) for modules in tables_of(model)]
+    reasons = {names: reason_to_leave(model, modules, min_rows, init) for names, modules in found}
+    tables = [_Swap(names, modules, _values(names, modules)) for names, modules in found if reasons[names] is None]
+    if init == "project" and any(table.values is None for table in tables):
         raise ValueError("init='project': tables on the meta device have no weights to project")
-
-    layers, arrays = _make_layers(swapped, ratio, init, block_size, sign, admission, seed, init_std, device)
-    report = CompressionReport(
-        tables=tuple(
-            Table(_names(model, [module, *others]), module.num_embeddings, module.embedding_dim, reason)
-            for (module, *others), reason in wanted
-        ),
-        array_floats=sum(array.size for array in arrays),
-        admission_bytes=0 if admission is None else admission.bytes,
-        notes=_notes(swapped, len(arrays)),
-    )
+    for group in _groups(tables, options):
+        reason = _reason_to_leave_apart(group, tables, options) if group.is_apart else None
+        reasons |= {table.names: reason for table in group.tables}
+    tables = [table for table in tables if reasons[table.names] is None]
+    if not tables:
+        why = "; ".join(f"{names[0] or 'it'}: {reason}" for names, reason in reasons.items())
+        raise ValueError(f"model: no table to swap: {why or 'there is no nn.Embedding or nn.EmbeddingBag in it'}")
+    layers, arrays = _make_layers(tables, options)
+    report = _report(found, reasons, tables, arrays, options)
     _swap(model, layers)
     model = layers.get(model, model)
     model.compression_report = report  # type: ignore[assignment]
     return model
 
 
-def _make_layers(
-    tables: list[list[TorchTable]],
-    ratio: float,
-    init: str,
-    block_size: int | None,
-    sign: bool,
-    admission: Admission | None,
-    seed: int,
-    init_std: float | None,
-    device,
-) -> tuple[dict[nn.Module, RobeEmbedding | RobeEmbeddingBag], list[RobeArray]]:
-    """The layer in the place of each module, and their arrays; arguments as in ``compress``."""
-    options = {"block_size": block_size, "sign": sign, "admission": admission}
-    layers: dict[nn.Module, RobeEmbedding | RobeEmbeddingBag] = {}
-    arrays = []
-    total = sum(modules[0].weight.numel() for modules in tables)
-    for members in _by_kind(tables, device):
-        weights = [tables[k][0].weight for k in members]
-        bytes = 0.0 if admission is None else admission.bytes * sum(w.numel() for w in weights) / total
-        array = _array_for(weights, ratio, bytes, block_size, seed=seed, init_std=init_std, device=device)
-        arrays.append(array)
-        for k in members:
-            layers |= {module: _layer(module, array=array, table_id=k, **options) for module in tables[k]}
-        if init == "project":
-            project(array, [(layers[tables[k][0]], tables[k][0].weight) for k in members])
-    return layers, arrays
+class _Options(NamedTuple):
+    """The arguments of ``compress`` that say how arrays and layers are made."""
+
+    ratio: float
+    block_size: int | None
+    init: str
+    init_std: float | None
+    sign: bool
+    seed: int
+    admission: Admission | None
+    device: Any
+
+    @property
+    def of_layers(self) -> dict[str, Any]:
+        """The keywords of the layers."""
+        return {"block_size": self.block_size, "sign": self.sign, "admission": self.admission}
 
 
-def _by_kind(tables: list[list[TorchTable]], device) -> Iterable[list[int]]:
-    """The indices of tables whose weights can share an array: of one device, dtype and requires_grad."""
-    kinds: dict[tuple, list[int]] = {}
-    for k, (module, *_) in enumerate(tables):
-        weight = module.weight
-        kinds.setdefault((device or weight.device, weight.dtype, weight.requires_grad), []).append(k)
-    return kinds.values()
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables, and what they hold
 
 
-def _array_for(
-    weights: list[Tensor], ratio: float, filter_bytes: float, block_size: int | None, *, seed, init_std, device
-) -> RobeArray:
-    """The array in the place of some tables, smaller by ``ratio`` together with its share of a filter."""
-    first = weights[0]
-    floats = sum(weight.numel() for weight in weights)
-    size = int(floats / ratio) - ceil(filter_bytes / first.dtype.itemsize)
-    widest = max(block_size or weight.shape[1] for weight in weights)
-    if size < widest:
-        raise ValueError(
-            f"ratio: {floats} weights compressed {ratio:g} times leave {max(size, 0)}, fewer than one block of "
-            f"{widest}; compress less"
+class _Swap(NamedTuple):
+    """A table that is swapped."""
+
+    names: tuple[str, ...]
+    modules: list[TorchTable]
+    values: Values | None  # None: on the meta device
+
+    @property
+    def weight(self) -> Tensor:
+        return self.modules[0].weight
+
+    @property
+    def padding_idx(self) -> int | None:
+        """The row that no module of the table trains."""
+        padding = {module.padding_idx for module in self.modules}
+        return padding.pop() if len(padding) == 1 else None
+
+
+@torch.no_grad()
+def _values(names: tuple[str, ...], modules: list[TorchTable]) -> Values | None:
+    """What a table holds, refused where it is not finite; constant values are found in all of it."""
+    table = _Swap(names, modules, None)
+    weight = table.weight.detach()
+    if weight.is_meta:
+        return None
+    low, high = torch.aminmax(weight)
+    if not (low.isfinite() and high.isfinite()):
+        check_finite(f"model: the table {names[0] or 'itself'}", weight)
+    parts = [weight]
+    if table.padding_idx is not None and len(weight) > 1:
+        parts = [part for part in (weight[: table.padding_idx], weight[table.padding_idx + 1 :]) if len(part)]
+        low, high = (min(part.amin() for part in parts), max(part.amax() for part in parts))
+    if low == high:
+        return Values(float(low), 0.0)
+    step = ceil(weight.numel() / COMPONENTS_AT_ONCE)
+    sample = torch.cat([part[::step] for part in parts]).double()
+    return Values(float(sample.mean()), float(sample.std(correction=0)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arrays
+
+
+class _Group(NamedTuple):
+    """Tables that share an array, whose values begin around ``mean``.
+
+    They are apart from others of their kind where all values of a table are equal, or their mean is not 0.
+    """
+
+    tables: list[_Swap]
+    mean: float
+    is_apart: bool
+
+
+def _groups(tables: list[_Swap], options: _Options) -> list[_Group]:
+    """Tables that can share an array: of one device, dtype, requires_grad and attributes, and around one mean.
+
+    A shared array has one mean and one scale of initial values. Around 0 the scale may differ from a table's, but where
+    all values of a table are equal, or its mean is more than half of its standard deviation, they are meant: zeros of
+    biases, ones of gates. An array of zeros, in turn, would not train factors.
+    """
+    groups: dict[tuple, list[_Swap]] = {}
+    for table in tables:
+        weight, values = table.weight, table.values
+        attributes = tuple(
+            (name, value if isinstance(value, (bool, int, float, str)) else id(value))
+            for name, value in sorted(vars(weight).items())
         )
-    std = _scale(weights) if init_std is None else init_std
-    array = RobeArray(size, seed=seed, init_std=std, dtype=first.dtype, device=device or first.device)
+        center = None
+        if values is not None and values.std == 0 and (values.mean or options.init_std is None):
+            center = values.mean
+        elif values is not None and abs(values.mean) > values.std / 2:
+            center = float(f"{values.mean:.2g}")
+        constant = values is not None and values.std == 0
+        kind = options.device or weight.device, weight.dtype, weight.requires_grad, attributes
+        groups.setdefault((*kind, center, center is not None and constant), []).append(table)
+    return [
+        _Group(of_kind, 0.0 if center is None else _median(of_kind, "mean"), center is not None)
+        for (*_, center, _), of_kind in groups.items()
+    ]
+
+
+def _median(tables: list[_Swap], what: str) -> float:
+    return median(getattr(table.values, what) for table in tables if table.values is not None)
+
+
+def _size(group: _Group, tables: list[_Swap], options: _Options) -> tuple[int, int]:
+    """The size of a group's array, and the least that it needs, a block.
+
+    Together with its share of a filter it is smaller than the tables by the ratio.
+    """
+    floats, all_floats = (sum(table.weight.numel() for table in some) for some in (group.tables, tables))
+    filter_bytes = 0.0 if options.admission is None else options.admission.bytes * floats / all_floats
+    size = int(floats / options.ratio) - ceil(filter_bytes / group.tables[0].weight.dtype.itemsize)
+    return max(size, 0), max(options.block_size or table.weight.shape[1] for table in group.tables)
+
+
+def _reason_to_leave_apart(group: _Group, tables: list[_Swap], options: _Options) -> str | None:
+    """Why tables that need an array of their own can't have one."""
+    if group.mean and options.sign and options.init == "random":
+        return f"its values are around {group.mean:.2g}, and sign=True would turn half of them round"
+    size, least = _size(group, tables, options)
+    if size < least:
+        return f"its values are around {group.mean:.2g}, and an array of such tables would be smaller than a block"
+    return None
+
+
+def _array_of(group: _Group, tables: list[_Swap], options: _Options) -> RobeArray:
+    """The array in the place of a group's tables."""
+    first = group.tables[0].weight
+    size, least = _size(group, tables, options)
+    if size < least:
+        floats = sum(table.weight.numel() for table in group.tables)
+        raise ValueError(
+            f"ratio: {floats} weights compressed {options.ratio:g} times leave {size}, fewer than one block of "
+            f"{least}; compress less"
+        )
+    std = options.init_std
+    if std is None:
+        # torch's N(0, 1) would be noise that never trains away (docs/accuracy.md).
+        measured = any(table.values is not None for table in group.tables)
+        std = min(_median(group.tables, "std"), INIT_STD) if measured else INIT_STD
+    device = options.device or first.device
+    array = RobeArray(size, seed=options.seed, init_std=std, init_mean=group.mean, dtype=first.dtype, device=device)
     array.weight.requires_grad_(first.requires_grad)
+    vars(array.weight).update(vars(first))
     return array
 
 
-def tables_of(model: nn.Module) -> Iterator[list[TorchTable]]:
-    """Yield the modules of each table: one, or several that share a weight."""
-    of_weight: dict[int, list[TorchTable]] = {}
-    for module in model.modules():
-        if isinstance(module, TorchTable):
-            # A parametrized module computes its weight anew each time.
-            of_weight.setdefault(id(module._parameters.get("weight", module)), []).append(module)
-    yield from of_weight.values()
+# ---------------------------------------------------------------------------------------------------------------------
+# Layers
+
+
+def _make_layers(
+    tables: list[_Swap], options: _Options
+) -> tuple[dict[nn.Module, RobeEmbedding | RobeEmbeddingBag], dict[tuple[str, ...], RobeArray]]:
+    """The layer in the place of each module, and the array of each table, by its names."""
+    layers: dict[nn.Module, RobeEmbedding | RobeEmbeddingBag] = {}
+    arrays = {}
+    ids = {table.names: k for k, table in enumerate(tables)}
+    for group in _groups(tables, options):
+        array = _array_of(group, tables, options)
+        readers = []
+        for table in group.tables:
+            own = {"array": array, "table_id": ids[table.names], **options.of_layers}
+            layers |= {module: _layer(module, **own) for module in table.modules}
+            arrays[table.names] = array
+            # Rows count that any of a table's modules trains.
+            rows, dim = table.weight.shape
+            readers.append((RobeEmbedding(rows, dim, table.padding_idx, **own), table.weight))
+        if options.init == "project":
+            project(array, readers)
+    return layers, arrays
 
 
 def _names(model: nn.Module, modules: list[TorchTable]) -> tuple[str, ...]:
     return tuple(name for name, module in model.named_modules(remove_duplicate=False) if module in modules)
-
-
-def reason_to_leave(model: nn.Module, modules: list[TorchTable], min_rows: int, init: str) -> str | None:
-    """Return why a table, given as the modules that share it, can't be swapped; None if it can."""
-    weight = modules[0].weight
-    if len(weight) < min_rows:
-        return f"has fewer than {min_rows:,} rows"
-    if not weight.is_floating_point():
-        return f"is of {weight.dtype}"
-    if not weight.requires_grad and init == "random":
-        return "is frozen, and nothing would train random values: init='project' keeps what it holds"
-    for other in model.modules():
-        if other not in modules and any(p is weight for p in other._parameters.values()):
-            return f"its weight is also that of a {type(other).__name__}"
-    for module in modules:
-        if type(module).forward not in (nn.Embedding.forward, nn.EmbeddingBag.forward):
-            return f"is a {type(module).__name__}, which has a forward of its own"
-        if parametrize.is_parametrized(module):
-            return "is parametrized"
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
-            return "has hooks"
-        if module.max_norm is not None:
-            return "max_norm: rows on an array share weights, so one can't be rescaled alone"
-        if module.scale_grad_by_freq:
-            return "scale_grad_by_freq: not supported by ROBE layers"
-    return None
 
 
 def _layer(module: TorchTable, **options: Any) -> RobeEmbedding | RobeEmbeddingBag:
@@ -270,7 +363,10 @@ def _layer(module: TorchTable, **options: Any) -> RobeEmbedding | RobeEmbeddingB
     if isinstance(module, nn.EmbeddingBag):
         make = RobeEmbeddingBag
         options = options | {"mode": module.mode, "include_last_offset": module.include_last_offset}
+    elif module.padding_idx is not None and not module.weight.is_meta:
+        options = options | {"padding_row": module.weight[module.padding_idx]}
     layer = make(module.num_embeddings, module.embedding_dim, padding_idx=module.padding_idx, **options)
+    vars(layer).update(own_attributes(module))
     return layer.train(module.training)
 
 
@@ -281,20 +377,56 @@ def _swap(model: nn.Module, layers: dict[nn.Module, RobeEmbedding | RobeEmbeddin
                 parent._modules[name] = layers[child]
 
 
-@torch.no_grad()
-def _scale(weights: list[Tensor]) -> float:
-    """The scale of initial values; torch's N(0, 1) would be noise that never trains away (docs/accuracy.md)."""
-    there = [weight.flatten()[:COMPONENTS_AT_ONCE].float() for weight in weights if not weight.is_meta]
-    return min(median(float(weight.std(correction=0)) for weight in there), INIT_STD) if there else INIT_STD
+# ---------------------------------------------------------------------------------------------------------------------
+# The report
 
 
-def _notes(swapped: list[list[TorchTable]], arrays: int) -> tuple[str, ...]:
+def _report(
+    found: list[tuple[tuple[str, ...], list[TorchTable]]],
+    reasons: dict[tuple[str, ...], str | None],
+    tables: list[_Swap],
+    arrays: dict[tuple[str, ...], RobeArray],
+    options: _Options,
+) -> CompressionReport:
+    before = {table.names: table.values for table in tables}
+    after = {}
+    if options.init == "random":
+        after = {names: Values(array.init_mean, array.init_std) for names, array in arrays.items()}
+    sizes = {id(array): array.size for array in arrays.values()}
+    return CompressionReport(
+        tables=tuple(
+            Table(
+                names,
+                module.num_embeddings,
+                module.embedding_dim,
+                reasons[names],
+                before=before.get(names),
+                after=after.get(names),
+            )
+            for names, (module, *_) in found
+        ),
+        array_floats=sum(sizes.values()),
+        admission_bytes=0 if options.admission is None else options.admission.bytes,
+        notes=_notes(tables, len(sizes)),
+    )
+
+
+def _swapped(table: Table) -> str:
+    if table.after is None:
+        return "swapped"
+    before = "" if table.before is None else f"from mean {table.before.mean:.2g}, std {table.before.std:.2g} "
+    return f"swapped, {before}to mean {table.after.mean:.2g}, std {table.after.std:.2g}"
+
+
+def _notes(swapped: list[_Swap], arrays: int) -> tuple[str, ...]:
     notes = []
-    if any(module.sparse for modules in swapped for module in modules):
+    if any(module.sparse for table in swapped for module in table.modules):
         notes.append(
             "some tables had sparse=True: the gradient of an array is dense, which torch.optim.SparseAdam refuses; "
             "use robe.optim, or an optimizer for dense gradients"
         )
     if arrays > 1:
-        notes.append(f"tables with different device, dtype or requires_grad can't share: there are {arrays} arrays")
+        notes.append(
+            f"tables with different device, dtype, requires_grad or mean can't share: there are {arrays} arrays"
+        )
     return tuple(notes)

@@ -54,6 +54,7 @@ def choose_rows(read: Batches, keys: Tensor, most: int, *, times: int, rounds: i
     Returns:
         their row hashes, at most (most,) int64.
     """
+    read = _SameData(read)
     counts = _count(read, keys, counter_bytes)
     in_rounds = rounds > 1 and 0 < counts.rate < 1
     best = _candidates(read, keys, counts, times, _CANDIDATES * most if in_rounds else most)
@@ -67,6 +68,64 @@ def choose_rows(read: Batches, keys: Tensor, most: int, *, times: int, rounds: i
         if k < rounds:
             gain = model.train(_samples(read(), keys))
     return best[model.chosen.to(best.device)]
+
+
+class _SameData:
+    """Passes over a data set, each compared with the first at its end.
+
+    They agree in the number of ids and of labels, and in sums over ids and over those with label 1, modulo 2**64. So
+    the order of the samples and the cut into batches are free.
+    """
+
+    def __init__(self, read: Batches):
+        if not callable(read):
+            raise ValueError(
+                f"read: expected a function that gives the data anew at each call, got a {type(read).__name__}; "
+                "of a list or a DataLoader, lambda: it"
+            )
+        self._read, self._passes = read, 0
+        self._first: _Content | None = None
+
+    def __call__(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        self._passes += 1
+        batches = self._read()
+        found = _Content(0, 0, 0, 0)
+        for ids, labels in batches:
+            yield ids, labels
+            found = found.and_those(ids, labels)  # which by now are known to be of the right types and shapes
+        if self._first is None:
+            self._first = found
+            if not found.ids and isinstance(batches, Iterator) and iter(batches) is batches:
+                # A list may be empty; of an iterator, nobody could tell that from used up.
+                raise ValueError("read: expected an iterator over the data, got one that is empty or used up")
+        elif found != self._first:
+            raise ValueError(
+                f"read: expected the same data at each call, got {self._first.ids:,} ids in the first pass and "
+                f"{found.ids:,} in pass {self._passes}"
+                + (", other ones" if found.ids == self._first.ids else "")
+                + "; an iterator is used up after one pass, so make it in the function"
+            )
+
+
+class _Content(NamedTuple):
+    """What is compared of two passes."""
+
+    ids: int
+    labels: int
+    sum: int
+    clicked: int
+
+    def and_those(self, ids: Tensor, labels: Tensor | None) -> "_Content":
+        """The content with one more batch."""
+        mixed = ids.long() * ids  # of ids alone, sums of small ones are soon equal
+        clicked = 0 if labels is None else int((mixed * (labels > 0.5)).sum())
+        wrap = (1 << 64) - 1
+        return _Content(
+            self.ids + ids.numel(),
+            self.labels + (0 if labels is None else labels.numel()),
+            (self.sum + int(mixed.sum()) + int(ids.sum())) & wrap,
+            (self.clicked + clicked) & wrap,
+        )
 
 
 class _Counts(NamedTuple):

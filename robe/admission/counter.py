@@ -13,6 +13,23 @@ from robe.hashing import row_hash
 from robe.sketches import COUNTERS
 
 
+def moved(before: Tensor, after: Tensor) -> Tensor:
+    """Return a sketch that ``_apply`` has moved, with its values.
+
+    ``to_empty`` leaves memory unset, and ids would be counted or let in by chance.
+
+    Args:
+        before: the buffer as it was.
+        after: the buffer in its new place.
+
+    Returns:
+        ``after``, with the values of ``before``; zeros, as when it was made, if that was on the meta device.
+    """
+    if after is before or after.is_meta:
+        return after
+    return after.zero_() if before.is_meta else after.copy_(before)
+
+
 class IdCounter(nn.Module):
     """Counts how often each id was seen, approximately, in bounded memory.
 
@@ -34,6 +51,12 @@ class IdCounter(nn.Module):
         if bytes < 1024:
             raise ValueError(f"bytes: expected at least 1024 of an IdCounter, got {bytes}")
         self.register_buffer("counters", torch.zeros(COUNTERS, bytes // 16, dtype=torch.int32, device=device))
+
+    def _apply(self, fn, recurse=True):
+        before = self.counters
+        super()._apply(fn, recurse)
+        self.counters = moved(before, self.counters)
+        return self
 
     @torch.no_grad()
     def add(self, ids: Tensor, keys: Tensor) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from robe.admission.choice import choose_rows
-from robe.admission.counter import IdCounter
+from robe.admission.counter import IdCounter, moved
 from robe.hashing import row_hash
 from robe.sketches import BITS_OF_ID, admits, filter_places
 
@@ -95,6 +95,12 @@ class Admission(nn.Module):
             self._bits_set = _count_bits(self.filter.cpu().numpy())
         return self._bits_set >= _FULL * 64 * len(self.filter)
 
+    def _apply(self, fn, recurse=True):
+        before = self.filter
+        super()._apply(fn, recurse)
+        self.filter = moved(before, self.filter)
+        return self
+
     def _load_from_state_dict(self, *arguments) -> None:
         super()._load_from_state_dict(*arguments)
         self._bits_set = None
@@ -128,9 +134,9 @@ class Admission(nn.Module):
         80 bytes for each of 8 times as many ids as have room.
 
         Args:
-            read: gives the data anew at each call, as pairs: ids, and the label of each, 0 or 1, or None. ids are as in
-                ``row_hash`` with keys; labels broadcast to them. Ids (..., F) with labels (..., 1) are samples of F
-                ids; with other labels each id is a sample.
+            read: gives the same data anew at each call, in any order, as pairs: ids, and the label of each, 0 or 1, or
+                None. ids are as in ``row_hash`` with keys; labels broadcast to them. Ids (..., F) with labels (..., 1)
+                are samples of F ids; with other labels each id is a sample.
             keys: ``table_keys`` of the layer that gets the Admission; before there is one, ``hashing.table_key`` of
                 the array's seed and each table_id.
             bytes: memory of the filter at most; it is made no larger than the ids need.
@@ -143,7 +149,8 @@ class Admission(nn.Module):
             the Admission, on the device of keys.
 
         Raises:
-            ValueError: bytes below 8; times, bits or rounds below 1; or ids or labels not as above.
+            ValueError: bytes below 8; times, bits or rounds below 1; ids or labels not as above; or a pass that reads
+                other data than the first, such as an iterator that is used up.
         """
         for name, value, least in (("bytes", bytes, 8), ("times", times, 1), ("bits", bits, 1), ("rounds", rounds, 1)):
             if value < least:

@@ -1,16 +1,22 @@
 """RobeEmbeddingBagCollection: all embedding tables of a recommender on one array, read in one operator call."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from functools import partial
 from itertools import accumulate
+from math import sqrt
 from typing import Any, Unpack
 
+import torch
 from torch import Tensor
 
+from robe.array import RobeArray
 from robe.hashing import TRAITS
 from robe.layers.options import LayerOptions
 from robe.layers.tables import RobeTables
 from robe.ops import POOLINGS
+
+_DATA_TYPES = {"FP32": torch.float32, "FP16": torch.float16, "BF16": torch.bfloat16}  # torchrec's names
 
 
 @dataclass
@@ -34,9 +40,77 @@ class EmbeddingBagConfig:
 
 def own_config(config: Any) -> EmbeddingBagConfig:
     """Return robe's config for one of torchrec's, whose pooling is an Enum with the same names."""
+    if not hasattr(config, "pooling"):
+        raise ValueError(f"tables: expected EmbeddingBagConfigs, got a {type(config).__name__}, which has no pooling")
     pooling = getattr(config.pooling, "value", config.pooling).lower()
     features = list(config.feature_names) or [config.name]
     return EmbeddingBagConfig(config.name, config.num_embeddings, config.embedding_dim, features, pooling)
+
+
+def dtype_of_configs(configs: Sequence[Any], dtype: torch.dtype | None, array: RobeArray | None) -> torch.dtype | None:
+    """Return the dtype of the array that tables ask for, and refuse what they ask for and can't have.
+
+    Args:
+        configs: torchrec's, or robe's, which ask for nothing.
+        dtype, array: of the layer's own array, or the array that it is given.
+
+    Returns:
+        dtype; where there is neither, that of the configs' ``data_type``.
+
+    Raises:
+        ValueError: an option that a shared array can't follow, such as ``init_fn``; data types that differ.
+    """
+    types = {config.name: _data_type(config) for config in configs}
+    for config in configs:
+        _refuse_options(config)
+        if types[config.name] != types[configs[0].name]:
+            raise ValueError(
+                f"tables: one array has one data_type; {configs[0].name!r} has {types[configs[0].name]}, "
+                f"{config.name!r} has {types[config.name]}"
+            )
+    wanted = next(iter(types.values()), None)
+    given = dtype if array is None else array.weight.dtype
+    if wanted in (None, torch.float32) or given == wanted:  # torchrec's default is float32, which asks for nothing
+        return dtype
+    if given is not None:
+        raise ValueError(f"tables: {configs[0].name!r} has data_type {wanted}, and the array is of {given}")
+    return wanted
+
+
+def _data_type(config: Any) -> torch.dtype | None:
+    """The dtype of a table; None if its config has none."""
+    value = getattr(config, "data_type", None)
+    name = getattr(value, "value", value)
+    if name is None or isinstance(name, torch.dtype):
+        return name
+    if name not in _DATA_TYPES:
+        raise ValueError(f"tables: {config.name!r} has data_type {name}: expected one of {', '.join(_DATA_TYPES)}")
+    return _DATA_TYPES[name]
+
+
+def _refuse_options(config: Any) -> None:
+    """Refuse each option of torchrec that asks for something and is not one of robe's or data_type."""
+    own = {"data_type", *(field.name for field in fields(EmbeddingBagConfig))}
+    defaults = {field.name: field.default for field in fields(config)} if is_dataclass(config) else {}
+    for name, value in vars(config).items():
+        if name in own or value is None or value is False or value == defaults.get(name) or value == []:
+            continue
+        if name == "init_fn" and _is_torchrecs_own(value, config):
+            continue
+        hint = ""
+        if name.startswith(("init_fn", "weight_init")):
+            hint = ", as rows share its weights; leave it out, and set init_std= or layer.array.weight"
+        raise ValueError(
+            f"tables: {config.name!r} has {name}={value!r}, which a table on a shared array can't have{hint}"
+        )
+
+
+def _is_torchrecs_own(init_fn: Any, config: Any) -> bool:
+    """Whether it is what torchrec's configs have where init_fn was not given."""
+    if not isinstance(init_fn, partial) or init_fn.func is not torch.nn.init.uniform_ or not config.num_embeddings:
+        return False
+    bound = sqrt(1 / config.num_embeddings)
+    return (init_fn.args, init_fn.keywords) == ((), {"a": -bound, "b": bound})
 
 
 class RobeEmbeddingBagCollection(RobeTables):
@@ -50,6 +124,7 @@ class RobeEmbeddingBagCollection(RobeTables):
             Where the collection's own array has room for every weight, the mapping is the identity.
         table_ids: of the tables in the hash, see RobeEmbedding; None: 0, 1, 2 ... Collections that share an array need
             different ones.
+        first_slot: where in the array the first table begins, with hash="identity", which lays one after another.
         block_size, sign, hash, admission: as in RobeEmbedding.
         seed, init_std, dtype, device: of the collection's own array; see RobeArray.
 
@@ -74,6 +149,7 @@ class RobeEmbeddingBagCollection(RobeTables):
         tables: Sequence[EmbeddingBagConfig],
         *,
         table_ids: Sequence[int] | None = None,
+        first_slot: int = 0,
         device=None,
         dtype=None,
         **options: Unpack[LayerOptions],
@@ -92,6 +168,7 @@ class RobeEmbeddingBagCollection(RobeTables):
             table_of_feature=[k for k, table in enumerate(tables) for _ in (table.feature_names or [table.name])],
             table_ids=range(len(tables)) if table_ids is None else table_ids,
             first_rows=[0, *accumulate(n or 0 for n in num_embeddings)][:-1],
+            first_slot=first_slot,
             device=device,
             dtype=dtype,
             **options,
@@ -100,12 +177,13 @@ class RobeEmbeddingBagCollection(RobeTables):
         self.table_ids = list(range(len(tables)) if table_ids is None else table_ids)
         self.feature_names = [name for table in tables for name in (table.feature_names or [table.name])]
         self.pooling = tables[0].pooling
+        self.first_slot = first_slot
 
     def arguments(self) -> dict[str, Any]:
         """Return the arguments, in JSON's types, that make this layer again on the same array and admission."""
         config = super().arguments() | {"tables": [asdict(table) for table in self.tables], "table_ids": self.table_ids}
         del config["embedding_dim"]  # of the tables
-        return config
+        return config | ({"first_slot": self.first_slot} if self.first_slot else {})
 
     @classmethod
     def from_configs(cls, tables: Sequence[Any], **options: Any) -> "RobeEmbeddingBagCollection":
@@ -114,10 +192,15 @@ class RobeEmbeddingBagCollection(RobeTables):
         For several dimensions or poolings, or for KeyedJaggedTensors, see RobeKeyedEmbeddingBagCollection.
 
         Args:
-            tables: torchrec's configs, or robe's.
+            tables: torchrec's configs, or robe's. Their data_type is that of the collection's own array.
             **options: keywords of the class.
+
+        Raises:
+            ValueError: as in the class; or a table with an option that a shared array can't follow, such as init_fn.
         """
-        return cls([own_config(table) for table in tables], **options)
+        tables = list(tables)
+        dtype = dtype_of_configs(tables, options.get("dtype"), options.get("array"))
+        return cls([own_config(table) for table in tables], **options | {"dtype": dtype})
 
     def forward(
         self,

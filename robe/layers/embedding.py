@@ -1,14 +1,16 @@
 """RobeEmbedding and RobeEmbeddingBag: nn.Embedding and nn.EmbeddingBag on a shared array."""
 
+from collections.abc import Sequence
 from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
 from robe.hashing import TRAITS
-from robe.layers.options import LayerOptions
-from robe.layers.tables import RobeTables, project
+from robe.layers.options import LayerOptions, check_options
+from robe.layers.tables import RobeTables, check_finite, project
 from robe.ops import POOLINGS
+from robe.ops.layout import embedding_dtype
 
 _NO_WEIGHT = "{} has no weight: its parameter is array.weight, shared; full_weight() computes the virtual table"
 
@@ -37,6 +39,7 @@ class _RobeTable(RobeTables):
         *,
         table_id: int = 0,
         first_row: int = 0,
+        padding_row: Tensor | Sequence[float] | None = None,
         **options: Unpack[LayerOptions],
     ):
         # norm_type is accepted because torch accepts it: it means nothing without max_norm.
@@ -56,6 +59,7 @@ class _RobeTable(RobeTables):
                 raise ValueError(f"padding_idx: expected to lie within {num_embeddings} rows, got {padding_idx}")
             padding_idx %= num_embeddings
         self.num_embeddings, self.padding_idx = num_embeddings, padding_idx
+        self.register_buffer("padding_row", self._checked_row(padding_row))
         self.table_id = table_id
         # Where there is room for every weight, the layer laid them out itself.
         self.first_row = self._keys[0] // embedding_dim if TRAITS[self.hash].key == "slot" else first_row
@@ -64,6 +68,23 @@ class _RobeTable(RobeTables):
         """Return the arguments, in JSON's types, that make this layer again on the same array and admission."""
         own = {"num_embeddings": self.num_embeddings, "padding_idx": self.padding_idx}
         return super().arguments() | own | {"table_id": self.table_id, "first_row": self.first_row}
+
+    def _checked_row(self, padding_row: Tensor | Sequence[float] | None) -> Tensor | None:
+        """The padding row as a buffer; None where it is zeros, which the operators give."""
+        if padding_row is None:
+            return None
+        row = padding_row.detach() if isinstance(padding_row, Tensor) else torch.tensor(padding_row, device="cpu")
+        if self.padding_idx is None or tuple(row.shape) != (self.embedding_dim,):
+            raise ValueError(
+                f"padding_row: expected {self.embedding_dim} values beside a padding_idx, got shape "
+                f"{tuple(row.shape)} and padding_idx={self.padding_idx}"
+            )
+        if not row.is_meta and not row.isfinite().all():
+            raise ValueError(f"padding_row: expected finite values, got {row.tolist()}")
+        if not row.is_meta and not row.any():
+            return None
+        weight = self.array.weight
+        return row.to(device=weight.device, dtype=embedding_dtype(weight), copy=True)
 
     @classmethod
     def _of_table(cls, embeddings: Tensor, freeze: bool, options: dict[str, Any]) -> "_RobeTable":
@@ -76,6 +97,7 @@ class _RobeTable(RobeTables):
                 "robe.compress(model, init='project') sets an array to several tables"
             )
         options = dict[str, Any](device=embeddings.device, dtype=embeddings.dtype) | options
+        check_finite("embeddings", embeddings)
         layer = cls(*embeddings.shape, **options)
         project(layer.array, [(layer, embeddings)])
         layer.array.requires_grad_(not freeze)
@@ -138,7 +160,7 @@ class RobeEmbedding(_RobeTable):
     Args:
         num_embeddings: size of the table; an id outside raises IndexError. None: any int64 id is legal.
         embedding_dim: D, components of an embedding.
-        padding_idx: the id that reads zeros and takes no gradient.
+        padding_idx: the id that reads zeros, or padding_row, and takes no gradient.
         max_norm, norm_type, scale_grad_by_freq, sparse, _weight, _freeze: torch's; refused where they ask for anything.
         array: the RobeArray to read from, shared with other layers.
         robe_size: the number of weights of the layer's own array.
@@ -152,12 +174,15 @@ class RobeEmbedding(_RobeTable):
         hash: "mix"; "linear", the formula of the authors' code; or "identity", a slot for every weight.
         first_row: size of all tables before this one in the array, for "linear" and "identity", which lay tables one
             after another. "identity" takes them to be as wide as this one.
+        padding_row: (D,), what padding_idx reads, as nn.Embedding's padding row may hold a value; None: zeros.
         admission: the ids that have an embedding of their own; the others of a table share one. None: all have.
         seed, init_std, dtype, device: of the layer's own array; see RobeArray.
 
     Attributes:
         array: the RobeArray, the only parameter.
         admission: the Admission, or None.
+        padding_row: buffer (D,), or None. It is in the ``state_dict`` where there is one, and loading one that has it
+            or has it not makes the layer the same.
 
     Raises:
         TypeError: an unknown keyword.
@@ -186,17 +211,21 @@ class RobeEmbedding(_RobeTable):
         Args:
             embeddings: (num_embeddings, embedding_dim); the array gets its device and dtype.
             freeze: whether the array is excluded from training.
-            padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse: as in the class.
+            padding_idx: as in the class; its row of embeddings is the padding_row.
+            max_norm, norm_type, scale_grad_by_freq, sparse: as in the class.
             **options: other arguments of the class, robe_size= or compression= among them.
 
         Returns:
             The layer.
 
         Raises:
-            ValueError: as in the class, or a shared array.
+            ValueError: as in the class; a shared array; or values that are not finite.
         """
         _refuse(max_norm, scale_grad_by_freq, sparse)
-        return cls._of_table(embeddings, freeze, {"padding_idx": padding_idx} | options)  # type: ignore[return-value]
+        own: dict[str, Any] = {"padding_idx": padding_idx}
+        if padding_idx is not None and embeddings.dim() == 2 and -len(embeddings) <= padding_idx < len(embeddings):
+            own["padding_row"] = embeddings[padding_idx]
+        return cls._of_table(embeddings, freeze, own | options)  # type: ignore[return-value]
 
     def forward(self, input: Tensor) -> Tensor:
         """Look ids up in the virtual table.
@@ -210,8 +239,34 @@ class RobeEmbedding(_RobeTable):
         Raises:
             IndexError: an id outside num_embeddings; on CUDA, an assertion on the device.
         """
-        embeddings = self._lookup(input.reshape(-1, 1), self.padding_idx)
-        return embeddings.view(*input.shape, self.embedding_dim)
+        embeddings = self._lookup(input.reshape(-1, 1), self.padding_idx).view(*input.shape, self.embedding_dim)
+        if self.padding_idx is None:
+            return embeddings
+        return self._with_padding_row(embeddings, input)
+
+    def full_weight(self) -> Tensor:
+        """Return the virtual table, as in RobeEmbeddingBag; the row of padding_idx is padding_row, or zeros."""
+        table = super().full_weight()
+        return self._with_padding_row(table, torch.arange(len(table), device=table.device))
+
+    def _with_padding_row(self, embeddings: Tensor, ids: Tensor) -> Tensor:
+        row = self._buffers.get("padding_row")  # whole models that 0.8.0 pickled have none
+        if row is None or self.padding_idx is None:
+            return embeddings
+        return torch.where(torch.eq(ids, self.padding_idx).unsqueeze(-1), row.to(embeddings.dtype), embeddings)
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments, in JSON's types, that make this layer again on the same array and admission."""
+        row = self._buffers.get("padding_row")
+        return super().arguments() | ({} if row is None else {"padding_row": row.tolist()})
+
+    def _load_from_state_dict(self, state_dict, prefix, *arguments) -> None:
+        if f"{prefix}padding_row" in state_dict and self.padding_idx is not None:
+            if self._buffers.get("padding_row") is None:
+                self.padding_row = self.array.weight.new_zeros(self.embedding_dim)
+        elif f"{prefix}array.weight" in state_dict:  # of a layer whose padding reads zeros
+            self._buffers["padding_row"] = None
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
 
 class RobeEmbeddingBag(_RobeTable):
@@ -256,6 +311,7 @@ class RobeEmbeddingBag(_RobeTable):
         first_row: int = 0,
         **options: Unpack[LayerOptions],
     ):
+        check_options(type(self), options, LayerOptions.__annotations__)  # a bag leaves padding out, whatever its row
         of_torch = max_norm, norm_type, scale_grad_by_freq, sparse, _weight, False, device, dtype
         super().__init__(
             num_embeddings, embedding_dim, padding_idx, *of_torch, table_id=table_id, first_row=first_row, **options

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from robe.admission import Admission
 from robe.array import RobeArray
-from robe.layers.collection import RobeEmbeddingBagCollection, own_config
-from robe.layers.options import SharedOptions, check_options
-from robe.layers.tables import resolve_array
+from robe.layers.collection import RobeEmbeddingBagCollection, dtype_of_configs, own_config
+from robe.layers.options import LayerOptions, SharedOptions, check_options
+from robe.layers.tables import has_room, resolve_array
 
 
 class _Column(NamedTuple):
@@ -31,14 +31,18 @@ class RobeKeyedEmbeddingBagCollection(nn.Module):
 
     Args:
         tables: torchrec's EmbeddingBagConfigs, or robe's; a feature may be in several tables. Table k has table_id k.
+            Their data_type is that of the layer's own array.
         is_weighted: whether the weights of a KeyedJaggedTensor multiply the embeddings; with pooling "sum" only.
+        first_slot: where in the array the tables begin, one after another, with a slot for every weight. None: they are
+            hashed with "mix"; but where the layer's own array has room for every weight, they begin at 0.
         array, robe_size, compression: exactly one, as in RobeEmbedding. compression is that of all tables together.
-        block_size, sign, admission: as in RobeEmbedding; the hash is "mix".
+        block_size, sign, admission: as in RobeEmbedding.
         seed, init_std, dtype, device: of the layer's own array; see RobeArray.
 
     Raises:
         TypeError: an unknown keyword.
-        ValueError: an argument out of range, or two tables with one name.
+        ValueError: an argument out of range; two tables with one name; or an option of a table that a shared array
+            can't follow, such as torchrec's init_fn.
 
     Examples:
         >>> tables = [EmbeddingBagConfig("user", 10_000, 16), EmbeddingBagConfig("words", None, 8, pooling="mean")]
@@ -47,17 +51,22 @@ class RobeKeyedEmbeddingBagCollection(nn.Module):
         torch.Size([2, 8])
     """
 
+    _version = 2  # 1, of 0.8.0, hashed in arrays with room for every weight too
+
     def __init__(
         self,
         tables: Sequence[Any],
         *,
         is_weighted: bool = False,
+        first_slot: int | None = None,
         device=None,
         dtype=None,
         **options: Unpack[SharedOptions],
     ):
         super().__init__()
         check_options(type(self), options, SharedOptions.__annotations__)
+        tables = list(tables)
+        dtype = dtype_of_configs(tables, dtype, options.get("array"))
         configs = [own_config(table) for table in tables]
         if not configs:
             raise ValueError("tables: expected at least one EmbeddingBagConfig")
@@ -67,8 +76,11 @@ class RobeKeyedEmbeddingBagCollection(nn.Module):
         floats = [None if c.num_embeddings is None else c.num_embeddings * c.embedding_dim for c in configs]
         table_weights = None if None in floats else sum(n or 0 for n in floats)
         array = resolve_array(options, table_weights=table_weights, device=device, dtype=dtype)
+        if first_slot is None and has_room(options, array, table_weights):
+            first_slot = 0
         block_size = options.get("block_size")
-        self._configs, self._is_weighted = list(tables), is_weighted
+        self._first_slot = first_slot
+        self._configs, self._is_weighted = tables, is_weighted
         self._block_size = block_size
         uses = Counter(feature for config in configs for feature in config.feature_names)
         self._columns: list[_Column] = []  # of the output, table by table
@@ -82,27 +94,42 @@ class RobeKeyedEmbeddingBagCollection(nn.Module):
                 self._columns.append(_Column(name, feature, config.embedding_dim))
         # In a collection of robe's a feature is in one table.
         configs = [replace(c, feature_names=[f"{feature}@{c.name}" for feature in c.feature_names]) for c in configs]
-        self.collections = nn.ModuleList(
-            RobeEmbeddingBagCollection(
-                [configs[k] for k in members],
-                array=array,
-                table_ids=members,
-                block_size=block_size,
-                sign=options.get("sign", False),
-                admission=options.get("admission"),
+        self.collections = nn.ModuleList()
+        shared: LayerOptions = {
+            "array": array,
+            "block_size": block_size,
+            "sign": options.get("sign", False),
+            "admission": options.get("admission"),
+        }
+        for members, _ in groups.values():
+            of_group = [configs[k] for k in members]
+            if first_slot is not None:
+                shared["hash"] = "identity"
+            self.collections.append(
+                RobeEmbeddingBagCollection(of_group, table_ids=members, first_slot=first_slot or 0, **shared)
             )
-            for members, _ in groups.values()
-        )
+            if first_slot is not None:
+                first_slot += sum((c.num_embeddings or 0) * c.embedding_dim for c in of_group)
         self._columns_of_collection = [columns for _, columns in groups.values()]
 
     def arguments(self) -> dict[str, Any]:
         """Return the arguments, in JSON's types, that make this layer again on the same array and admission."""
         tables, sign = [asdict(own_config(table)) for table in self._configs], self.collections[0].sign
-        return {"tables": tables, "is_weighted": self._is_weighted, "block_size": self._block_size, "sign": sign}
+        config = {"tables": tables, "is_weighted": self._is_weighted, "block_size": self._block_size, "sign": sign}
+        return config if self._first_slot is None else config | {"first_slot": self._first_slot}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._columns = [_Column(*column) for column in self._columns]  # 0.8.0 pickled plain tuples
+        self.__dict__.setdefault("_first_slot", None)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+        if local_metadata.get("version") == 1 and self._first_slot is not None:
+            errors.append(
+                f"{prefix or 'tables'}: hashed in this checkpoint of 0.8.0, and here every weight has its own slot; "
+                "give the layer array=robe.RobeArray(size) to read as 0.8.0 did"
+            )
 
     @property
     def array(self) -> RobeArray:

@@ -31,14 +31,19 @@ class RobeTables(nn.Module):
         table_of_feature: for each feature the index of its table.
         table_ids: of each table, for "mix".
         first_rows: of each table, for "linear" and "identity".
+        first_slot: where the first of the tables begins in the array, for "identity".
         device, dtype: of the layer's own array.
         options: see LayerOptions.
 
     Attributes:
         array: the RobeArray, or its Int8RobeArray.
         admission: the Admission, or None.
-        table_keys: buffer (F,) int64, the hash key of each feature's table.
-        num_embeddings_per_feature: buffer (F,) int64, 0 for an unbounded table.
+        table_keys: (F,) int64, the hash key of each feature's table.
+        num_embeddings_per_feature: (F,) int64, 0 for an unbounded table.
+
+    These two tensors follow from the arguments, so they are no buffers: whatever fills a module's buffers, or leaves
+    them on the meta device, would set them to other keys, and rows would be read elsewhere. They lie where the array
+    lies, or on the CPU while it is on the meta device.
 
     Raises:
         TypeError: an unknown keyword.
@@ -56,6 +61,7 @@ class RobeTables(nn.Module):
         table_of_feature: Sequence[int],
         table_ids: Sequence[int],
         first_rows: Sequence[int],
+        first_slot: int = 0,
         device=None,
         dtype=None,
         **options: Unpack[LayerOptions],
@@ -70,16 +76,17 @@ class RobeTables(nn.Module):
         array = resolve_array(options, table_weights=table_weights, device=device, dtype=dtype)
         if admission is not None and not TRAITS[hash].has_admission:
             raise ValueError(f"admission: expected hash='mix' with it, got {hash!r}")
-        own = options.get("array") is None
-        has_room = table_weights is not None and array.size >= table_weights
-        if own and has_room and admission is None and TRAITS[hash].key == "table":
-            # Room for every weight: no hash can do better than a slot for each.
+        if TRAITS[hash].key == "table" and has_room(options, array, table_weights):
             hash, first_rows = "identity", [0, *accumulate(bounds)][:-1]
+        if first_slot and TRAITS[hash].key != "slot":
+            raise ValueError(
+                f"first_slot: expected 0 with hash={hash!r}, which has no order of slots, got {first_slot}"
+            )
         if TRAITS[hash].key == "table":
             keys = [table_key(array.seed, table_id) for table_id in table_ids]
         else:
             slots_each = embedding_dim if TRAITS[hash].key == "slot" else 1
-            keys = [first * slots_each for first in first_rows]
+            keys = [first_slot + first * slots_each for first in first_rows]
         _check_room(array, keys, bounds, embedding_dim, block_size, hash)
 
         self.array, self.admission = array, admission
@@ -88,8 +95,7 @@ class RobeTables(nn.Module):
         # Whole models that 0.8.0 pickled have these two names.
         self._keys = [keys[table] for table in table_of_feature]
         self._rows = [bounds[table] for table in table_of_feature]
-        for name, values in (("table_keys", self._keys), ("num_embeddings_per_feature", self._rows)):
-            self.register_buffer(name, torch.tensor(values, device=array.weight.device), persistent=False)
+        self._place_tables()
 
     def arguments(self) -> dict[str, Any]:
         """Return the arguments, in JSON's types, that make this layer again on the same array and admission."""
@@ -106,12 +112,22 @@ class RobeTables(nn.Module):
 
     def take_keys(self, other: "RobeTables") -> None:
         """Read where another layer of the same tables reads: take the hash keys, which stand for its array's seed."""
-        self._keys, self.table_keys = other._keys, other.table_keys
+        self._keys = other._keys
+        self._place_tables()
 
-    def _tables(self, padding_idx: int | None = None) -> tuple:
+    def _place_tables(self) -> None:
+        """Make the tensors of keys and bounds where the array is now."""
+        weight, _ = self.array.read()
+        device = torch.device("cpu") if weight.is_meta else weight.device
+        self._device_index = weight.get_device()
+        self.table_keys = torch.tensor(self._keys, device=device)
+        self.num_embeddings_per_feature = torch.tensor(self._rows, device=device)
+
+    def _tables(self, weight: Tensor, padding_idx: int | None = None) -> tuple:
         """The fields of ``layout.Tables``; a plain tuple, since making a NamedTuple takes as long as hashing a row."""
-        buffers = self._buffers  # past nn.Module.__getattr__, which costs as much as reading a batch of one
-        keys, bounds = buffers["table_keys"], buffers["num_embeddings_per_feature"]
+        if weight.get_device() != self._device_index:  # an integer, quicker to compare than devices
+            self._place_tables()
+        keys, bounds = self.table_keys, self.num_embeddings_per_feature
         return keys, bounds, self.embedding_dim, self.block_size, self.hash, self.sign, padding_idx
 
     def _lookup(self, ids: Tensor, padding_idx: int | None = None, out: Tensor | None = None) -> Tensor:
@@ -133,7 +149,7 @@ class RobeTables(nn.Module):
     def _read(self, name: str, ids: tuple, padding_idx: int | None, out: Tensor | None) -> Tensor:
         array: RobeArray | Int8RobeArray = self._modules["array"]  # type: ignore[assignment]
         weight, scale = array.read()
-        tables = self._tables(padding_idx)
+        tables = self._tables(weight, padding_idx)
         arguments = (*ids, *tables)
         admission: Admission | None = self._modules.get("admission")  # type: ignore[assignment]
         filter = None
@@ -180,7 +196,7 @@ class RobeTables(nn.Module):
             raise ValueError("full_weight: a table without num_embeddings has no end")
         weight, scale = self.array.read()
         ids = torch.arange(self._rows[feature], device=weight.device).unsqueeze(1)
-        keys, bounds, *layout = self._tables(padding_idx)
+        keys, bounds, *layout = self._tables(weight, padding_idx)
         table = slice(feature, feature + 1)
         filter = None if self.admission is None else self.admission.filter
         optimizer = self.array.optimizer() if torch.is_grad_enabled() and weight.requires_grad else None
@@ -199,14 +215,38 @@ class RobeTables(nn.Module):
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
-        # to_empty leaves buffers unset, and these are in no state_dict: other keys would silently read other rows.
-        self.table_keys.copy_(torch.tensor(self._keys))
-        self.num_embeddings_per_feature.copy_(torch.tensor(self._rows))
+        self._place_tables()
         return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for name in ("table_keys", "num_embeddings_per_feature"):  # 0.8.0 had them as buffers
+            self._buffers.pop(name, None)
+            self._non_persistent_buffers_set.discard(name)
+        self._place_tables()
 
     def reset_parameters(self) -> None:
         """Draw the array's initial values again."""
         self.array.reset_parameters()
+
+
+def check_finite(name: str, table: Tensor) -> None:
+    """Refuse a table with a value that would spread to all that share its slots.
+
+    Args:
+        name: of the table, in the error.
+        table: (num_embeddings, D).
+
+    Raises:
+        ValueError: a value is infinite or not a number; says where.
+    """
+    for start in range(0, len(table), rows := max(1, COMPONENTS_AT_ONCE // table.shape[1])):
+        piece = table[start : start + rows]
+        bad = (~piece.isfinite()).nonzero()
+        if len(bad):
+            row, column = bad[0].tolist()
+            value = piece[row, column].item()
+            raise ValueError(f"{name}: expected finite values, got {value} in row {start + row}, component {column}")
 
 
 @torch.no_grad()
@@ -269,6 +309,18 @@ def _check_room(
             f"block_size: an array of {array.size} weights does not hold one block of {block_size}; "
             "take a larger array (share one between tables), or a smaller block"
         )
+
+
+def has_room(options: SharedOptions, array: RobeArray, table_weights: int | None) -> bool:
+    """Return whether a layer's own array holds every weight: then no hash does better than a slot for each.
+
+    Args:
+        options: of the layer; a filter needs a hash.
+        array: that ``resolve_array`` returned.
+        table_weights: as there.
+    """
+    own = options.get("array") is None and options.get("admission") is None
+    return own and table_weights is not None and array.size >= table_weights
 
 
 def resolve_array(options: SharedOptions, *, table_weights: int | None, device, dtype) -> RobeArray:

@@ -25,6 +25,7 @@ a table read that of SHARED_ID. Bounds and padding_idx are about the ids as they
 Bodies register themselves: those in plain torch here, kernels in robe/backends.py.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -76,21 +77,54 @@ for _name, _body in REFERENCE.items():
 # Fakes: the shapes alone, for torch.compile and torch.export
 
 
+def _register_fakes(*names: str) -> Callable[[Callable[..., Any]], None]:
+    """Register a fake for some operators, which refuses meta tensors beside real ones.
+
+    torch calls the fake as soon as one argument is a meta tensor. What it returns holds no values, or has the device of
+    a real argument and unset memory. The tables alone may be real: a layer keeps them so while its array is on meta.
+    """
+
+    def register(fake: Callable[..., Any]) -> None:
+        for name in names:
+            torch.library.register_fake(f"robe::{name}", _without_mixtures(name, fake))
+
+    return register
+
+
+def _without_mixtures(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    parameters = [parameter.name for parameter in getattr(torch.ops.robe, name).default._schema.arguments]
+
+    def checked(*arguments: Any, **named: Any) -> Any:
+        result = fake(*arguments, **named)  # which may have more to say of the arguments
+        given = {**dict(zip(parameters, arguments)), **named}
+        real, meta = [], []
+        for parameter, value in given.items():
+            tensors = [x for x in (value if isinstance(value, list) else [value]) if isinstance(x, Tensor)]
+            meta += [parameter for x in tensors if x.is_meta]
+            real += [parameter for x in tensors if not x.is_meta and parameter not in ("table_keys", "num_embeddings")]
+        if real and meta:
+            raise ValueError(
+                f"{meta[0]}: expected a tensor with values, as {real[0]} is, got one on the meta device; was a part of "
+                "the model left on the meta device?"
+            )
+        return result
+
+    return checked
+
+
 def _checked(weight: Tensor, call: Call) -> Call:
     check_array(weight, call.scale)
     call.check(weight)
     return call
 
 
-@torch.library.register_fake("robe::lookup")
-@torch.library.register_fake("robe::lookup_forward")
+@_register_fakes("lookup", "lookup_forward")
 def _(weight, *arguments):
     call = _checked(weight, unpack_lookup(arguments))
     return weight.new_empty(*call.ids.shape, call.tables.embedding_dim, dtype=embedding_dtype(weight))
 
 
-@torch.library.register_fake("robe::bag")
-@torch.library.register_fake("robe::bag_forward")
+@_register_fakes("bag", "bag_forward")
 def _(weight, *arguments):
     call = _checked(weight, unpack_bag(arguments))
     assert call.bags is not None
@@ -99,40 +133,33 @@ def _(weight, *arguments):
     return weight.new_empty(shape, dtype=embedding_dtype(weight))
 
 
-@torch.library.register_fake("robe::lookup_backward")
-@torch.library.register_fake("robe::bag_backward")
+@_register_fakes("lookup_backward", "bag_backward")
 def _(grad, weight, *_):
     return torch.empty_like(weight)
 
 
-@torch.library.register_fake("robe::bag_weights_backward")
+@_register_fakes("bag_weights_backward")
 def _(grad, weight, values, offsets, per_sample_weights, *_):
     return torch.empty_like(per_sample_weights)
 
 
-@torch.library.register_fake("robe::id_counts")
+@_register_fakes("id_counts")
 def _(counters, row_hashes):
     return torch.empty_like(row_hashes)
 
 
-@torch.library.register_fake("robe::frequent_rows_")
-@torch.library.register_fake("robe::observe_ids_")
+@_register_fakes("frequent_rows_", "observe_ids_")
 def _(counters, ids, *_):
     return ids.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64)
 
 
-@torch.library.register_fake("robe::sum_gradients")
+@_register_fakes("sum_gradients")
 def _(weight, *_):
-    touched = torch.library.get_ctx().new_dynamic_size()
-    return weight.new_empty(touched, dtype=torch.int64), weight.new_empty(
-        touched, dtype=accumulation_dtype(weight.dtype)
-    )
+    sums = weight.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=accumulation_dtype(weight.dtype))
+    return torch.empty_like(sums, dtype=torch.int64), sums
 
 
-@torch.library.register_fake("robe::count_ids_")
-@torch.library.register_fake("robe::lookup_out")
-@torch.library.register_fake("robe::bag_out")
-@torch.library.register_fake("robe::update_")
+@_register_fakes("count_ids_", "lookup_out", "bag_out", "update_")
 def _(*_, **__):
     return None
 

@@ -57,6 +57,21 @@ def test_vocabulary_gives_known_ids_rows_of_their_own_and_all_others_one():
     assert (rows[-4:-1] == tables.table_rows - 1).all()
 
 
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize(
+    "make",
+    [lambda: Tables([5, 7], 4), lambda: VocabularyTables([3, 3], 4, [torch.tensor([1, 5]), torch.tensor([2, 3])])],
+    ids=["tables", "vocabulary"],
+)
+def test_tables_from_the_meta_device_read_what_they_are_filled_with(make, assign):
+    source, ids = make(), torch.randint(0, 9, (20, 2), generator=torch.Generator().manual_seed(0))
+    tables = make().to("meta")
+    if not assign:
+        tables.to_empty(device="cpu")
+    tables.load_state_dict(source.state_dict(), assign=assign)
+    assert torch.equal(tables(ids), source(ids))
+
+
 def test_vocabulary_is_part_of_the_state():
     known = [torch.tensor([3, 9]), torch.tensor([], dtype=torch.int64), torch.tensor([2**32 - 1])]
     trained = VocabularyTables([3, 1, 2], 4, known)

@@ -249,6 +249,129 @@ def test_an_admission_counts_as_memory():
     assert "an admission of 400 bytes" in str(model.compression_report)
 
 
+# -- What tables hold -------------------------------------------------------------------------------------------------
+
+
+def filled(**values):
+    """Tables of 2000 rows: of a number, one wide and constant; of two, normal with this mean and scale."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({name: nn.Embedding(2000, 1 if isinstance(x, float) else 8) for name, x in values.items()})
+    for name, x in values.items():
+        nn.init.constant_(model[name].weight, x) if isinstance(x, float) else nn.init.normal_(model[name].weight, *x)
+    return model
+
+
+@pytest.mark.parametrize("init", ["random", "project"])
+def test_constants_are_read_as_they_are_and_train(init):
+    model = robe.compress(filled(user=(0.0, 0.1), zero=0.0, other=0.0, one=1.0), 10, init=init)
+    assert model["zero"].array is model["other"].array
+    assert model["zero"].array is not model["user"].array is not model["one"].array
+    assert not model["zero"].full_weight().any()
+    assert (model["one"].full_weight() == 1).all()
+    if init == "random":
+        assert model["user"].full_weight().std().item() == pytest.approx(0.01, rel=0.1)
+    ids = torch.randint(0, 2000, (500,))
+    (model["user"](ids).sum(1) * model["one"](ids)[:, 0] + model["zero"](ids)[:, 0]).sum().backward()
+    assert all(model[name].array.weight.grad.any() for name in ("user", "zero", "one"))
+    assert "there are 3 arrays" in str(model.compression_report)
+
+
+def test_the_mean_of_a_table_is_kept():
+    model = robe.compress(filled(plain=(0.0, 0.1), gates=(1.0, 0.05), more=(1.0, 0.001), tilted=(0.01, 0.1)), 10)
+    assert model["plain"].array is model["tilted"].array
+    assert model["gates"].array is model["more"].array
+    assert model["gates"].full_weight().mean().item() == pytest.approx(1, abs=0.01)
+    assert model["plain"].full_weight().mean().item() == pytest.approx(0, abs=0.01)
+    model["gates"].reset_parameters()
+    assert model["gates"].full_weight().mean().item() == pytest.approx(1, abs=0.01)
+
+
+def test_the_report_says_what_tables_held_and_begin_with():
+    report = robe.compress(filled(plain=(0.0, 0.1), one=1.0), 10).compression_report
+    before, after = zip(*((table.before, table.after) for table in report.swapped))
+    assert before[0] == pytest.approx((0, 0.1), abs=0.01)
+    assert before[1] == after[1] == (1, 0)
+    assert after[0] == (0, 0.01)
+    assert "swapped, from mean 1, std 0 to mean 1, std 0" in str(report)
+
+
+def test_a_padding_row_does_not_hide_a_constant():
+    model = nn.ModuleDict({"a": nn.Embedding(2000, 1, padding_idx=5), "b": nn.Embedding(2000, 8)})
+    nn.init.constant_(model["a"].weight, 0.5)
+    with torch.no_grad():
+        model["a"].weight[5] = 0
+    robe.compress(model, 10)
+    want = torch.full((2000, 1), 0.5)
+    want[5] = 0
+    assert torch.equal(model["a"].full_weight(), want)
+
+
+@pytest.mark.parametrize(
+    ("options", "values", "reason"),
+    [
+        ({"sign": True}, {"one": 1.0}, "its values are around 1, and sign=True would turn half of them round"),
+        ({"ratio": 1900, "block_size": 2}, {"zero": 0.0}, "would be smaller than a block"),
+    ],
+)
+def test_constants_that_cannot_be_kept_are_left(options, values, reason):
+    model = robe.compress(filled(plain=(0.0, 0.1), **values), **{"ratio": 10} | options)
+    (left,) = model.compression_report.left
+    assert reason in left.reason
+    assert robe.compress(filled(plain=(0.0, 0.1), zero=0.0), 10, sign=True).compression_report.left == ()
+
+
+def test_a_scale_that_is_given_is_that_of_zeros_too():
+    model = robe.compress(filled(plain=(0.0, 0.1), zero=0.0), 10, init_std=0.2)
+    assert model["plain"].array is model["zero"].array
+    assert model["zero"].array.init_std == 0.2
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_constants_of_every_dtype(dtype):
+    table = nn.Embedding(1000, 4, dtype=dtype)
+    nn.init.constant_(table.weight, 0.3)
+    want = table.weight.detach().clone()
+    assert torch.equal(robe.compress(nn.Sequential(table), 10)[0].full_weight(), want)
+
+
+@pytest.mark.parametrize("init", ["random", "project"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_table_that_is_not_finite_is_refused_by_name(init, bad):
+    model = nn.ModuleDict({"user": nn.Embedding(2000, 8), "item": nn.Embedding(2000, 8, padding_idx=1)})
+    tables = list(model.values())
+    model["item"].weight.data[1999, 3] = bad
+    with pytest.raises(ValueError, match=f"the table item: expected finite values, got {bad} in row 1999, component 3"):
+        robe.compress(model, 10, init=init)
+    assert list(model.values()) == tables
+
+
+@pytest.mark.parametrize("init", ["random", "project"])
+def test_a_padding_row_with_a_value_is_read_and_not_trained(init):
+    table = nn.Embedding(1000, 8, padding_idx=-1)
+    nn.init.normal_(table.weight)
+    want = table.weight[999].detach().clone()
+    layer = robe.compress(nn.Sequential(table), 10, init=init)[0]
+    assert torch.equal(layer(torch.tensor(999)), want)
+    layer(torch.tensor([999])).sum().backward()
+    assert not layer.array.weight.grad.any()
+    assert not robe.compress(nn.Sequential(nn.Embedding(1000, 8, padding_idx=0)), 10)[0](torch.tensor(0)).any()
+
+
+def test_a_row_that_is_padding_for_one_of_two_tied_modules_is_projected_for_the_other():
+    model = nn.ModuleDict({"rows": nn.Embedding(1000, 8, padding_idx=0), "bag": nn.EmbeddingBag(1000, 8, mode="sum")})
+    model["bag"].weight = model["rows"].weight
+    nn.init.normal_(model["rows"].weight)
+    want = model["rows"].weight.detach().clone()
+    robe.compress(model, 1.0001, init="project", block_size=1)
+    other = nn.Embedding(1000, 8)
+    other.weight.data.copy_(want)
+    alone = robe.compress(nn.Sequential(other), 1.0001, init="project", block_size=1)[0]
+    read = model["bag"].full_weight()
+    assert read[0].any()
+    assert torch.equal(read, alone.full_weight())
+    assert torch.equal(model["rows"](torch.tensor(0)), want[0])
+
+
 # -- Copies -----------------------------------------------------------------------------------------------------------
 
 

@@ -188,3 +188,49 @@ def test_nothing_to_choose_from():
     for labels, message in ((torch.ones(3, 1), "labels: expected"), (torch.ones(99, 2), "labels: expected")):
         with pytest.raises(ValueError, match=message):
             robe.Admission.choose(lambda y=labels: [(data[0][0], y)], KEYS, 8, counter_bytes=1024)
+
+
+DATA = [(ids_of(100, 3, seed=seed, top=50), torch.rand(100, 1).round()) for seed in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("later", "message"),
+    [
+        ([], "got 1,200 ids in the first pass and 0 in pass 2"),
+        (DATA[:3], "got 1,200 ids in the first pass and 900 in pass 2"),
+        ([*DATA[:3], DATA[0]], "got 1,200 ids in the first pass and 1,200 in pass 2, other ones"),
+        ([(ids, 1 - labels) for ids, labels in DATA], "1,200 in pass 2, other ones"),
+        ([(ids, None) for ids, _ in DATA], "1,200 in pass 2, other ones"),
+    ],
+)
+def test_passes_that_read_other_data_are_refused(later, message):
+    passes = iter([DATA, later])
+    with pytest.raises(ValueError, match=message):
+        robe.Admission.choose(lambda: next(passes), KEYS, 100, counter_bytes=1 << 14)
+
+
+@pytest.mark.parametrize("used", [0, 1, 4])
+def test_an_iterator_that_can_be_read_once_is_refused(used):
+    once = iter(DATA)
+    for _ in range(used):
+        next(once)
+    with pytest.raises(ValueError, match=r"read: expected .*used up"):
+        robe.Admission.choose(lambda: once, KEYS, 100, counter_bytes=1 << 14)
+
+
+def test_data_that_is_no_function_is_refused():
+    with pytest.raises(ValueError, match=r"read: expected a function .* got a list"):
+        robe.Admission.choose(DATA, KEYS, 100, counter_bytes=1 << 14)
+
+
+def test_every_pass_may_be_shuffled_and_cut_anew():
+    ids, labels = (torch.cat(part) for part in zip(*DATA))
+
+    def read():
+        order = torch.randperm(len(ids))
+        return zip(ids[order].split(37), labels[order].split(37))
+
+    options = {"times": 2, "rounds": 1, "counter_bytes": 1 << 20}
+    want = robe.Admission.choose(lambda: DATA, KEYS, 16, **options)
+    assert want.filter.any()
+    assert torch.equal(robe.Admission.choose(read, KEYS, 16, **options).filter, want.filter)

@@ -274,6 +274,28 @@ def test_an_admission_is_saved_copied_and_moved_with_its_layer():
     torch.testing.assert_close(int8(BOUNDED), layer(BOUNDED).detach(), rtol=0, atol=3e-4)
 
 
+def test_an_admission_keeps_its_ids_where_a_layer_is_emptied():
+    admission = robe.Admission(512, threshold=2, counter_bytes=1024)
+    ids, key = torch.arange(30), torch.tensor(5)
+    admission.admit(ids, key)
+    admission.counter.add(ids, key)
+    layer = torch.nn.utils.skip_init(robe.RobeEmbedding, 1000, 8, robe_size=80, admission=admission)
+    assert layer.admission.admits(ids, key).all()
+    assert (layer.admission.counter.count(ids, key) >= 1).all()
+
+
+def test_an_admission_from_the_meta_device_is_empty_until_it_is_loaded():
+    source = robe.Admission(512, threshold=2, counter_bytes=1024)
+    source.admit(torch.arange(30), torch.tensor(5))
+    with torch.device("meta"):
+        admission, assigned = (robe.Admission(512, threshold=2, counter_bytes=1024) for _ in range(2))
+    admission.to_empty(device="cpu")
+    assert not admission.filter.any()
+    assert not admission.counter.counters.any()
+    assigned.load_state_dict(source.state_dict(), assign=True)
+    assert torch.equal(assigned.filter, source.filter)
+
+
 def test_compiled():
     layer = collection(robe.Admission(512)).eval()
     layer.admission.admit(BOUNDED[:30], layer.table_keys)

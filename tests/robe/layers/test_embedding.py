@@ -3,6 +3,11 @@
 The table and the way of a gradient from the table to the array come from the oracle, not from the layers.
 """
 
+import copy
+import json
+import math
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+import robe
 from robe import RobeArray, RobeEmbedding, RobeEmbeddingBag
 from tests.helpers.marks import asserted_on_gpus
 from tests.helpers.oracle import places, table_grad_to_array
@@ -462,3 +468,88 @@ def test_bag_refuses_an_unknown_mode():
 def test_bag_refuses_inputs_that_do_not_fit(options, inputs, message):
     with pytest.raises(ValueError, match=message):
         RobeEmbeddingBag(ROWS, DIM, compression=10, **options)(*inputs)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A padding row with a value
+
+
+def pretrained(padding_idx, freeze=False, **options):
+    """nn.Embedding with a trained padding row, and the layer that equals it."""
+    table = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
+    options = {"padding_idx": padding_idx, "freeze": freeze} | options
+    layer = RobeEmbedding.from_pretrained(table, compression=1, **options)
+    return torch.nn.Embedding.from_pretrained(table, freeze=freeze, padding_idx=padding_idx), layer
+
+
+@pytest.mark.parametrize("padding_idx", [0, -1, 7])
+def test_a_padding_row_is_read_and_not_trained_as_in_torch(padding_idx):
+    theirs, ours = pretrained(padding_idx)
+    ids = torch.arange(50).view(5, 10)
+    assert torch.equal(ours.full_weight(), theirs.weight)
+    for layer, weight in ((theirs, theirs.weight), (ours, ours.array.weight)):
+        optimizer = torch.optim.SGD([weight], lr=0.5)
+        layer(ids).square().sum().backward()
+        optimizer.step()
+    assert torch.equal(ours(ids), theirs(ids))
+    ours.full_weight().sum().backward()
+    assert not ours.array.weight.grad.view(50, 8)[padding_idx].any()
+
+
+def test_a_padding_row_goes_where_the_layer_goes(tmp_path):
+    theirs, ours = pretrained(3)
+    ids = torch.arange(50)
+    robe.save(ours, tmp_path / "layer")
+    again = RobeEmbedding(array=ours.array, **json.loads(json.dumps(ours.arguments())))
+    for copied in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours)), robe.load(tmp_path / "layer"), again):
+        assert torch.equal(copied(ids), theirs(ids))
+    assert torch.equal(copy.deepcopy(ours).bfloat16()(ids), theirs(ids).bfloat16())
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(ids), theirs(ids))
+    int8 = copy.deepcopy(ours)
+    int8.array = ours.array.quantized()
+    assert torch.equal(int8(ids)[3], theirs(ids)[3])
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_padding_row_is_what_the_state_dict_has(assign):
+    """Without an entry, as in those of 0.8.0, padding reads zeros."""
+    theirs, ours = pretrained(3)
+    plain = RobeEmbedding(50, 8, 3, compression=1)
+    before = {name: weight.clone() for name, weight in plain.state_dict().items()}
+    assert list(before) == ["array.weight"]
+    plain.load_state_dict(ours.state_dict(), assign=assign)
+    assert torch.equal(plain(torch.arange(50)), theirs(torch.arange(50)))
+    plain.load_state_dict(before, assign=assign)
+    assert not plain(torch.tensor(3)).any()
+    assert list(plain.state_dict()) == ["array.weight"]
+    ours.load_state_dict({}, strict=False)  # of another part of a model
+    assert torch.equal(ours(torch.tensor(3)), theirs(torch.tensor(3)))
+
+
+def test_a_padding_row_of_zeros_is_none():
+    assert RobeEmbedding(9, 4, 0, robe_size=9, padding_row=[0.0] * 4).padding_row is None
+    assert "padding_row" not in RobeEmbedding(9, 4, 0, robe_size=9).arguments()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"padding_idx": 0, "padding_row": [1.0]}, r"padding_row: expected 4 values .* got shape \(1,\)"),
+        ({"padding_row": [1.0] * 4}, "padding_row: expected 4 values beside a padding_idx"),
+        ({"padding_idx": 0, "padding_row": [math.nan] * 4}, "padding_row: expected finite values"),
+    ],
+)
+def test_padding_rows_that_do_not_fit_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        RobeEmbedding(9, 4, robe_size=9, **options)
+    with pytest.raises(TypeError, match="RobeEmbeddingBag: got an unexpected keyword argument 'padding_row'"):
+        RobeEmbeddingBag(9, 4, robe_size=9, padding_row=[1.0] * 4)
+
+
+@pytest.mark.parametrize("kind", [RobeEmbedding, RobeEmbeddingBag])
+def test_a_table_that_is_not_finite_is_refused(kind):
+    table = torch.zeros(20, 4)
+    table[7, 2] = math.inf
+    with pytest.raises(ValueError, match="embeddings: expected finite values, got inf in row 7, component 2"):
+        kind.from_pretrained(table, compression=2)

@@ -4,7 +4,10 @@ KeyedJaggedTensor and KeyedTensor here have the methods of torchrec's that are u
 """
 
 import enum
+import functools
+import math
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -278,3 +281,139 @@ def test_refused_dicts():
     layer = robe.RobeKeyedEmbeddingBagCollection([Config(2000, 8, "t0")], robe_size=500, is_weighted=True)
     with pytest.raises(ValueError, match=r"expected \(values, offsets, weights\), got a tensor"):
         layer({"t0": ids})
+
+
+# -- Tables that fit --------------------------------------------------------------------------------------------------
+
+FIT = [
+    robe.EmbeddingBagConfig("a", 50, 4, ["x"]),
+    robe.EmbeddingBagConfig("b", 7, 6, ["y", "z"], "mean"),
+    robe.EmbeddingBagConfig("c", 70, 4, ["u"]),
+]
+FLOATS = 50 * 4 + 7 * 6 + 70 * 4
+
+
+def slots_read(layer):
+    """The slot of each component of each table: what it reads where the array holds its own slots."""
+    with torch.no_grad():
+        layer.array.weight.copy_(torch.arange(layer.array.size))
+    tables = {f: c.full_weight(f) for c in layer.collections for f in c.feature_names}
+    assert torch.equal(tables["y@b"], tables["z@b"])
+    return torch.cat([tables[f].flatten() for f in ("x@a", "y@b", "u@c")])
+
+
+@pytest.mark.parametrize(
+    "options", [{"compression": 1}, {"compression": 0.5}, {"robe_size": FLOATS}, {"robe_size": FLOATS + 9}]
+)
+def test_an_array_with_room_for_every_weight_gives_each_a_slot(options):
+    layer = robe.RobeKeyedEmbeddingBagCollection(FIT, **options, block_size=3, sign=True)
+    assert slots_read(layer).sort().values.tolist() == list(range(FLOATS))
+    arguments = layer.arguments()
+    tables = [robe.EmbeddingBagConfig(**table) for table in arguments.pop("tables")]
+    again = robe.RobeKeyedEmbeddingBagCollection(tables, array=layer.array, **arguments)
+    ids = {"x": torch.arange(7), "y": torch.arange(7), "z": torch.arange(7), "u": torch.arange(7)}
+    for name, want in layer(ids).items():
+        assert torch.equal(again(ids)[name], want)
+
+
+def test_keyed_collections_lie_one_behind_the_other_on_a_shared_array():
+    array = robe.RobeArray(2 * FLOATS)
+    layers = [robe.RobeKeyedEmbeddingBagCollection(FIT, array=array, first_slot=k * FLOATS) for k in range(2)]
+    assert torch.cat([slots_read(layer) for layer in layers]).sort().values.tolist() == list(range(2 * FLOATS))
+    with pytest.raises(ValueError, match="the array has"):
+        robe.RobeKeyedEmbeddingBagCollection(FIT, array=array, first_slot=FLOATS + 1)
+
+
+@pytest.mark.parametrize(
+    "options", [{"robe_size": FLOATS - 1}, {"array": robe.RobeArray(FLOATS)}, {"compression": 1, "admission": True}]
+)
+def test_without_room_or_on_a_shared_array_keyed_tables_are_hashed(options):
+    if "admission" in options:
+        options = options | {"admission": robe.Admission(8)}
+    layer = robe.RobeKeyedEmbeddingBagCollection(FIT, **options)
+    assert {collection.hash for collection in layer.collections} == {"mix"}
+
+
+def test_weights_that_0_8_0_hashed_are_not_read_from_other_slots():
+    layer = robe.RobeKeyedEmbeddingBagCollection(FIT, compression=1)
+    state = layer.state_dict()
+    layer.load_state_dict(state)
+    layer.load_state_dict(dict(state))
+    state._metadata[""]["version"] = 1
+    with pytest.raises(RuntimeError, match=r"hashed in this checkpoint of 0\.8\.0"):
+        layer.load_state_dict(state)
+    robe.RobeKeyedEmbeddingBagCollection(FIT, array=robe.RobeArray(FLOATS)).load_state_dict(state)
+
+
+# -- Options of torchrec's configs ------------------------------------------------------------------------------------
+
+
+class DataType(enum.Enum):
+    FP32 = "FP32"
+    BF16 = "BF16"
+    INT8 = "INT8"
+
+
+@dataclass
+class WholeConfig(Config):
+    """With torchrec's other options and their defaults."""
+
+    data_type: DataType = DataType.FP32
+    weight_init_max: float | None = None
+    weight_init_min: float | None = None
+    need_pos: bool = False
+    use_virtual_table: bool = False
+    total_num_buckets: int | None = None
+
+    def __post_init__(self):
+        if self.init_fn is None:
+            bound = math.sqrt(1 / self.num_embeddings)
+            self.init_fn = functools.partial(torch.nn.init.uniform_, a=-bound, b=bound)
+
+
+KINDS = {
+    "keyed": robe.RobeKeyedEmbeddingBagCollection,
+    "from_configs": robe.RobeEmbeddingBagCollection.from_configs,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"init_fn": torch.nn.init.ones_}, "'t' has init_fn=.*leave it out, and set init_std="),
+        ({"init_fn": functools.partial(torch.nn.init.uniform_, a=0, b=1)}, "'t' has init_fn="),
+        ({"weight_init_max": 0.0}, r"'t' has weight_init_max=0\.0"),
+        ({"weight_init_min": -1.0}, r"'t' has weight_init_min=-1\.0"),
+        ({"need_pos": True}, "'t' has need_pos=True"),
+        ({"use_virtual_table": True}, "'t' has use_virtual_table=True"),
+        ({"total_num_buckets": 7}, "'t' has total_num_buckets=7"),
+        ({"data_type": DataType.INT8}, "'t' has data_type INT8: expected one of FP32, FP16, BF16"),
+        (
+            {"data_type": DataType.BF16},
+            "one array has one data_type; 'first' has torch.float32, 't' has torch.bfloat16",
+        ),
+    ],
+)
+def test_options_that_a_shared_array_cannot_follow_are_refused_by_name(kind, option, message):
+    with pytest.raises(ValueError, match=message):
+        kind([WholeConfig(50, 8, "first"), WholeConfig(50, 8, "t", **option)], robe_size=99)
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_the_data_type_of_configs_is_that_of_the_array(kind):
+    tables = [WholeConfig(50, 8, name, data_type=DataType.BF16) for name in "ab"]
+    assert kind(tables, robe_size=99).array.weight.dtype == torch.bfloat16
+    assert kind(tables, robe_size=99, dtype=torch.bfloat16).array.weight.dtype == torch.bfloat16
+    assert kind(tables, array=robe.RobeArray(99, dtype=torch.bfloat16)).array.size == 99
+    with pytest.raises(ValueError, match=r"'a' has data_type torch\.bfloat16, and the array is of torch.float64"):
+        kind(tables, robe_size=99, dtype=torch.float64)
+    whole = [WholeConfig(50, 8, name) for name in "ab"]
+    assert kind(whole, robe_size=99, dtype=torch.float64).array.weight.dtype == torch.float64
+
+
+def test_a_config_without_pooling_is_refused():
+    with pytest.raises(ValueError, match="got a SimpleNamespace, which has no pooling"):
+        robe.RobeKeyedEmbeddingBagCollection(
+            [SimpleNamespace(name="t", num_embeddings=5, embedding_dim=4, feature_names=[])], robe_size=99
+        )

@@ -1,7 +1,11 @@
 """RobeTables: what a layer tells of itself, whose keys it takes, and which array it gets."""
 
+import copy
+import pickle
+
 import pytest
 import torch
+from torch import nn
 
 import robe
 from robe.layers.tables import RobeTables, project, resolve_array
@@ -28,8 +32,79 @@ def test_a_layer_takes_the_keys_of_another():
     one.take_keys(other)
     assert one.keys_and_bounds() == other.keys_and_bounds()
     assert torch.equal(one.table_keys, other.table_keys)
-    one.to(torch.float64)  # which writes the buffers again
+    one.to(torch.float64)  # which places the keys again
     assert torch.equal(one.table_keys, other.table_keys)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From the meta device to use
+
+
+def on_meta():
+    with torch.device("meta"):
+        return robe.RobeEmbedding(1000, 8, compression=10)
+
+
+def assigned(source, layer):
+    layer.load_state_dict(source.state_dict(), assign=True)
+    return layer
+
+
+def emptied(source, layer):
+    layer.to_empty(device="cpu").load_state_dict(source.state_dict())
+    return layer
+
+
+def module_by_module(source, layer):
+    """As FSDP initialises what was made on the meta device."""
+    for module in layer.modules():
+        module.to_empty(device="cpu", recurse=False)
+        module.reset_parameters()
+    layer.load_state_dict(source.state_dict())
+    return layer
+
+
+def weight_by_weight(source, layer):
+    """As accelerate loads: past load_state_dict, and every buffer on meta is filled with something."""
+    for module in layer.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = torch.ones_like(buffer, device="cpu")
+    layer.array._parameters["weight"] = nn.Parameter(source.array.weight.detach().clone())
+    return layer
+
+
+def skip_init(source, layer):
+    layer = nn.utils.skip_init(robe.RobeEmbedding, 1000, 8, compression=10)
+    layer.load_state_dict(source.state_dict())
+    return layer
+
+
+@pytest.mark.parametrize("before", [lambda x: x, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+@pytest.mark.parametrize("fill", [assigned, emptied, module_by_module, weight_by_weight, skip_init])
+@pytest.mark.parametrize("start", [on_meta, lambda: robe.RobeEmbedding(1000, 8, compression=10).to("meta")])
+def test_a_layer_from_the_meta_device_reads_what_it_is_filled_with(start, fill, before):
+    source, ids = robe.RobeEmbedding(1000, 8, compression=10), torch.arange(1000)
+    layer = nn.Sequential(before(start()))
+    layer[0] = fill(source, layer[0])
+    assert torch.equal(layer(ids), source(ids))
+    layer(ids).sum().backward()
+    source(ids).sum().backward()
+    assert torch.equal(layer[0].array.weight.grad, source.array.weight.grad)
+
+
+def test_a_layer_on_meta_beside_real_ids_is_refused():
+    layer = on_meta()
+    assert layer(torch.arange(5, device="meta")).shape == (5, 8)
+    with pytest.raises(ValueError, match="weight: expected a tensor with values, as ids is, got one on the meta"):
+        layer(torch.arange(5))
+
+
+def test_an_int8_array_from_the_meta_device_reads_what_it_is_filled_with():
+    source, ids = robe.RobeEmbedding(1000, 8, compression=10), torch.arange(1000)
+    source.array = source.array.quantized()
+    for fill in (assigned, emptied):
+        layer = fill(source, copy.deepcopy(source).to("meta"))
+        assert torch.equal(layer(ids), source(ids))
 
 
 def test_arguments_make_the_layer_again():

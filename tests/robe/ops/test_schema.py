@@ -65,3 +65,32 @@ def test_weights_may_change_before_the_backward_pass_unless_it_reads_them(poolin
     else:
         output.sum().backward()
         assert torch.equal(weight.grad, want)
+
+
+def test_meta_tensors_beside_real_ones_are_refused_by_name():
+    """Not computed: the result would be memory that nobody has set."""
+    problem = Problem([10, 20], size=300, dim=5, block=3)
+    lookup, out, grad = problem.lookup(3), torch.empty(3, 3, 5), problem.grad(3)
+    operators = torch.ops.robe
+
+    def with_meta(place):
+        return [x.to("meta") if k == place else x for k, x in enumerate(lookup)]
+
+    for place, name in enumerate(("weight", "ids", "table_keys", "num_embeddings")):
+        for call in (
+            lambda arguments: operators.lookup(*arguments),
+            lambda arguments: operators.lookup_forward(*arguments),
+            lambda arguments: operators.lookup_out(*arguments, None, out),
+            lambda arguments: operators.lookup_backward(grad, *arguments),
+        ):
+            with pytest.raises(
+                ValueError, match=f"^{name}: expected a tensor with values, as .* is, got one on the meta"
+            ):
+                call(with_meta(place))
+    with pytest.raises(ValueError, match="out: expected a tensor with values"):
+        operators.lookup_out(*lookup, None, out.to("meta"))
+    lists = UpdateLists.pack([(grad, unpack_lookup_backward(with_meta(2)[1:]))])
+    with pytest.raises(ValueError, match="table_keys: expected a tensor with values"):
+        operators.update_(problem.weight, [], "sgd", RULES["sgd"], *lists)
+    whole = [x.to("meta") if isinstance(x, torch.Tensor) else x for x in lookup]
+    assert operators.lookup(*whole).is_meta
