@@ -6,10 +6,12 @@ from itertools import accumulate
 from typing import Any, Unpack
 
 from torch import Tensor
+from torch.fx import Proxy
 
 from robe.hashing import TRAITS
 from robe.layers.options import LayerOptions
 from robe.layers.tables import RobeTables
+from robe.layers.tracing import record_call
 from robe.ops import POOLINGS
 
 
@@ -124,7 +126,6 @@ class RobeEmbeddingBagCollection(RobeTables):
         input: Tensor,
         offsets: Tensor | None = None,
         per_sample_weights: Tensor | None = None,
-        *,
         out: Tensor | None = None,
     ) -> Tensor:
         """Look the ids of a batch up.
@@ -143,6 +144,8 @@ class RobeEmbeddingBagCollection(RobeTables):
             ValueError: shapes, types or offsets that don't fit.
             IndexError: an id outside its table; on CUDA, an assertion on the device.
         """
+        if isinstance(input, Proxy) or isinstance(offsets, Proxy) or isinstance(per_sample_weights, Proxy):
+            return record_call(self, input, offsets, per_sample_weights, out=out)
         if offsets is None:
             if per_sample_weights is not None:
                 raise ValueError("per_sample_weights: expected with offsets; (B, F) input has one id per feature")

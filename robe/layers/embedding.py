@@ -4,10 +4,12 @@ from typing import Any, Unpack
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 
 from robe.hashing import TRAITS
 from robe.layers.options import LayerOptions
 from robe.layers.tables import RobeTables, project
+from robe.layers.tracing import record_call
 from robe.ops import POOLINGS
 
 _NO_WEIGHT = "{} has no weight: its parameter is array.weight, shared; full_weight() computes the virtual table"
@@ -210,6 +212,8 @@ class RobeEmbedding(_RobeTable):
         Raises:
             IndexError: an id outside num_embeddings; on CUDA, an assertion on the device.
         """
+        if isinstance(input, Proxy):
+            return record_call(self, input)
         embeddings = self._lookup(input.reshape(-1, 1), self.padding_idx)
         return embeddings.view(*input.shape, self.embedding_dim)
 
@@ -299,7 +303,13 @@ class RobeEmbeddingBag(_RobeTable):
             ValueError: shapes, types or offsets that don't fit.
             IndexError: an id outside num_embeddings; on CUDA, an assertion on the device.
         """
-        if per_sample_weights is not None and per_sample_weights.shape != input.shape:
+        if isinstance(input, Proxy) or isinstance(offsets, Proxy) or isinstance(per_sample_weights, Proxy):
+            return record_call(self, input, offsets, per_sample_weights)
+        if (
+            per_sample_weights is not None
+            and not torch.jit.is_tracing()  # whose shapes are no numbers
+            and per_sample_weights.shape != input.shape
+        ):
             raise ValueError(
                 f"per_sample_weights: expected the shape of input {tuple(input.shape)}, "
                 f"got {tuple(per_sample_weights.shape)}"

@@ -14,6 +14,7 @@ from robe.array import RobeArray
 from robe.layers.collection import RobeEmbeddingBagCollection, own_config
 from robe.layers.options import SharedOptions, check_options
 from robe.layers.tables import resolve_array
+from robe.layers.tracing import is_traced, record_call
 
 
 class _Column(NamedTuple):
@@ -146,6 +147,8 @@ class RobeKeyedEmbeddingBagCollection(nn.Module):
             TypeError: neither a KeyedJaggedTensor nor a dict.
             IndexError: an id outside its table; on CUDA, an assertion on the device.
         """
+        if is_traced(features):
+            return record_call(self, features)
         names = [column.name for column in self._columns]
         if isinstance(features, Mapping):
             self._check_keys(features)
