@@ -154,8 +154,8 @@ def _shift_left(x: Tensor, count: Tensor | int) -> Tensor:
 _ARITHMETIC: dict[Any, Callable[..., Tensor]] = {
     Tensor.__xor__: _xor,
     Tensor.__or__: _or,
-    Tensor.__ior__: _or,
     Tensor.__floordiv__: _floor_divide,
     Tensor.__rshift__: _shift_right,
     Tensor.__lshift__: _shift_left,
+    torch.bitwise_left_shift: _shift_left,
 }
