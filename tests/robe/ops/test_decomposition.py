@@ -186,8 +186,9 @@ def test_layers_run_in_onnx_runtime_from_torchscript(kind):
     make, inputs = LAYERS[kind]
     layer = make().eval()
     content = exported_from_torchscript(layer, inputs)
+    exact = {"rtol": 0, "atol": 0} if isinstance(layer, robe.RobeEmbedding) else {}
     for these in (inputs, longer(*inputs)):
-        torch.testing.assert_close(run_onnx(content, these), layer(*these).detach())
+        torch.testing.assert_close(run_onnx(content, these), layer(*these).detach(), **exact)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::torch.jit.TracerWarning")
@@ -223,6 +224,7 @@ class Mixed(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.slow
 def test_models_run_in_onnx_runtime_from_torch_export():
     pytest.importorskip("onnxscript", reason="torch's exporter needs onnxscript")
     model, inputs = Mixed().eval(), (IDS, VALUES, OFFSETS, WEIGHTS)
