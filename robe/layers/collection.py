@@ -144,7 +144,9 @@ class RobeEmbeddingBagCollection(RobeTables):
             ValueError: shapes, types or offsets that don't fit.
             IndexError: an id outside its table; on CUDA, an assertion on the device.
         """
-        if isinstance(input, Proxy) or isinstance(offsets, Proxy) or isinstance(per_sample_weights, Proxy):
+        if isinstance(input, Proxy) or (
+            offsets is not None and (isinstance(offsets, Proxy) or isinstance(per_sample_weights, Proxy))
+        ):
             return record_call(self, input, offsets, per_sample_weights, out=out)
         if offsets is None:
             if per_sample_weights is not None:
