@@ -1,8 +1,8 @@
 """load_authors_weights: reads checkpoints of the ROBE authors' code."""
 
 import os
-import pickle
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,12 +43,14 @@ def load_authors_weights(
         ValueError: no array in it, or several different ones; hash constants other than their default (seed 1024),
             which "linear" stands for; or another number of tables.
         FileNotFoundError: there is no such file.
-        PermissionError: the file can't be read.
+        OSError: the file can't be read.
     """
     weights, where = _state_dict(source)
     arrays = [weights[name] for name in weights if name.split(".")[-1] == _ARRAY]
     if not arrays:
         raise ValueError(f"source: expected a {_ARRAY} among the weights{where}, got {_some(weights)}")
+    for array in arrays:
+        _check_array(array, where)
     if any(array.dim() != 1 or not torch.equal(array, arrays[0]) for array in arrays):
         raise ValueError(
             f"source: expected one array that all tables share{where}, got {len(arrays)} different ones; load each "
@@ -56,7 +58,7 @@ def load_authors_weights(
         )
     tables = [name for name in weights if name.split(".")[-1] == _CONSTANTS]
     for name in tables:
-        constants = tuple(weights[name][:4].tolist())
+        constants = tuple(weights[name].flatten()[:4].tolist()) if weights[name].layout == torch.strided else ()
         if constants != LINEAR:
             raise ValueError(
                 f"source: {name}{where}: expected the constants {LINEAR} of the authors' seed 1024, got {constants}"
@@ -82,15 +84,32 @@ def _state_dict(source: str | os.PathLike | Mapping) -> tuple[dict[str, Tensor],
     where = ""
     if not isinstance(source, Mapping):
         where = f" of {os.fspath(source)}"
-        try:
-            source = torch.load(source, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            raise ValueError(f"source: expected what torch.save wrote in {where[4:]}: {error}") from error
+        source = _read(os.fspath(source))
     if isinstance(source, Mapping) and isinstance(source.get("state_dict"), Mapping):
         source = source["state_dict"]
     if not isinstance(source, Mapping):
         raise ValueError(f"source: expected a state_dict, or a dict with one{where}, got a {type(source).__name__}")
     return {str(name): tensor for name, tensor in source.items() if isinstance(tensor, Tensor)}, where
+
+
+def _read(file: str) -> Any:
+    if os.path.exists(file) and not os.path.isfile(file):  # a pipe would wait for ever
+        raise ValueError(f"source: expected a file, got {file}")
+    with open(file, "rb") as opened:
+        try:
+            return torch.load(opened, map_location="cpu", weights_only=True)
+        except Exception as error:  # the file is a program for torch's unpickler, and a damaged one ends in anything
+            reason = (str(error).splitlines() or [""])[0][:200]
+            kind = type(error).__name__
+            raise ValueError(f"source: expected what torch.save wrote in {file}: {kind}: {reason}") from error
+
+
+def _check_array(array: Tensor, where: str) -> None:
+    kind = f"{array.dtype} {tuple(array.shape)}"
+    if array.layout != torch.strided or array.is_meta or array.is_quantized or not array.is_floating_point():
+        raise ValueError(f"source: expected a {_ARRAY} of floating-point numbers{where}, got {array.layout} {kind}")
+    if array.dim() == 1 and array.numel() * array.element_size() > array.untyped_storage().nbytes():
+        raise ValueError(f"source: expected a {_ARRAY} that is stored number by number{where}, got {kind}")
 
 
 def _some(weights: Mapping[str, Tensor]) -> str:

@@ -170,7 +170,7 @@ def slots(
     if hash == "mix" and block_size > embedding_dim:
         # A row lies in one block or in two neighbours. x = Z * (x // Z) + x % Z keeps x * d from overflowing.
         position = torch.remainder(ids, block_size) * embedding_dim
-        first = torch.div(ids, block_size, rounding_mode="floor") * embedding_dim + position // block_size
+        first = ids // block_size * embedding_dim + position // block_size
         component = position % block_size + component
         block = component // block_size
         neighbours = torch.arange(2, device=ids.device)

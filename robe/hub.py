@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelHubMixin, constants, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError
 
 import robe
+from robe_json import read_json
 
 FILE = constants.SAFETENSORS_SINGLE_FILE
 
@@ -29,6 +31,25 @@ class RobeHubMixin(ModelHubMixin, library_name="robe-dlrm", tags=["robe", "recom
 
     def _save_pretrained(self, save_directory: Path) -> None:
         robe.save(self, save_directory / FILE)  # type: ignore[arg-type]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Any:
+        """Make the model of a folder or a repository, as in ModelHubMixin.
+
+        Args:
+            pretrained_model_name_or_path: the folder, or the name of the repository.
+            **options: those of ModelHubMixin; map_location, the device; and arguments of the class.
+
+        Raises:
+            ValueError: config.json is no JSON object, or the model file is damaged or doesn't fit; see ``robe.load``.
+        """
+        where = {
+            name: x for name, x in options.items() if name in ("cache_dir", "revision", "token", "local_files_only")
+        }
+        config = _config_file(str(pretrained_model_name_or_path), where)
+        if config is not None:
+            read_json(config, dict[str, Any])
+        return super().from_pretrained(pretrained_model_name_or_path, **options)
 
     @classmethod
     def _from_pretrained(cls, *, map_location: str | None = None, **options: Any) -> Any:
@@ -48,6 +69,17 @@ class _LayerHubMixin(RobeHubMixin):
             raise ValueError(f"{file}: of a {type(layer).__name__}, not a {cls.__name__}")
         layer.__class__ = cls
         return layer.eval()
+
+
+def _config_file(model_id: str, where: dict[str, Any]) -> Path | None:
+    """The file with the arguments of a model; None: there is none."""
+    if Path(model_id).is_dir():
+        file = Path(model_id) / constants.CONFIG_NAME
+        return file if file.exists() else None
+    try:
+        return Path(hf_hub_download(model_id, constants.CONFIG_NAME, **where))
+    except HfHubHTTPError:
+        return None
 
 
 def _file(

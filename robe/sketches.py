@@ -30,7 +30,7 @@ def filter_places(row: Tensor, words: int) -> tuple[Tensor, Tensor]:
     """The word of each row hash in a filter of ``words`` words, and its bits there, both int64 of row's shape."""
     one, bits = torch.ones_like(row), torch.zeros_like(row)
     for k in range(BITS_OF_ID):
-        bits |= one << ((row >> (k * BITS_OF_WORD)) & 63)
+        bits = bits | torch.bitwise_left_shift(one, (row >> (k * BITS_OF_WORD)) & 63)
     return multiply_high(row, words), bits
 
 

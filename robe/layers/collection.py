@@ -9,11 +9,13 @@ from typing import Any, Unpack
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 
 from robe.array import RobeArray
 from robe.hashing import TRAITS
 from robe.layers.options import LayerOptions
 from robe.layers.tables import RobeTables
+from robe.layers.tracing import record_call
 from robe.ops import POOLINGS
 
 _DATA_TYPES = {"FP32": torch.float32, "FP16": torch.float16, "BF16": torch.bfloat16}  # torchrec's names
@@ -207,7 +209,6 @@ class RobeEmbeddingBagCollection(RobeTables):
         input: Tensor,
         offsets: Tensor | None = None,
         per_sample_weights: Tensor | None = None,
-        *,
         out: Tensor | None = None,
     ) -> Tensor:
         """Look the ids of a batch up.
@@ -226,6 +227,10 @@ class RobeEmbeddingBagCollection(RobeTables):
             ValueError: shapes, types or offsets that don't fit.
             IndexError: an id outside its table; on CUDA, an assertion on the device.
         """
+        if isinstance(input, Proxy) or (
+            offsets is not None and (isinstance(offsets, Proxy) or isinstance(per_sample_weights, Proxy))
+        ):
+            return record_call(self, input, offsets, per_sample_weights, out=out)
         if offsets is None:
             if per_sample_weights is not None:
                 raise ValueError("per_sample_weights: expected with offsets; (B, F) input has one id per feature")

@@ -5,10 +5,12 @@ from typing import Any, Unpack
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 
 from robe.hashing import TRAITS
 from robe.layers.options import LayerOptions, check_options
 from robe.layers.tables import RobeTables, check_finite, project
+from robe.layers.tracing import record_call
 from robe.ops import POOLINGS
 from robe.ops.layout import embedding_dtype
 
@@ -239,6 +241,8 @@ class RobeEmbedding(_RobeTable):
         Raises:
             IndexError: an id outside num_embeddings; on CUDA, an assertion on the device.
         """
+        if isinstance(input, Proxy):
+            return record_call(self, input)
         embeddings = self._lookup(input.reshape(-1, 1), self.padding_idx).view(*input.shape, self.embedding_dim)
         if self.padding_idx is None:
             return embeddings
@@ -355,7 +359,13 @@ class RobeEmbeddingBag(_RobeTable):
             ValueError: shapes, types or offsets that don't fit.
             IndexError: an id outside num_embeddings; on CUDA, an assertion on the device.
         """
-        if per_sample_weights is not None and per_sample_weights.shape != input.shape:
+        if isinstance(input, Proxy) or isinstance(offsets, Proxy) or isinstance(per_sample_weights, Proxy):
+            return record_call(self, input, offsets, per_sample_weights)
+        if (
+            per_sample_weights is not None
+            and not torch.jit.is_tracing()  # whose shapes are no numbers
+            and per_sample_weights.shape != input.shape
+        ):
             raise ValueError(
                 f"per_sample_weights: expected the shape of input {tuple(input.shape)}, "
                 f"got {tuple(per_sample_weights.shape)}"

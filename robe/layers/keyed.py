@@ -14,6 +14,7 @@ from robe.array import RobeArray
 from robe.layers.collection import RobeEmbeddingBagCollection, dtype_of_configs, own_config
 from robe.layers.options import LayerOptions, SharedOptions, check_options
 from robe.layers.tables import has_room, resolve_array
+from robe.layers.tracing import is_traced, record_call
 
 
 class _Column(NamedTuple):
@@ -173,6 +174,8 @@ class RobeKeyedEmbeddingBagCollection(nn.Module):
             TypeError: neither a KeyedJaggedTensor nor a dict.
             IndexError: an id outside its table; on CUDA, an assertion on the device.
         """
+        if is_traced(features):
+            return record_call(self, features)
         names = [column.name for column in self._columns]
         if isinstance(features, Mapping):
             self._check_keys(features)

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-import robe.ops  # noqa: F401  (registers torch.ops.robe)
 from robe.admission import Admission
 from robe.array import Int8RobeArray, RobeArray
 from robe.hashing import HASHES, TRAITS, slots, table_key
 from robe.layers.options import LayerOptions, SharedOptions, check_options
+from robe.ops import for_torchscript  # importing it registers torch.ops.robe
 from robe.ops.layout import Bags, Call, Tables
 from robe.sketches import SHARED_ID
 
@@ -169,14 +169,17 @@ class RobeTables(nn.Module):
             return out
         if forward_ad._current_level >= 0:
             _refuse_tangents(weight, *ids)
+        is_tracing = torch.jit.is_tracing()
+        if is_tracing and torch.onnx.is_in_onnx_export():
+            return for_torchscript(name, weight, *arguments, scale, filter)
         if graph and weight.requires_grad:
             optimizer = array.optimizer()
             if optimizer and optimizer.owns(weight):
                 bags = Bags(*ids[1:]) if name == "bag" else None
                 return optimizer.record(weight, Call(ids[0], bags, Tables(*tables), filter))
-        whole = graph or torch.compiler.is_compiling() or torch.jit.is_tracing()
-        read = (_WITH_AUTOGRAD if whole else _FORWARD)[name]
-        return read(weight, *arguments, scale, filter)
+        if graph or is_tracing or torch.compiler.is_compiling():
+            return _WITH_AUTOGRAD[name](weight, *arguments, scale, filter)
+        return _FORWARD[name](weight, *arguments, scale, filter)
 
     def _observe(self, ids: tuple, padding_idx: int | None, admission: Admission) -> None:
         """Show the admission the ids that are about to be read: (ids,), or (values, offsets, ...)."""

@@ -1,5 +1,7 @@
 """Checkpoints as the ROBE authors' code writes them, against their formula in numpy."""
 
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -122,3 +124,44 @@ def test_refused_files(tmp_path):
     torch.save([1, 2], path)
     with pytest.raises(ValueError, match=r"expected a state_dict, or a dict with one of .*a\.pt, got a list"):
         robe.load_authors_weights(path, ROWS, DIM)
+
+
+def test_a_directory_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="expected a file, got"):
+        robe.load_authors_weights(tmp_path, ROWS, DIM)
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        torch.ones(1).expand(1 << 40),  # 4 bytes in a file
+        torch.eye(3).to_sparse(),
+        torch.ones(SIZE, dtype=torch.int64),
+        torch.empty(SIZE, device="meta"),
+    ],
+    ids=["repeated", "sparse", "integers", "meta"],
+)
+def test_arrays_of_another_kind_are_refused(array):
+    weights = {"hashed_weight": array, "random_numbers": torch.from_numpy(CONSTANTS)}
+    with pytest.raises(ValueError, match="expected a hashed_weight"):
+        robe.load_authors_weights(weights, ROWS[:1], DIM)
+
+
+@pytest.mark.parametrize("as_zip", [True, False])
+def test_damaged_files_are_refused_in_one_line(as_zip, tmp_path):
+    """Whatever torch's unpickler ends in."""
+    path, random_ = tmp_path / "a.pt", random.Random(0)
+    torch.save(state_dict(), path, _use_new_zipfile_serialization=as_zip)
+    content = path.read_bytes()
+    refused = []
+    for _ in range(150):
+        damaged = bytearray(content)
+        for _ in range(4):
+            damaged[random_.randrange(2000)] = random_.randrange(256)
+        path.write_bytes(damaged[: random_.choice([len(damaged), random_.randrange(len(damaged))])])
+        try:
+            robe.load_authors_weights(path, ROWS, DIM, block_size=4)
+        except ValueError as error:
+            refused.append(str(error))
+    assert len(refused) > 75
+    assert all("a.pt" in message and "\n" not in message for message in refused)

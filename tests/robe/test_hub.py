@@ -75,6 +75,24 @@ def test_a_folder_without_a_model(tmp_path):
         robe.hub.RobeEmbedding.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("[1]", "expected an object"), ("{", "not JSON"), ("[" * 100_000, "nested more than 64 deep")],
+)
+def test_a_damaged_config_is_refused_by_name(content, message, tmp_path):
+    robe.compress(Recommender(2000), 10).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=f"config.json: {message}"):
+        Recommender.from_pretrained(tmp_path)
+
+
+def test_a_damaged_model_is_refused_by_name(tmp_path):
+    robe.compress(Recommender(2000), 10).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"nothing of the kind")
+    with pytest.raises(ValueError, match=r"model\.safetensors: not a safetensors file"):
+        Recommender.from_pretrained(tmp_path)
+
+
 def test_push_and_pull(tmp_path, monkeypatch):
     class Api:
         def __init__(self, **_):
