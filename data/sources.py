@@ -90,6 +90,10 @@ class Source(ABC):
     layout: Layout
     rows: int | None
 
+    def files(self) -> list[Path]:
+        """Return the files that decide what the rows are."""
+        return [self.path]
+
     @property
     def labelled(self) -> bool:
         """True if the rows have a label."""
@@ -179,6 +183,10 @@ class Several(Source):
     def __init__(self, path: Path, sources: Sequence[Source]):
         self.path, self.name, self.sources = path, path.name, list(sources)
         self.layout = require_one_layout(self.sources)
+
+    def files(self) -> list[Path]:
+        """Return the files of all sources."""
+        return [file for source in self.sources for file in source.files()]
 
     @property
     def rows(self) -> int | None:  # type: ignore[override]

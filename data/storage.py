@@ -4,6 +4,7 @@ import fcntl
 import io
 import os
 import re
+import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,10 +14,26 @@ import numpy as np
 
 from data.schema import DataError
 
+MOST_NAME_BYTES = 255  # what file systems take
+
 
 def natural_order(path: Path) -> list[Any]:
     """Return a sort key that puts day_2 before day_10."""
     return [int(text) if text.isdigit() else text for text in re.split(r"(\d+)", path.name)]
+
+
+def check_name(name: str, what: str) -> None:
+    """Check that a name is that of a file in a folder, and leads nowhere else.
+
+    Args:
+        name: of a file, or what such a name begins with.
+        what: it names, for the message.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if name in ("", ".", "..") or "/" in name or "\0" in name or len(os.fsencode(name)) > MOST_NAME_BYTES:
+        raise ValueError(f"{what}: expected a plain name in the folder, got {reprlib.repr(name)}")
 
 
 def first_line(error: Exception) -> str:

@@ -76,8 +76,13 @@ class TorchrecNpy(RandomAccess):
             hots = tuple(ids.dtype.shape[0] for ids in self._sparse)
         else:
             self._sparse, hots = [self._open(end, _INTEGERS, NUM_SPARSE)], None
+        self._files = [path.with_name(name + x) for x in (_DENSE, _LABELS, end)]
         wide = any(array.dtype.base == np.int64 for array in self._sparse)
         self.layout = Layout(dense="f4", ids="i8" if wide else "u4", hots=hots)
+
+    def files(self) -> list[Path]:
+        """Return the files of the triple."""
+        return self._files
 
     @property
     def rows(self) -> int:  # type: ignore[override]
