@@ -7,6 +7,7 @@
 """
 
 import re
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -78,7 +79,10 @@ class TorchrecNpy(RandomAccess):
             self._sparse, hots = [self._open(end, _INTEGERS, NUM_SPARSE)], None
         self._files = [path.with_name(name + x) for x in (_DENSE, _LABELS, end)]
         wide = any(array.dtype.base == np.int64 for array in self._sparse)
-        self.layout = Layout(dense="f4", ids="i8" if wide else "u4", hots=hots)
+        try:
+            self.layout = Layout(dense="f4", ids="i8" if wide else "u4", hots=hots)
+        except ValueError as error:
+            raise DataError(f"{path.with_name(name + end)}: {error}") from None
 
     def files(self) -> list[Path]:
         """Return the files of the triple."""
@@ -100,12 +104,12 @@ class TorchrecNpy(RandomAccess):
     def _open_multi_hot(self, path: Path) -> list[ArrayFile]:
         with NpzFile(path) as npz:
             if npz.names != {str(i) for i in range(NUM_SPARSE)}:
-                raise DataError(f"{path}: expected arrays 0 to {NUM_SPARSE - 1}, got {sorted(npz.names)}")
-            arrays = [npz.array(str(i)) for i in range(NUM_SPARSE)]
-        for i, array in enumerate(arrays):
-            fits = array.dtype.base.str in _INTEGERS and len(array.shape) == 2 and array.rows == self.rows
-            require(fits, array, str(i), f"i4 or i8 ({self.rows}, hots)")
-        return arrays
+                raise DataError(f"{path}: expected arrays 0 to {NUM_SPARSE - 1}, got {reprlib.repr(sorted(npz.names))}")
+            for i in range(NUM_SPARSE):
+                header = npz.header(str(i))
+                fits = header.dtype.base.str in _INTEGERS and len(header.shape) == 2 and header.rows == self.rows
+                require(fits, header, str(i), f"i4 or i8 ({self.rows}, hots)")
+            return [npz.array(str(i)) for i in range(NUM_SPARSE)]
 
     def fill(self, records: np.ndarray, start: int) -> None:
         """Fill records with the rows from ``start`` on."""
