@@ -7,7 +7,7 @@ SANITIZED := build/sanitized/robe/_cpu.so build/sanitized/dlrm/_cpu.so
 SANITIZED_READER := build/sanitized/_tsv.so
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 
-.PHONY: setup train bench wheel test test-install test-integrations test-triton test-sanitized lint format
+.PHONY: setup train bench wheel test test-install test-integrations test-triton test-sanitized fuzz-manifests lint format
 
 # A virtual environment with the pinned packages and this project in editable mode. Without a compiler the project is
 # installed all the same, and says what is missing.
@@ -90,6 +90,10 @@ test-sanitized: setup $(SANITIZED) $(SANITIZED_READER)
 	    tests/robe/ops/test_counting.py tests/robe/admission tests/robe/test_optim.py tests/robe/test_optim_as_torch.py \
 	    tests/dlrm/test_mlp.py tests/dlrm/test_interaction.py tests/data/formats/test_criteo_tsv.py \
 	    --deselect tests/robe/csrc/test_memory.py
+
+# A million damaged manifests of prepared folders: half an hour on one core.
+fuzz-manifests: setup
+	$(BIN)/python -m tests.fuzz.manifests
 
 lint: setup
 	$(BIN)/ruff format --check .

@@ -1,5 +1,6 @@
 """Definition of a row: the names of its columns, the value of a missing integer, and the layout of a record."""
 
+import reprlib
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -38,9 +39,10 @@ class Layout:
 
     def __post_init__(self):
         if self.dense not in ("i4", "f4") or self.ids not in ("u4", "i8"):
-            raise ValueError(f"expected dense i4 or f4 and ids u4 or i8, got {self.dense} and {self.ids}")
+            got = f"{reprlib.repr(self.dense)} and {reprlib.repr(self.ids)}"
+            raise ValueError(f"expected dense i4 or f4 and ids u4 or i8, got {got}")
         if self.hots is not None and (len(self.hots) != NUM_SPARSE or min(self.hots) < 1):
-            raise ValueError(f"hots: expected {NUM_SPARSE} numbers of at least 1, got {self.hots}")
+            raise ValueError(f"hots: expected {NUM_SPARSE} numbers of at least 1, got {reprlib.repr(self.hots)}")
         if self.num_ids > MOST_IDS:
             raise ValueError(f"hots: expected at most {MOST_IDS} ids a row, got {self.num_ids}")
 

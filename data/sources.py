@@ -111,18 +111,23 @@ class Source(ABC):
         """Yield the records of rows start to stop (default: the end) in their order, however many at a time.
 
         Raises:
-            DataError: a line is not a row, or a file can't be read on.
+            DataError: a line is not a row, a file can't be read on, or there are fewer rows than the source promised.
         """
         if stop is not None and start >= stop:
             return
+        end = start
         for read in self.pieces(start):
             piece = read()
             wanted = piece if stop is None else piece.split(stop)[0]
             for fault in wanted.faults:
                 raise DataError(fault.describe(piece.path))
             yield wanted.records
-            if stop is not None and piece.first + piece.lines >= stop:
+            end = piece.first + piece.lines
+            if stop is not None and end >= stop:
                 return
+        promised = self.rows if stop is None or self.rows is None else min(stop, self.rows)
+        if promised is not None and end < promised:
+            raise DataError(f"{self.path}: expected {promised} rows, as it says, got {end}")
 
     def read(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
         """Return rows start to stop (default: the end) in batches of any size that is cheap to read.

@@ -15,6 +15,7 @@ import numpy as np
 from data.schema import DataError
 
 MOST_NAME_BYTES = 255  # what file systems take
+_NOT_IN_NAMES = re.compile(r"[/\x00-\x1f\x7f]")  # separators, and what would tear lines apart
 
 
 def natural_order(path: Path) -> list[Any]:
@@ -32,7 +33,7 @@ def check_name(name: str, what: str) -> None:
     Raises:
         ValueError: it does not.
     """
-    if name in ("", ".", "..") or "/" in name or "\0" in name or len(os.fsencode(name)) > MOST_NAME_BYTES:
+    if name in ("", ".", "..") or _NOT_IN_NAMES.search(name) or len(os.fsencode(name)) > MOST_NAME_BYTES:
         raise ValueError(f"{what}: expected a plain name in the folder, got {reprlib.repr(name)}")
 
 

@@ -9,6 +9,7 @@
 
 import hashlib
 import os
+import reprlib
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -155,7 +156,7 @@ def require_different(what: str, names: list[str]) -> None:
     seen = set()
     for name in names:
         if name in seen:
-            raise ValueError(f"{what}: {name!r} is there twice")
+            raise ValueError(f"{what}: {reprlib.repr(name)} is there twice")
         seen.add(name)
 
 

@@ -15,6 +15,7 @@ from data.formats.opening import open_source
 from data.formats.prepared import Dataset
 from data.rows import Batch
 from data.schema import DataError
+from tests.fuzz import manifests
 from tests.helpers.criteo import log_dense, make_rows, together, write_log
 from tests.helpers.sources import compare, converted, names, run
 
@@ -190,6 +191,7 @@ def shard(**values):
         ({"sources": lambda _: ["/day_0"]}, "dataset.json: sources: expected a plain name in the folder"),
         ({"sources": lambda _: [".."]}, "dataset.json: sources: expected a plain name in the folder"),
         ({"sources": lambda _: ["a\0"]}, "dataset.json: sources: expected a plain name in the folder"),
+        ({"sources": lambda _: ["a\nb"]}, "dataset.json: sources: expected a plain name in the folder"),
         ({"sources": lambda _: ["a" * 300]}, "dataset.json: sources: expected a plain name in the folder"),
         ({"sources": lambda _: ["a" * 250]}, "not complete: 1 of 1 sources"),
         ({"sources": lambda _: []}, "out: no rows"),
@@ -270,6 +272,13 @@ def test_a_folder_of_before_is_read(own):
         del manifest["source"]
         path.write_text(json.dumps(manifest, indent=2) + "\n")
     compare(Dataset(own).take(0, 104), ALL)
+
+
+def test_damaged_manifests_are_read_or_refused_in_one_line(tmp_path):
+    """`make fuzz-manifests` does the same with a million."""
+    ended = manifests.fuzz(manifests.make_folder(tmp_path), 300, 7)
+    assert ended["refused"] > 200
+    assert ended["read"] > 10
 
 
 def test_manifest_of_another_version(own, capsys):
