@@ -118,6 +118,8 @@ class Source(ABC):
         end = start
         for read in self.pieces(start):
             piece = read()
+            if piece.first > end:
+                raise DataError(f"{self.path}: expected {piece.first} rows before those of {piece.path}, got {end}")
             wanted = piece if stop is None else piece.split(stop)[0]
             for fault in wanted.faults:
                 raise DataError(fault.describe(piece.path))
