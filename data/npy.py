@@ -21,7 +21,7 @@ from typing import BinaryIO, NamedTuple, NoReturn
 import numpy as np
 
 from data.schema import DataError
-from data.storage import ArrayFile, ClosedWhenUnused, open_binary
+from data.storage import ArrayFile, ClosedWhenUnused, first_line, open_binary
 
 HEADER_BYTES = 128  # numpy's own header of any array written here
 MOST_HEADER_BYTES = 10_000  # to read, as in numpy
@@ -124,7 +124,7 @@ def parse_header(content: bytes, path: Path, name: str = "") -> NpyHeader:
         or rest * base.itemsize >= _MOST_ITEM_BYTES
     ):
         order = ", column by column" if values["fortran_order"] != "False" else ""
-        kind = values["descr"].strip("'")[:40]
+        kind = ascii(values["descr"].strip("'")[:40])[1:-1]
         raise DataError(f"{where}: expected an array of numbers, row by row, got {kind}, {shape}{order}")
     return NpyHeader(path, name, np.dtype((base, shape[1:])) if shape[1:] else base, shape[0], length)
 
@@ -167,7 +167,7 @@ class NpzFile:
         try:
             self._zip = zipfile.ZipFile(self._file)
         except _BROKEN as error:
-            raise DataError(f"{path}: not a .npz file, or one that ends early: {error}") from None
+            raise DataError(f"{path}: not a .npz file, or one that ends early: {first_line(error)}") from None
         members = self._zip.infolist()
         self._members = {info.filename.removesuffix(".npy"): info for info in members if info.filename.endswith(".npy")}
         if len({info.filename for info in members}) != len(members):
@@ -235,7 +235,7 @@ class NpzFile:
                 while content := member.read(at_once):
                     yield content
         except _BROKEN as error:
-            self._refuse(name, f"corrupt archive: {error}")
+            self._refuse(name, f"corrupt archive: {first_line(error)}")
 
     def _unpack(self, name: str) -> BinaryIO:
         try:

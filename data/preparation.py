@@ -29,7 +29,7 @@ from data.formats.prepared import (
 from data.formats.writer import Writer
 from data.schema import DataError, Layout
 from data.sources import Piece, Source, require_one_layout
-from data.storage import check_name, locked
+from data.storage import check_name, locked, no_link
 from robe_files import flush, write_json
 from robe_json import read_json
 
@@ -310,7 +310,7 @@ class SourceJob:
             if self.progress.source is None and not self.progress.complete:
                 self.progress.source = fingerprints(source.files())
             if options.on_error == "quarantine" and not self.progress.complete:
-                self.quarantine = open(quarantine_file(folder, name), "ab")  # noqa: SIM115
+                self.quarantine = open(quarantine_file(folder, name), "ab", opener=no_link)  # noqa: SIM115
                 self.quarantine.truncate(self.progress.bad_bytes)
         except BaseException:
             self.close()

@@ -38,8 +38,8 @@ def check_name(name: str, what: str) -> None:
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error's message."""
-    return str(error).partition("\n")[0]
+    """Return the first line of an error's message, or as much as a terminal has room for."""
+    return str(error).partition("\n")[0][:200]
 
 
 class ClosedWhenUnused(io.FileIO):
@@ -129,6 +129,15 @@ def read_at(descriptor: int, path: Path, items: np.ndarray, position: int) -> No
         rest, position = rest[got:], position + got
 
 
+def no_link(path: str, flags: int) -> int:
+    """Open a file as ``open`` does, but not by a link that may lead anywhere (an ``opener`` for ``open``).
+
+    Raises:
+        OSError: it is a link, or can't be opened.
+    """
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
 @contextmanager
 def locked(path: Path, wait: bool) -> Iterator[None]:
     """Keep other processes out. The system releases the lock when the process dies.
@@ -141,7 +150,7 @@ def locked(path: Path, wait: bool) -> Iterator[None]:
         BlockingIOError: another process holds the lock, and ``wait`` is false.
         OSError: the file can't be opened.
     """
-    with open(path, "wb") as file:
+    with open(path, "ab", opener=no_link) as file:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         try:
             yield

@@ -16,7 +16,7 @@ from typing import BinaryIO, ClassVar
 import numpy as np
 
 from data.schema import DataError, Layout
-from data.storage import check_name
+from data.storage import check_name, no_link
 from robe_files import rename
 
 
@@ -64,7 +64,7 @@ class ShardFile:
 
     def __init__(self, path: Path):
         self._path = path
-        self.stream = open(path.with_name(path.name + ".part"), "wb+")  # noqa: SIM115
+        self.stream = open(path.with_name(path.name + ".part"), "wb+", opener=no_link)  # noqa: SIM115
         self._hash, self._hashed = hashlib.sha256(), 0
 
     def write(self, data) -> None:

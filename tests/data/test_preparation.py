@@ -424,6 +424,20 @@ def test_each_file_of_a_triple_counts(tmp_path, file, capsys):
     assert f"day_0: prepared again: {file} has other content" in printed.out + printed.err
 
 
+@pytest.mark.parametrize("name", [".day_0.lock", "day_0-00000.rows.part", "day_0.bad"])
+def test_links_in_a_folder_from_elsewhere_are_not_followed(tmp_path, name, capsys):
+    log, out = write_log(tmp_path / "day_0", DAYS[0]), tmp_path / "out"
+    options = (log, "--output", out, "--on-error", "quarantine", tmp_path / "bad")
+    assert run(*options) == 0
+    (out / "day_0.manifest.json").unlink()
+    (tmp_path / "mine").write_text("mine")
+    (out / name).unlink(missing_ok=True)
+    (out / name).symlink_to("../mine")
+    assert run(*options, "--resume") == 2
+    assert error_of(capsys).endswith(": Too many levels of symbolic links")
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
 def fail_after(patch, writes):
     """Make the disk full after so many writes."""
     write, count = ShardFile.write, iter(range(writes))
