@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 MOST_BYTES = 1 << 26  # of a text; the manifest of a terabyte has less than a hundredth of it
 MOST_LEVELS = 64  # of lists and objects inside each other
+MOST_SHOWN = 80  # characters of a wrong value, in a message
 MOST_DIGITS = 40  # of an integer: enough for 128 bits, the state of numpy's generators
 
 T = TypeVar("T")
@@ -100,7 +101,8 @@ def from_json(value: Any, kind: type[T], key: str = "") -> T:
         return {name: from_json(x, of[1], _join(key, name)) for name, x in value.items()}  # type: ignore[return-value]
     else:
         fits = _SIMPLE[kind](value)
-    _require(fits, key, _in_words(kind), value)
+    if not fits:  # the words are made only then: most values are right
+        _require(False, key, _in_words(kind), value)
     return value
 
 
@@ -120,7 +122,8 @@ def _instance(value: Any, kind: Any, key: str) -> Any:
     try:
         return kind(**given)
     except ValueError as problem:
-        raise ValueError(f"{key}: {problem}" if key else str(problem)) from None
+        words = "".join(x if x.isprintable() else ascii(x)[1:-1] for x in str(problem))  # it may show a value as it is
+        raise ValueError(f"{key}: {words}" if key else words) from None
 
 
 def _one_of(value: Any, kinds: tuple[Any, ...], key: str) -> Any:
@@ -181,7 +184,7 @@ def _in_words(kind: Any) -> str:
 
 def _require(fits: bool, key: str, expected: str, got: Any) -> None:
     if not fits:
-        raise ValueError(f"{key}{': ' if key else ''}expected {expected}, got {reprlib.repr(got)}")
+        raise ValueError(f"{key}{': ' if key else ''}expected {expected}, got {reprlib.repr(got)[:MOST_SHOWN]}")
 
 
 def _join(key: str, name: str) -> str:
