@@ -224,6 +224,7 @@ class Preparation:
         try:
             self._advance(job.progress.rows)
             if not job.progress.complete or self._sketch:
+                source.verify()
                 # A sketch has to see all rows again; the job leaves out those that are in shards.
                 start = 0 if self._sketch else job.progress.lines
                 for piece in self._read(source, start, parsers, self._workers // at_once + 1):

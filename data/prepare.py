@@ -273,6 +273,7 @@ def _collect_bad_rows(path: Path, folder: Path, sources: Sequence[Source]) -> No
 def run_describe(path: Path, plot: Path | None) -> None:
     """Print a description of data, and draw its id frequencies into a PNG if one is given."""
     source = open_source(path)
+    source.verify()
     with tqdm(unit="row", unit_scale=True, desc=path.name, total=source.rows, leave=False) as bar:
         description = describe(source, bar.update)
     print(table(description))

@@ -11,7 +11,7 @@ import hashlib
 import os
 import reprlib
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, chain, pairwise
 from pathlib import Path
@@ -221,12 +221,12 @@ class Dataset(RandomAccess):
         self.layout = manifest.layout
         self._split = manifest.split
         self._names = manifest.sources
-        manifests = self._source_manifests()
-        self.shards = [shard for progress in manifests for shard in progress.shards]
+        self._manifests = self._source_manifests()
+        self.shards = [shard for progress in self._manifests for shard in progress.shards]
         self._check_files()
         if self.is_own:
-            self._check_rows(manifests)
-        self._source_starts = [0, *accumulate(progress.rows for progress in manifests)]
+            self._check_rows()
+        self._source_starts = [0, *accumulate(progress.rows for progress in self._manifests)]
         self._starts = [0, *accumulate(shard.rows for shard in self.shards)]
         self.rows = self._starts[-1]
         if self.is_own and not self.rows:
@@ -253,14 +253,14 @@ class Dataset(RandomAccess):
                 raise DataError(f"{self.path / shard.file}: is listed twice")
             seen.add(file)
 
-    def _check_rows(self, manifests: list[SourceProgress]) -> None:
+    def _check_rows(self) -> None:
         width = self.layout.dtype.itemsize
         for shard in self.shards:
             if shard.bytes != shard.rows * width:
                 raise DataError(
                     f"{self.path / shard.file}: expected {shard.rows} rows of {width} bytes, got {shard.bytes} bytes"
                 )
-        for name, progress in zip(self._names, manifests):
+        for name, progress in zip(self._names, self._manifests):
             in_shards = sum(shard.rows for shard in progress.shards)
             if in_shards != progress.rows:
                 raise DataError(
@@ -273,8 +273,10 @@ class Dataset(RandomAccess):
 
     def sources(self) -> "list[Source]":
         """Return the sources that the folder was made of, under their names; those without rows are left out."""
-        spans = zip(self._names, pairwise(self._source_starts))
-        return [Span(self, name, start, stop) for name, (start, stop) in spans if start < stop]
+        spans = zip(self._names, self._manifests, pairwise(self._source_starts))
+        return [
+            Span(self, name, start, stop, progress.shards) for name, progress, (start, stop) in spans if start < stop
+        ]
 
     def fill(self, records: np.ndarray, start: int) -> None:
         """Fill records with the rows from ``start`` on."""
@@ -304,17 +306,23 @@ class Dataset(RandomAccess):
             return {part: range(starts[a], starts[b]) for part, (a, b) in zip(PARTS, pairwise([0, *ends]))}
         return None
 
-    def verify(self, everything: bool = False, progress: Callable[[int], object] = lambda _: None) -> None:
+    def verify(
+        self,
+        everything: bool = False,
+        progress: Callable[[int], object] = lambda _: None,
+        shards: Sequence[Shard] | None = None,
+    ) -> None:
         """Check that the files are those that were written.
 
         Args:
             everything: read all files; by default, only those whose time of change differs from the manifest's.
             progress: called with the bytes of each file that was read.
+            shards: the files; None: all.
 
         Raises:
             DataError: a file was changed, or can't be read.
         """
-        for shard in self.shards:
+        for shard in self.shards if shards is None else shards:
             file = self.path / shard.file
             try:
                 if not everything and file.stat().st_mtime_ns == shard.mtime_ns:
@@ -332,26 +340,31 @@ class Dataset(RandomAccess):
 
 
 class Span(RandomAccess):
-    """Consecutive rows of another source, under a name of their own.
+    """A source that a prepared folder was made of.
 
     Args:
-        source: that has the rows.
-        name: of these rows.
-        start: the first row.
-        stop: the row after the last one.
+        dataset: the folder.
+        name: of the source.
+        start: its first row.
+        stop: the row after its last one.
+        shards: that have its rows.
     """
 
-    def __init__(self, source: RandomAccess, name: str, start: int, stop: int):
-        self.path, self.name, self.layout = source.path, name, source.layout
-        self._source, self._start, self.rows = source, start, stop - start
+    def __init__(self, dataset: Dataset, name: str, start: int, stop: int, shards: Sequence[Shard]):
+        self.path, self.name, self.layout = dataset.path, name, dataset.layout
+        self._dataset, self._start, self.rows, self._shards = dataset, start, stop - start, shards
 
     def files(self) -> list[Path]:
-        """Return the files of the source that has the rows."""
-        return self._source.files()
+        """Return the manifests of the folder."""
+        return self._dataset.files()
+
+    def verify(self) -> None:
+        """Raise DataError if a shard was changed since it was written."""
+        self._dataset.verify(shards=self._shards)
 
     def fill(self, records: np.ndarray, start: int) -> None:
         """Fill records with the rows from ``start`` on."""
-        self._source.fill(records, self._start + start)
+        self._dataset.fill(records, self._start + start)
 
 
 class RowsWriter(Writer):

@@ -313,6 +313,18 @@ def test_a_flipped_bit(own, keep_time, capsys):
     assert f"error: {file}: changed since it was written: expected SHA-256 " in capsys.readouterr().err
 
 
+def test_changed_shards_are_not_prepared_again_or_described(own, tmp_path, capsys):
+    flip(own / "day_2-00000.rows", False)
+    for args in (("--describe", own), (own, "--output", tmp_path / "new")):
+        assert run(*args) == 2
+        assert "error: " + str(own / "day_2-00000.rows: changed since it was written") in capsys.readouterr().err
+    *good, bad = Dataset(own).sources()
+    for source in good:
+        source.verify()
+    with pytest.raises(DataError, match=r"day_2-00000.rows: changed since it was written"):
+        bad.verify()
+
+
 def test_another_time_alone_is_no_change(own, capsys):
     os.utime(own / "day_0-00000.rows", ns=(1, 1))
     read = []
