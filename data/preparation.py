@@ -66,6 +66,8 @@ class PrepareOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
+            if value is not None and value >= 1 << 63:
+                raise ValueError(f"{name}: expected less than 2**63, got {value}")
         if self.max_ind_range is not None and self.max_ind_range > 1 << 31:
             raise ValueError(f"max_ind_range: expected at most 2**31, got {self.max_ind_range}")
 
@@ -139,6 +141,8 @@ class Preparation:
         self._stop = threading.Event()
         self._filters: list[Callable[[np.ndarray], None]] = []  # change ids, in pieces of any order
         self._sketch: CountMinSketch | None = None
+        if options.min_count is not None and options.sketch_bytes is not None:
+            self._sketch = CountMinSketch(self.layout.features, options.min_count, options.sketch_bytes)
         _claim(
             output / MANIFEST,
             {
@@ -185,16 +189,14 @@ class Preparation:
             DataError: a source can't be read, or has a bad row and on_error is "raise".
             OSError: a file can't be written. Whatever the error, what is in the manifests is safe.
         """
-        options, features = self._options, self.layout.features
+        options = self._options
         self._forget_changed()
         with ThreadPoolExecutor(self._workers) as parsers:
             try:
                 if options.max_ind_range is not None:
                     self._filters.append(self._cap)
-                if options.min_count is not None and options.sketch_bytes is not None:
-                    self._sketch = CountMinSketch(features, options.min_count, options.sketch_bytes)
-                elif options.min_count is not None:
-                    counts = IdCounts(features)
+                if options.min_count is not None and not self._sketch:
+                    counts = IdCounts(self.layout.features)
                     for source in self._sources:
                         for piece in self._read(source, 0, parsers, self._workers + 1):
                             counts.add(piece.records)
