@@ -22,6 +22,7 @@ from tests.helpers.mutations import mutated
 from tests.helpers.sources import Numbered
 
 ROWS = (53, 20, 31)
+AT_ONCE = 10_000  # inputs of one seed
 
 
 def make_folder(path):
@@ -87,10 +88,13 @@ def main():
     parser.add_argument("--inputs", type=int, default=1_000_000)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    start = time.perf_counter()
+    start, ended = time.perf_counter(), Counter()
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
-        ended = fuzz(make_folder(Path(folder)), args.inputs, args.seed)
-    print(f"{args.inputs:,} inputs in {time.perf_counter() - start:.0f} s: {dict(ended)}")
+        out = make_folder(Path(folder))
+        for done in range(0, args.inputs, AT_ONCE):
+            inputs = min(AT_ONCE, args.inputs - done)
+            ended += fuzz(out, inputs, args.seed + done)
+            print(f"{done + inputs:,} inputs in {time.perf_counter() - start:.0f} s: {dict(ended)}", flush=True)
 
 
 if __name__ == "__main__":
