@@ -91,7 +91,7 @@ test-sanitized: setup $(SANITIZED) $(SANITIZED_READER)
 	    tests/dlrm/test_mlp.py tests/dlrm/test_interaction.py tests/data/formats/test_criteo_tsv.py \
 	    --deselect tests/robe/csrc/test_memory.py
 
-# A million damaged manifests of prepared folders: half an hour on one core.
+# A million damaged manifests of prepared folders: a quarter of an hour on one core.
 fuzz-manifests: setup
 	$(BIN)/python -m tests.fuzz.manifests
 

@@ -7,6 +7,7 @@ import io
 import math
 import os
 import re
+import reprlib
 import shutil
 import stat
 import struct
@@ -157,6 +158,7 @@ class NpzFile:
 
     Attributes:
         names: of the arrays.
+        contents: the names of all files in it, those that are no arrays included, for messages.
 
     Raises:
         DataError: it is no .npz file.
@@ -168,11 +170,11 @@ class NpzFile:
             self._zip = zipfile.ZipFile(self._file)
         except _BROKEN as error:
             raise DataError(f"{path}: not a .npz file, or one that ends early: {first_line(error)}") from None
-        members = self._zip.infolist()
-        self._members = {info.filename.removesuffix(".npy"): info for info in members if info.filename.endswith(".npy")}
-        if len({info.filename for info in members}) != len(members):
+        files = {info.filename: info for info in self._zip.infolist()}
+        if len(files) != len(self._zip.infolist()):
             raise DataError(f"{path}: not a .npz file: two arrays have one name")
-        self.names = set(self._members)
+        self._members = {name.removesuffix(".npy"): info for name, info in files.items() if name.endswith(".npy")}
+        self.names, self.contents = set(self._members), reprlib.repr(sorted(files))
 
     def __enter__(self) -> "NpzFile":
         return self

@@ -380,7 +380,7 @@ class SourceJob:
             if len(self._bad_examples) < FAULTS_KEPT:
                 self._bad_examples.append(where)
             if self.quarantine:
-                self.quarantine.write(where.encode() + b"\t" + fault.text + b"\n")
+                self.quarantine.write(os.fsencode(where) + b"\t" + fault.text + b"\n")
 
     def commit(self) -> None:
         """Finish the shard, then enter it into the manifest."""

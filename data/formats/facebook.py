@@ -5,7 +5,6 @@
 - ``terabyte_processed_*.bin``: rows of 40 int32, that is the label, 13 integers and 26 ids
 """
 
-import reprlib
 from pathlib import Path
 
 import numpy as np
@@ -79,8 +78,10 @@ class FacebookNpz(RandomAccess):
         self.path, self.name, self.layout = path, path.stem, Layout()
         with NpzFile(path) as npz:
             if "X_int" not in npz.names or "y" not in npz.names or not {"X_cat", "X_cat_t"} & npz.names:
-                got = reprlib.repr(sorted(npz.names))
-                raise DataError(f"{path}: expected arrays X_int, X_cat or X_cat_t, and y, got {got}")
+                raise DataError(
+                    f"{path}: expected arrays X_int, X_cat or X_cat_t, and y, got a zip archive of {npz.contents}; "
+                    "unpack it first if these are logs"
+                )
             self.rows = rows = npz.header("X_int").rows
             if not rows:
                 raise DataError(f"{path}: the file is empty")

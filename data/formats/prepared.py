@@ -355,8 +355,8 @@ class Span(RandomAccess):
         self._dataset, self._start, self.rows, self._shards = dataset, start, stop - start, shards
 
     def files(self) -> list[Path]:
-        """Return the manifests of the folder."""
-        return self._dataset.files()
+        """Return the manifests that decide what the rows are."""
+        return [self.path / MANIFEST, source_manifest(self.path, self.name)]
 
     def verify(self) -> None:
         """Raise DataError if a shard was changed since it was written."""

@@ -7,7 +7,6 @@
 """
 
 import re
-import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -104,7 +103,7 @@ class TorchrecNpy(RandomAccess):
     def _open_multi_hot(self, path: Path) -> list[ArrayFile]:
         with NpzFile(path) as npz:
             if npz.names != {str(i) for i in range(NUM_SPARSE)}:
-                raise DataError(f"{path}: expected arrays 0 to {NUM_SPARSE - 1}, got {reprlib.repr(sorted(npz.names))}")
+                raise DataError(f"{path}: expected arrays 0 to {NUM_SPARSE - 1}, got {npz.contents}")
             for i in range(NUM_SPARSE):
                 header = npz.header(str(i))
                 fits = header.dtype.base.str in _INTEGERS and len(header.shape) == 2 and header.rows == self.rows
