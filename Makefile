@@ -7,7 +7,8 @@ SANITIZED := build/sanitized/robe/_cpu.so build/sanitized/dlrm/_cpu.so
 SANITIZED_READER := build/sanitized/_tsv.so
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 
-.PHONY: setup train bench wheel test test-install test-integrations test-triton test-sanitized test-hostile lint format
+.PHONY: setup train bench wheel test test-install test-integrations test-triton test-sanitized test-hostile fuzz-manifests \
+    lint format
 
 # A virtual environment with the pinned packages and this project in editable mode. Without a compiler the project is
 # installed all the same, and says what is missing.
@@ -97,6 +98,10 @@ test-sanitized: setup $(SANITIZED) $(SANITIZED_READER)
 test-hostile: setup $(SANITIZED)
 	$(WITH_SANITIZERS) OMP_NUM_THREADS=1 ROBE_KERNELS=build/sanitized HOSTILE_CALLS=100000 \
 	    $(BIN)/python -m pytest -n auto tests/robe/csrc/test_hostile_calls.py tests/dlrm/test_hostile_calls.py
+
+# A million damaged manifests of prepared folders: a quarter of an hour on one core.
+fuzz-manifests: setup
+	$(BIN)/python -m tests.fuzz.manifests
 
 lint: setup
 	$(BIN)/ruff format --check .

@@ -26,7 +26,8 @@ def whole_file(path: Path) -> Iterator[Path]:
 
     part = path.with_name(path.name + ".part")
     try:
-        part.touch()
+        part.unlink(missing_ok=True)  # what a kill has left, or a link that leads elsewhere
+        part.touch(exist_ok=False)
         mode = part.stat().st_mode  # as the umask has it; safetensors makes files that only their owner can read
         yield part
         part.chmod(mode)

@@ -11,10 +11,11 @@ from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 MOST_BYTES = 1 << 26  # of a text; the manifest of a terabyte has less than a hundredth of it
 MOST_LEVELS = 64  # of lists and objects inside each other
+MOST_SHOWN = 80  # characters of a wrong value, in a message
 MOST_DIGITS = 40  # of an integer: enough for 128 bits, the state of numpy's generators
 
 T = TypeVar("T")
@@ -86,26 +87,27 @@ def from_json(value: Any, kind: type[T], key: str = "") -> T:
         ValueError: the value is of another type, or the dataclass refuses it. Names the key, what was expected and what
             is there.
     """
+    fits = _SIMPLE.get(kind)  # first: most values are simple
+    if fits:
+        return value if fits(value) else _refuse(key, _in_words(kind), value)
     if is_dataclass(kind):
         return _instance(value, kind, key)
     origin, of = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
         return _one_of(value, of, key)
-    if origin is Literal:
-        fits = any(type(value) is type(x) and value == x for x in of)
-    elif origin in (list, tuple):
+    if origin in (list, tuple):
         return _sequence(value, origin, of, key)
-    elif origin is dict:
-        _require(isinstance(value, dict), key, "an object", value)
-        return {name: from_json(x, of[1], _join(key, name)) for name, x in value.items()}  # type: ignore[return-value]
-    else:
-        fits = _SIMPLE[kind](value)
-    _require(fits, key, _in_words(kind), value)
-    return value
+    if origin is Literal:
+        equal = any(type(value) is type(x) and value == x for x in of)
+        return value if equal else _refuse(key, _in_words(kind), value)
+    if not isinstance(value, dict):  # origin is dict
+        _refuse(key, "an object", value)
+    return {name: from_json(x, of[1], _join(key, name)) for name, x in value.items()}  # type: ignore[return-value]
 
 
 def _instance(value: Any, kind: Any, key: str) -> Any:
-    _require(isinstance(value, dict), key, f"an object, the fields of {kind.__name__}", value)
+    if not isinstance(value, dict):
+        _refuse(key, f"an object, the fields of {kind.__name__}", value)
     known = {field.name: field for field in fields(kind) if field.init}
     types = _types(kind)
     given = {}
@@ -120,7 +122,8 @@ def _instance(value: Any, kind: Any, key: str) -> Any:
     try:
         return kind(**given)
     except ValueError as problem:
-        raise ValueError(f"{key}: {problem}" if key else str(problem)) from None
+        words = "".join(x if x.isprintable() else ascii(x)[1:-1] for x in str(problem))  # it may show a value as it is
+        raise ValueError(f"{key}: {words}" if key else words) from None
 
 
 def _one_of(value: Any, kinds: tuple[Any, ...], key: str) -> Any:
@@ -134,13 +137,15 @@ def _one_of(value: Any, kinds: tuple[Any, ...], key: str) -> Any:
             return from_json(value, kind, key)
         except ValueError:
             continue
-    return _require(False, key, " or ".join(map(_in_words, kinds)), value)
+    return _refuse(key, " or ".join(map(_in_words, kinds)), value)
 
 
 def _sequence(value: Any, origin: type, of: tuple[Any, ...], key: str) -> Any:
-    _require(isinstance(value, (list, tuple)), key, "a list", value)
+    if not isinstance(value, (list, tuple)):
+        _refuse(key, "a list", value)
     if origin is tuple and of[-1] is not ...:
-        _require(len(value) == len(of), key, f"a list of {len(of)}", value)
+        if len(value) != len(of):
+            _refuse(key, f"a list of {len(of)}", value)
         kinds = of
     else:
         kinds = (of[0],) * len(value)
@@ -179,9 +184,8 @@ def _in_words(kind: Any) -> str:
     return _WORDS.get(kind) or {list: "a list", tuple: "a list"}.get(origin, "an object")
 
 
-def _require(fits: bool, key: str, expected: str, got: Any) -> None:
-    if not fits:
-        raise ValueError(f"{key}{': ' if key else ''}expected {expected}, got {reprlib.repr(got)}")
+def _refuse(key: str, expected: str, got: Any) -> NoReturn:
+    raise ValueError(f"{key}{': ' if key else ''}expected {expected}, got {reprlib.repr(got)[:MOST_SHOWN]}")
 
 
 def _join(key: str, name: str) -> str:

@@ -136,7 +136,7 @@ class CountMinSketch:
         bytes: memory of the counters.
 
     Raises:
-        ValueError: ``least`` is out of range.
+        ValueError: ``least`` or ``bytes`` is out of range.
     """
 
     DEPTH = 4
@@ -144,6 +144,8 @@ class CountMinSketch:
     def __init__(self, features: Sequence[slice], least: int, bytes: int = 1 << 28):
         if not 2 <= least <= 255:
             raise ValueError(f"min_count: with a sketch expected 2 to 255, got {least}")
+        if bytes < self.DEPTH:
+            raise ValueError(f"bytes: expected at least {self.DEPTH}, got {bytes}")
         self.features, self.least = list(features), least
         self.counters = np.zeros((self.DEPTH, bytes // self.DEPTH), np.uint8)
 

@@ -6,21 +6,32 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from data.counts import CountMinSketch, Frequent, IdCounts
+from data.fingerprints import difference, fingerprints
 from data.formats.opening import WRITERS
-from data.formats.prepared import MANIFEST, OWN_FORMAT, VERSION, load_json, source_manifest
+from data.formats.prepared import (
+    MANIFEST,
+    OWN_FORMAT,
+    VERSION,
+    DatasetManifest,
+    SourceProgress,
+    check_shard,
+    read_progress,
+    source_manifest,
+)
 from data.formats.writer import Writer
 from data.schema import DataError, Layout
 from data.sources import Piece, Source, require_one_layout
-from data.storage import locked
-from robe_files import write_json
+from data.storage import check_name, locked, no_link
+from robe_files import flush, write_json
+from robe_json import read_json
 
 FAULTS_KEPT = 5  # of each source, for the report
 
@@ -55,33 +66,10 @@ class PrepareOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
+            if value is not None and value >= 1 << 63:
+                raise ValueError(f"{name}: expected less than 2**63, got {value}")
         if self.max_ind_range is not None and self.max_ind_range > 1 << 31:
             raise ValueError(f"max_ind_range: expected at most 2**31, got {self.max_ind_range}")
-
-
-@dataclass
-class SourceProgress:
-    """Progress of a source, and its manifest.
-
-    Attributes:
-        version: of the manifest.
-        complete: whether all of the source is prepared.
-        lines: that were read, and whose rows are safe in shards.
-        rows: in the shards.
-        bad_rows: lines that are not rows.
-        bad_bytes: of the quarantine file.
-        bad_examples: file, line and cause of the first bad rows.
-        shards: the files, as `data.formats.writer.Shard` has them.
-    """
-
-    version: int = VERSION
-    complete: bool = False
-    lines: int = 0
-    rows: int = 0
-    bad_rows: int = 0
-    bad_bytes: int = 0
-    bad_examples: list[str] = field(default_factory=list)
-    shards: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Share(NamedTuple):
@@ -114,6 +102,10 @@ class Preparation:
         resume: go on with what is in the folder.
         advance: called with the number of rows after each piece was written.
 
+    Attributes:
+        changed: why sources are to be prepared again, by name: their files have changed since, or shards are missing.
+            ``run`` removes what was made of them, and where ids are counted also what was made of the others.
+
     Raises:
         DataError: the sources have no common layout or do not fit into the format, or the folder has something else.
         ValueError: ``share`` is not of all sources, and ids are to be counted.
@@ -134,6 +126,7 @@ class Preparation:
         self._advance = advance
         names: dict[str, Source] = {}
         for source in sources:
+            check_name(source.name, str(source.path))
             if source.name in names:
                 raise DataError(
                     f"{source.path} and {names[source.name].path}: expected files of different names, "
@@ -148,6 +141,8 @@ class Preparation:
         self._stop = threading.Event()
         self._filters: list[Callable[[np.ndarray], None]] = []  # change ids, in pieces of any order
         self._sketch: CountMinSketch | None = None
+        if options.min_count is not None and options.sketch_bytes is not None:
+            self._sketch = CountMinSketch(self.layout.features, options.min_count, options.sketch_bytes)
         _claim(
             output / MANIFEST,
             {
@@ -160,6 +155,29 @@ class Preparation:
             },
             resume,
         )
+        reasons = {source.name: self._why_again(source) for source in self._mine}
+        self.changed = {name: reason for name, reason in reasons.items() if reason}
+
+    def _why_again(self, source: Source) -> str | None:
+        """Say why what was made of a source can't stay; None: it can."""
+        progress = read_progress(self._output, source.name)
+        reason = progress.source and difference(progress.source, fingerprints(source.files()))
+        try:
+            for shard in progress.shards:
+                check_shard(self._output, shard)
+        except DataError as error:
+            reason = reason or str(error)
+        return reason or None
+
+    def _forget_changed(self) -> None:
+        # What ids are counted decides about the rows of all sources. Those that have changed come last: killed on the
+        # way, this is done again.
+        others = [source.name for source in self._mine if source.name not in self.changed]
+        if self.changed and self._options.min_count is not None:
+            for name in others:
+                forget(self._output, name)
+        for name in self.changed:
+            forget(self._output, name)
 
     def run(self) -> list[SourceProgress]:
         """Prepare this process's share of the sources.
@@ -171,15 +189,14 @@ class Preparation:
             DataError: a source can't be read, or has a bad row and on_error is "raise".
             OSError: a file can't be written. Whatever the error, what is in the manifests is safe.
         """
-        options, features = self._options, self.layout.features
+        options = self._options
+        self._forget_changed()
         with ThreadPoolExecutor(self._workers) as parsers:
             try:
                 if options.max_ind_range is not None:
                     self._filters.append(self._cap)
-                if options.min_count is not None and options.sketch_bytes is not None:
-                    self._sketch = CountMinSketch(features, options.min_count, options.sketch_bytes)
-                elif options.min_count is not None:
-                    counts = IdCounts(features)
+                if options.min_count is not None and not self._sketch:
+                    counts = IdCounts(self.layout.features)
                     for source in self._sources:
                         for piece in self._read(source, 0, parsers, self._workers + 1):
                             counts.add(piece.records)
@@ -205,10 +222,11 @@ class Preparation:
         return [future.result() for future in running]
 
     def _run_source(self, source: Source, parsers: ThreadPoolExecutor, at_once: int) -> SourceProgress:
-        job = SourceJob(source.name, self._output, self.layout, self._options, self._sketch)
+        job = SourceJob(source, self._output, self.layout, self._options, self._sketch)
         try:
             self._advance(job.progress.rows)
             if not job.progress.complete or self._sketch:
+                source.verify()
                 # A sketch has to see all rows again; the job leaves out those that are in shards.
                 start = 0 if self._sketch else job.progress.lines
                 for piece in self._read(source, start, parsers, self._workers // at_once + 1):
@@ -263,7 +281,7 @@ class SourceJob:
     """Writes the shards of a source and its manifest.
 
     Args:
-        name: of the source.
+        source: whose rows they are.
         folder: to write.
         layout: of the records.
         options: of the preparation.
@@ -278,22 +296,24 @@ class SourceJob:
         OSError: a file can't be opened.
     """
 
-    def __init__(self, name: str, folder: Path, layout: Layout, options: PrepareOptions, sketch: CountMinSketch | None):
-        self._name, self._folder, self._layout, self._options, self._sketch = name, folder, layout, options, sketch
+    def __init__(
+        self, source: Source, folder: Path, layout: Layout, options: PrepareOptions, sketch: CountMinSketch | None
+    ):
+        self._source, self._folder, self._layout, self._options, self._sketch = source, folder, layout, options, sketch
+        self._name = name = source.name
         self._make = WRITERS[options.format]
         self._lock = ExitStack()
-        try:
-            self._lock.enter_context(locked(folder / f".{name}.lock", wait=False))
-        except BlockingIOError:
-            raise DataError(f"{folder / name}: another process is preparing it") from None
+        self._lock.enter_context(source_lock(folder, name))
         self._manifest = source_manifest(folder, name)
         self._line: int | None = None  # the next one to write; None: none was written since the last shard
         self._writer: Writer | None = None
         self.quarantine: BinaryIO | None = None
         try:
-            self.progress = SourceProgress(**load_json(self._manifest)) if self._manifest.exists() else SourceProgress()
+            self.progress = read_progress(folder, name)
+            if self.progress.source is None and not self.progress.complete:
+                self.progress.source = fingerprints(source.files())
             if options.on_error == "quarantine" and not self.progress.complete:
-                self.quarantine = open(quarantine_file(folder, name), "ab")  # noqa: SIM115
+                self.quarantine = open(quarantine_file(folder, name), "ab", opener=no_link)  # noqa: SIM115
                 self.quarantine.truncate(self.progress.bad_bytes)
         except BaseException:
             self.close()
@@ -318,12 +338,25 @@ class SourceJob:
         return written
 
     def complete(self) -> None:
-        """Write the last shard; all lines were added."""
+        """Write the last shard; all lines were added.
+
+        Raises:
+            DataError: the source had fewer lines than it promised, or was changed while it was read.
+        """
         if not self.progress.complete:
             if self._line is not None or not self.progress.shards:
                 self.commit()
+            self._check_source()
             self.progress.complete = True
             write_json(self._manifest, asdict(self.progress))
+
+    def _check_source(self) -> None:
+        path, promised, most = self._source.path, self._source.rows, self._options.max_rows
+        if promised is not None and self.progress.lines != min(promised, most or promised):
+            raise DataError(f"{path}: expected {promised} rows, as it says, got {self.progress.lines}")
+        changed = difference(self.progress.source or [], fingerprints(self._source.files()))
+        if changed:
+            raise DataError(f"{path}: changed while it was read: {changed}")
 
     def close(self) -> None:
         """Release the source, and remove what is unfinished."""
@@ -347,7 +380,7 @@ class SourceJob:
             if len(self._bad_examples) < FAULTS_KEPT:
                 self._bad_examples.append(where)
             if self.quarantine:
-                self.quarantine.write(where.encode() + b"\t" + fault.text + b"\n")
+                self.quarantine.write(os.fsencode(where) + b"\t" + fault.text + b"\n")
 
     def commit(self) -> None:
         """Finish the shard, then enter it into the manifest."""
@@ -357,13 +390,51 @@ class SourceJob:
             self.quarantine.flush()
             os.fsync(self.quarantine.fileno())
             progress.bad_bytes = self.quarantine.tell()
-        progress.shards += [asdict(shard) for shard in shards]
+        progress.shards += shards
         progress.rows += writer.rows
         progress.lines = self._line or 0
         progress.bad_rows += self._bad_rows
         progress.bad_examples = list(self._bad_examples)
         write_json(self._manifest, asdict(progress))
         self._writer, self._line, self._bad_rows = None, None, 0
+
+
+@contextmanager
+def source_lock(folder: Path, name: str) -> Iterator[None]:
+    """Keep other processes away from what is made of a source.
+
+    Args:
+        folder: the prepared folder.
+        name: of the source.
+
+    Raises:
+        DataError: another process is preparing it.
+    """
+    with ExitStack() as held:
+        try:
+            held.enter_context(locked(folder / f".{name}.lock", wait=False))
+        except BlockingIOError:
+            raise DataError(f"{folder / name}: another process is preparing it") from None
+        yield
+
+
+def forget(folder: Path, name: str) -> None:
+    """Remove what was made of a source.
+
+    Args:
+        folder: the prepared folder.
+        name: of the source.
+
+    Raises:
+        DataError: another process is preparing it.
+    """
+    with source_lock(folder, name):
+        # The manifest goes last: killed on the way, the next run finds shards missing.
+        for shard in read_progress(folder, name).shards:
+            (folder / shard.file).unlink(missing_ok=True)
+        flush(folder)
+        source_manifest(folder, name).unlink(missing_ok=True)
+        flush(folder)
 
 
 def _claim(path: Path, manifest: dict[str, Any], resume: bool) -> None:
@@ -379,7 +450,7 @@ def _claim(path: Path, manifest: dict[str, Any], resume: bool) -> None:
             return write_json(path, manifest)
         if not resume:
             raise DataError(f"{folder}: has prepared data; go on with --resume or choose another --output")
-        there, here = _flat(load_json(path)), _flat(manifest)
+        there, here = _flat(asdict(read_json(path, DatasetManifest, DataError))), _flat(manifest)
         differences = [what for what in here if there.get(what) != here[what]]
         if differences == ["options.on_error"] and there[differences[0]] == "raise":
             # There has been no bad row so far, so it does not matter how one would have been treated.

@@ -27,8 +27,8 @@ from tqdm import tqdm
 
 from data.describe import describe, plot_frequencies, table
 from data.formats.opening import WRITERS, open_source, open_sources
-from data.formats.prepared import Dataset
-from data.preparation import Preparation, PrepareOptions, Share, SourceProgress, quarantine_file
+from data.formats.prepared import Dataset, SourceProgress
+from data.preparation import Preparation, PrepareOptions, Share, quarantine_file
 from data.program import exit_code
 from data.sources import Source
 from robe_files import whole_file
@@ -228,6 +228,8 @@ def run_prepare(args: argparse.Namespace) -> None:
         preparation = Preparation(
             sources, args.output, options, split, args.part, args.workers, args.resume, lambda rows: _advance(bar, rows)
         )
+        for name, reason in preparation.changed.items():
+            bar.write(f"{name}: prepared again: {reason}")
         done = preparation.run()
     rows = sum(progress.rows for progress in done)
     print(f"{args.output}: {rows:,} rows of {len(done)} of {len(sources)} sources")
@@ -271,6 +273,7 @@ def _collect_bad_rows(path: Path, folder: Path, sources: Sequence[Source]) -> No
 def run_describe(path: Path, plot: Path | None) -> None:
     """Print a description of data, and draw its id frequencies into a PNG if one is given."""
     source = open_source(path)
+    source.verify()
     with tqdm(unit="row", unit_scale=True, desc=path.name, total=source.rows, leave=False) as bar:
         description = describe(source, bar.update)
     print(table(description))

@@ -1,12 +1,16 @@
 """Definition of a row: the names of its columns, the value of a missing integer, and the layout of a record."""
 
+import reprlib
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from robe_json import from_json
+
 NUM_DENSE, NUM_SPARSE = 13, 26
+MOST_IDS = 1 << 27  # in a row: numpy takes records of less than 2 GiB
 MISSING = np.iinfo(np.int32).min  # a missing integer in a record
 DENSE_NAMES = [f"int_{i}" for i in range(NUM_DENSE)]
 SPARSE_NAMES = [f"cat_{i}" for i in range(NUM_SPARSE)]
@@ -35,9 +39,12 @@ class Layout:
 
     def __post_init__(self):
         if self.dense not in ("i4", "f4") or self.ids not in ("u4", "i8"):
-            raise ValueError(f"expected dense i4 or f4 and ids u4 or i8, got {self.dense} and {self.ids}")
+            got = f"{reprlib.repr(self.dense)} and {reprlib.repr(self.ids)}"
+            raise ValueError(f"expected dense i4 or f4 and ids u4 or i8, got {got}")
         if self.hots is not None and (len(self.hots) != NUM_SPARSE or min(self.hots) < 1):
-            raise ValueError(f"hots: expected {NUM_SPARSE} numbers of at least 1, got {self.hots}")
+            raise ValueError(f"hots: expected {NUM_SPARSE} numbers of at least 1, got {reprlib.repr(self.hots)}")
+        if self.num_ids > MOST_IDS:
+            raise ValueError(f"hots: expected at most {MOST_IDS} ids a row, got {self.num_ids}")
 
     @cached_property
     def dtype(self) -> np.dtype:
@@ -79,5 +86,9 @@ class Layout:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Layout":
-        """Return the layout that `to_dict` described, also after a trip through JSON."""
-        return cls(**{**values, "hots": None if values.get("hots") is None else tuple(values["hots"])})
+        """Return the layout that `to_dict` described, also after a trip through JSON.
+
+        Raises:
+            ValueError: it is no such description.
+        """
+        return from_json(values, cls)

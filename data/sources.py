@@ -90,6 +90,10 @@ class Source(ABC):
     layout: Layout
     rows: int | None
 
+    def files(self) -> list[Path]:
+        """Return the files that decide what the rows are."""
+        return [self.path]
+
     @property
     def labelled(self) -> bool:
         """True if the rows have a label."""
@@ -107,18 +111,25 @@ class Source(ABC):
         """Yield the records of rows start to stop (default: the end) in their order, however many at a time.
 
         Raises:
-            DataError: a line is not a row, or a file can't be read on.
+            DataError: a line is not a row, a file can't be read on, or there are fewer rows than the source promised.
         """
         if stop is not None and start >= stop:
             return
+        end = start
         for read in self.pieces(start):
             piece = read()
+            if piece.first > end:
+                raise DataError(f"{self.path}: expected {piece.first} rows before those of {piece.path}, got {end}")
             wanted = piece if stop is None else piece.split(stop)[0]
             for fault in wanted.faults:
                 raise DataError(fault.describe(piece.path))
             yield wanted.records
-            if stop is not None and piece.first + piece.lines >= stop:
+            end = piece.first + piece.lines
+            if stop is not None and end >= stop:
                 return
+        promised = self.rows if stop is None or self.rows is None else min(stop, self.rows)
+        if promised is not None and end < promised:
+            raise DataError(f"{self.path}: expected {promised} rows, as it says, got {end}")
 
     def read(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
         """Return rows start to stop (default: the end) in batches of any size that is cheap to read.
@@ -179,6 +190,10 @@ class Several(Source):
     def __init__(self, path: Path, sources: Sequence[Source]):
         self.path, self.name, self.sources = path, path.name, list(sources)
         self.layout = require_one_layout(self.sources)
+
+    def files(self) -> list[Path]:
+        """Return the files of all sources."""
+        return [file for source in self.sources for file in source.files()]
 
     @property
     def rows(self) -> int | None:  # type: ignore[override]

@@ -4,6 +4,7 @@ import fcntl
 import io
 import os
 import re
+import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,15 +14,32 @@ import numpy as np
 
 from data.schema import DataError
 
+MOST_NAME_BYTES = 255  # what file systems take
+_NOT_IN_NAMES = re.compile(r"[/\x00-\x1f\x7f]")  # separators, and what would tear lines apart
+
 
 def natural_order(path: Path) -> list[Any]:
     """Return a sort key that puts day_2 before day_10."""
     return [int(text) if text.isdigit() else text for text in re.split(r"(\d+)", path.name)]
 
 
+def check_name(name: str, what: str) -> None:
+    """Check that a name is that of a file in a folder, and leads nowhere else.
+
+    Args:
+        name: of a file, or what such a name begins with.
+        what: it names, for the message.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if name in ("", ".", "..") or _NOT_IN_NAMES.search(name) or len(os.fsencode(name)) > MOST_NAME_BYTES:
+        raise ValueError(f"{what}: expected a plain name in the folder, got {reprlib.repr(name)}")
+
+
 def first_line(error: Exception) -> str:
-    """Return the first line of an error's message."""
-    return str(error).partition("\n")[0]
+    """Return the first line of an error's message, or as much as a terminal has room for."""
+    return str(error).partition("\n")[0][:200]
 
 
 class ClosedWhenUnused(io.FileIO):
@@ -111,6 +129,15 @@ def read_at(descriptor: int, path: Path, items: np.ndarray, position: int) -> No
         rest, position = rest[got:], position + got
 
 
+def no_link(path: str, flags: int) -> int:
+    """Open a file as ``open`` does, but not by a link that may lead anywhere (an ``opener`` for ``open``).
+
+    Raises:
+        OSError: it is a link, or can't be opened.
+    """
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
 @contextmanager
 def locked(path: Path, wait: bool) -> Iterator[None]:
     """Keep other processes out. The system releases the lock when the process dies.
@@ -123,7 +150,7 @@ def locked(path: Path, wait: bool) -> Iterator[None]:
         BlockingIOError: another process holds the lock, and ``wait`` is false.
         OSError: the file can't be opened.
     """
-    with open(path, "wb") as file:
+    with open(path, "ab", opener=no_link) as file:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         try:
             yield

@@ -19,6 +19,14 @@ def test_a_whole_file_takes_its_name_at_the_end(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
 
+def test_a_link_in_the_place_of_the_unfinished_file_is_not_followed(tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "a.json.part").symlink_to("mine")
+    write_json(tmp_path / "a.json", {})
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert (tmp_path / "a.json").read_text() == "{}\n"
+
+
 @pytest.mark.parametrize("error", [ValueError("a bad row"), KeyboardInterrupt()])
 def test_what_was_there_stays_when_writing_fails(tmp_path, error):
     path = tmp_path / "file"

@@ -106,6 +106,21 @@ def test_what_is_no_plain_json_is_refused(text, message):
     assert "\n" not in str(error.value)
 
 
+def test_messages_stay_one_short_line():
+    @dataclass
+    class Loud:
+        name: str
+
+        def __post_init__(self):
+            raise ValueError(f"name: {self.name}")
+
+    with pytest.raises(OurError, match=r"^text: name: a\\nb\\x1b$"):
+        parse_json('{"name": "a\\nb\\u001b"}', Loud, "text", OurError)
+    with pytest.raises(OurError) as error:
+        parse_json(f'{{"version": {[[[["x" * 99] * 9] * 9] * 9] * 9}}}'.replace("'", '"'), Outer, "text", OurError)
+    assert len(str(error.value)) < 150
+
+
 def test_values_at_the_limits_are_read():
     assert parse_json("[" * MOST_LEVELS + "]" * MOST_LEVELS, Any, "text") is not None
     assert parse_json(str(2**127), Any, "text") == 2**127  # the state of numpy's generators

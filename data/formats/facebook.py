@@ -78,20 +78,23 @@ class FacebookNpz(RandomAccess):
         self.path, self.name, self.layout = path, path.stem, Layout()
         with NpzFile(path) as npz:
             if "X_int" not in npz.names or "y" not in npz.names or not {"X_cat", "X_cat_t"} & npz.names:
-                raise DataError(f"{path}: expected arrays X_int, X_cat or X_cat_t, and y, got {sorted(npz.names)}")
-            self._dense = npz.array("X_int")
-            self.rows = rows = self._dense.rows
+                raise DataError(
+                    f"{path}: expected arrays X_int, X_cat or X_cat_t, and y, got a zip archive of {npz.contents}; "
+                    "unpack it first if these are logs"
+                )
+            self.rows = rows = npz.header("X_int").rows
             if not rows:
                 raise DataError(f"{path}: the file is empty")
             self._by_column = "X_cat_t" in npz.names
             ids = "X_cat_t" if self._by_column else "X_cat"
-            self._labels, self._sparse = npz.array("y"), npz.array(ids)
-        for array, name, kinds, what, shape in (
-            (self._dense, "X_int", "iu", "integers", (rows, NUM_DENSE)),
-            (self._labels, "y", "iuf", "numbers", (rows,)),
-            (self._sparse, ids, "iuf", "numbers", (NUM_SPARSE, rows) if self._by_column else (rows, NUM_SPARSE)),
-        ):
-            require(array.dtype.base.kind in kinds and array.shape == shape, array, name, f"{what} {shape}")
+            for name, kinds, what, shape in (
+                ("X_int", "iu", "integers", (rows, NUM_DENSE)),
+                ("y", "iuf", "numbers", (rows,)),
+                (ids, "iuf", "numbers", (NUM_SPARSE, rows) if self._by_column else (rows, NUM_SPARSE)),
+            ):
+                header = npz.header(name)
+                require(header.dtype.base.kind in kinds and header.shape == shape, header, name, f"{what} {shape}")
+            self._dense, self._labels, self._sparse = (npz.array(name) for name in ("X_int", "y", ids))
         if self._by_column:
             self._sparse = self._sparse.elements()
 

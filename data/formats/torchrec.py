@@ -76,8 +76,16 @@ class TorchrecNpy(RandomAccess):
             hots = tuple(ids.dtype.shape[0] for ids in self._sparse)
         else:
             self._sparse, hots = [self._open(end, _INTEGERS, NUM_SPARSE)], None
+        self._files = [path.with_name(name + x) for x in (_DENSE, _LABELS, end)]
         wide = any(array.dtype.base == np.int64 for array in self._sparse)
-        self.layout = Layout(dense="f4", ids="i8" if wide else "u4", hots=hots)
+        try:
+            self.layout = Layout(dense="f4", ids="i8" if wide else "u4", hots=hots)
+        except ValueError as error:
+            raise DataError(f"{path.with_name(name + end)}: {error}") from None
+
+    def files(self) -> list[Path]:
+        """Return the files of the triple."""
+        return self._files
 
     @property
     def rows(self) -> int:  # type: ignore[override]
@@ -95,12 +103,12 @@ class TorchrecNpy(RandomAccess):
     def _open_multi_hot(self, path: Path) -> list[ArrayFile]:
         with NpzFile(path) as npz:
             if npz.names != {str(i) for i in range(NUM_SPARSE)}:
-                raise DataError(f"{path}: expected arrays 0 to {NUM_SPARSE - 1}, got {sorted(npz.names)}")
-            arrays = [npz.array(str(i)) for i in range(NUM_SPARSE)]
-        for i, array in enumerate(arrays):
-            fits = array.dtype.base.str in _INTEGERS and len(array.shape) == 2 and array.rows == self.rows
-            require(fits, array, str(i), f"i4 or i8 ({self.rows}, hots)")
-        return arrays
+                raise DataError(f"{path}: expected arrays 0 to {NUM_SPARSE - 1}, got {npz.contents}")
+            for i in range(NUM_SPARSE):
+                header = npz.header(str(i))
+                fits = header.dtype.base.str in _INTEGERS and len(header.shape) == 2 and header.rows == self.rows
+                require(fits, header, str(i), f"i4 or i8 ({self.rows}, hots)")
+            return [npz.array(str(i)) for i in range(NUM_SPARSE)]
 
     def fill(self, records: np.ndarray, start: int) -> None:
         """Fill records with the rows from ``start`` on."""

@@ -16,6 +16,7 @@ from typing import BinaryIO, ClassVar
 import numpy as np
 
 from data.schema import DataError, Layout
+from data.storage import check_name, no_link
 from robe_files import rename
 
 
@@ -31,6 +32,9 @@ class Shard:
         bytes: its size.
         sha256: of its content, in hexadecimal.
         mtime_ns: when it was written. As long as size and time are the same, its content is assumed to be the same.
+
+    Raises:
+        ValueError: the name leads out of the folder, or rows or bytes are negative.
     """
 
     file: str
@@ -38,6 +42,11 @@ class Shard:
     bytes: int
     sha256: str
     mtime_ns: int
+
+    def __post_init__(self):
+        check_name(self.file, "file")
+        if min(self.rows, self.bytes) < 0:
+            raise ValueError(f"expected rows and bytes of at least 0, got {self.rows} and {self.bytes}")
 
 
 class ShardFile:
@@ -55,7 +64,7 @@ class ShardFile:
 
     def __init__(self, path: Path):
         self._path = path
-        self.stream = open(path.with_name(path.name + ".part"), "wb+")  # noqa: SIM115
+        self.stream = open(path.with_name(path.name + ".part"), "wb+", opener=no_link)  # noqa: SIM115
         self._hash, self._hashed = hashlib.sha256(), 0
 
     def write(self, data) -> None:

@@ -172,6 +172,8 @@ def test_a_sketch_errs_rarely():
 def test_a_sketch_of_impossible_counts(least):
     with pytest.raises(ValueError, match="expected 2 to 255"):
         CountMinSketch(ONE, least)
+    with pytest.raises(ValueError, match="bytes: expected at least 4, got 3"):
+        CountMinSketch(ONE, 2, 3)
 
 
 def test_the_same_rows_give_the_same():

@@ -15,8 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import data.fingerprints
 import data.formats.criteo_tsv
+import data.formats.facebook
 import data.preparation
+import data.sources
 from data import prepare
 from data.formats.writer import ShardFile
 from tests.helpers.criteo import make_rows, together, write_log
@@ -260,8 +263,179 @@ def test_a_broken_manifest_on_resume(tmp_path, days, capsys):
     run(*days, "--output", out)
     (out / "day_1.manifest.json").write_text("{")
     assert run(*days, "--output", out, "--resume") == 2
-    assert f"{out / 'day_1.manifest.json'}: not a manifest" in error_of(capsys)
+    assert f"{out / 'day_1.manifest.json'}: not JSON: " in error_of(capsys)
     assert left_over(out) == []
+
+
+# -- Sources that have changed ----------------------------------------------------------------------------------------
+
+
+def identity(path):
+    """What differs between two files, even of the same content."""
+    return path.stat().st_ino, path.stat().st_mtime_ns
+
+
+def test_a_source_that_grew_is_prepared_again(tmp_path, capsys):
+    """As one that was cut short by a download, and then downloaded again."""
+    log, out = write_log(tmp_path / "day_0", DAYS[0][:100]), tmp_path / "out"
+    write_log(tmp_path / "day_1", DAYS[1])
+    options = (log, tmp_path / "day_1", "--output", out, "--shard-rows", 30)
+    assert run(*options) == 0
+    kept = identity(out / "day_1-00000.rows")
+    write_log(log, DAYS[0])
+    assert run(*options, "--resume") == 0
+    printed = capsys.readouterr()
+    assert re.search(r"day_0: prepared again: day_0 had \d+ bytes, has \d+\n", printed.out + printed.err)
+    assert "day_1: prepared again" not in printed.out + printed.err
+    np.testing.assert_array_equal(read(out)["sparse"], together(DAYS[0], DAYS[1]).ids)
+    assert identity(out / "day_1-00000.rows") == kept
+    assert run(*options[:-1], "30", "--resume") == 0
+    assert "prepared again" not in capsys.readouterr().out
+
+
+def shorter(path):
+    write_log(path, DAYS[0][:40])
+
+
+def of_the_same_size_and_time(path):
+    status, content = path.stat(), path.read_bytes()
+    path.write_bytes(content[:100].replace(b"\t2", b"\t3") + content[100:])
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def of_the_same_ends(path):
+    """In a large file, only the time tells."""
+    content = path.read_bytes()
+    path.write_bytes(content[:9000].replace(b"\t2", b"\t3") + content[9000:])
+
+
+@pytest.mark.parametrize("change", [shorter, of_the_same_size_and_time, of_the_same_ends])
+@pytest.mark.parametrize("complete", [True, False])
+def test_any_change_is_seen(tmp_path, change, complete, monkeypatch):
+    monkeypatch.setattr(data.fingerprints, "END_BYTES", 100)
+    log, out = write_log(tmp_path / "day_0", DAYS[0]), tmp_path / "out"
+    if complete:
+        assert run(log, "--output", out, "--shard-rows", 30) == 0
+    else:
+        with pytest.MonkeyPatch.context() as patch:
+            fail_after(patch, 4)
+            assert run(log, "--output", out, "--shard-rows", 30) == 2
+        assert list(out.glob("*.rows"))
+    change(log)
+    assert run(log, "--output", tmp_path / "new", "--shard-rows", 30) == 0
+    assert run(log, "--output", out, "--shard-rows", 30, "--resume") == 0
+    assert contents(out) == contents(tmp_path / "new")
+
+
+@pytest.mark.parametrize("sketch", [(), ("--count-sketch", 1)])
+def test_where_ids_are_counted_a_changed_source_changes_all(tmp_path, frequent, sketch):
+    (first, second), _ = frequent
+    options = (first, second, "--min-count", 3, *sketch, "--shard-rows", 70)
+    assert run(*options, "--output", tmp_path / "out") == 0
+    write_log(second, make_rows(150, 7, different=40))
+    assert run(*options, "--output", tmp_path / "new") == 0
+    # Killed while it removes what was made, it begins anew.
+    with pytest.MonkeyPatch.context() as patch:
+        forget = data.preparation.forget
+
+        def killed(folder, name):
+            forget(folder, name)
+            raise OSError(5, "Input/output error")
+
+        patch.setattr(data.preparation, "forget", killed)
+        assert run(*options, "--output", tmp_path / "out", "--resume") == 2
+    assert run(*options, "--output", tmp_path / "out", "--resume") == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "new")
+
+
+def test_a_source_without_all_its_shards_is_prepared_again(tmp_path, days):
+    options = (*days, "--shard-rows", 30)
+    run(*options, "--output", tmp_path / "whole")
+    run(*options, "--output", tmp_path / "out")
+    (tmp_path / "out" / "day_0-00002.rows").unlink()
+    os.truncate(tmp_path / "out" / "day_1-00001.rows", 100)
+    assert run(*options, "--output", tmp_path / "out", "--resume") == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_folder_of_before_is_gone_on_with(tmp_path, days):
+    """Manifests of 0.9.0 know nothing of the sources' files: what is there stays, and the rest is added."""
+    options = (*days, "--shard-rows", 30)
+    run(*options, "--output", tmp_path / "whole")
+    out = tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        fail_after(patch, 9)
+        assert run(*options, "--output", out, "--workers", 1) == 2
+    for path in out.glob("day_*.json"):
+        manifest = json.loads(path.read_text())
+        del manifest["source"]
+        path.write_text(json.dumps(manifest))
+    before = {path: identity(path) for path in out.glob("*.rows")}
+    assert run(*options, "--output", out, "--resume") == 0
+    assert before
+    assert {path: identity(path) for path in before} == before
+    np.testing.assert_array_equal(read(out)["sparse"], read(tmp_path / "whole")["sparse"])
+
+
+def test_a_source_that_changes_while_it_is_read(tmp_path, capsys):
+    log, commit = write_log(tmp_path / "day_0", DAYS[0]), data.preparation.SourceJob.commit
+
+    def appended(job):
+        commit(job)
+        write_log(log, DAYS[1])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data.preparation.SourceJob, "commit", appended)
+        assert run(log, "--output", tmp_path / "out") == 2
+    assert re.search(rf"{log}: changed while it was read: day_0 had \d+ bytes, has \d+", error_of(capsys))
+    assert run(log, "--output", tmp_path / "out", "--resume") == 0
+    np.testing.assert_array_equal(read(tmp_path / "out")["sparse"], DAYS[1].ids)
+
+
+def test_a_source_of_fewer_rows_than_it_promised(tmp_path, capsys):
+    log = write_log(tmp_path / "day_0", DAYS[0])
+    assert run(log, "--output", tmp_path / "npz", "--format", "npz") == 0
+
+    class Shorter(data.formats.facebook.FacebookNpz):
+        def pieces(self, start=0):
+            return iter(list(super().pieces(start))[:-1])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data.sources, "PIECE_ROWS", 40)
+        sources = [Shorter(tmp_path / "npz" / "day_0.npz")]
+        preparation = data.preparation.Preparation(
+            sources, tmp_path / "out", data.preparation.PrepareOptions(), {"by": "rows"}
+        )
+        with pytest.raises(ValueError, match=r"day_0.npz: expected 250 rows, as it says, got 240"):
+            preparation.run()
+    assert not json.loads((tmp_path / "out" / "day_0.manifest.json").read_text())["complete"]
+
+
+@pytest.mark.parametrize("file", ["day_0_dense.npy", "day_0_sparse.npy", "day_0_labels.npy"])
+def test_each_file_of_a_triple_counts(tmp_path, file, capsys):
+    for folder, rows in (("a", DAYS[1]), ("b", make_rows(100, 9))):
+        log = write_log(tmp_path / "day_0", rows)
+        assert run(log, "--output", tmp_path / folder, "--format", "npy") == 0
+    triple = (tmp_path / "a" / "day_0_dense.npy", "--output", tmp_path / "out")
+    assert run(*triple) == 0
+    os.replace(tmp_path / "b" / file, tmp_path / "a" / file)
+    assert run(*triple, "--resume") == 0
+    printed = capsys.readouterr()
+    assert f"day_0: prepared again: {file} has other content" in printed.out + printed.err
+
+
+@pytest.mark.parametrize("name", [".day_0.lock", "day_0-00000.rows.part", "day_0.bad"])
+def test_links_in_a_folder_from_elsewhere_are_not_followed(tmp_path, name, capsys):
+    log, out = write_log(tmp_path / "day_0", DAYS[0]), tmp_path / "out"
+    options = (log, "--output", out, "--on-error", "quarantine", tmp_path / "bad")
+    assert run(*options) == 0
+    (out / "day_0.manifest.json").unlink()
+    (tmp_path / "mine").write_text("mine")
+    (out / name).unlink(missing_ok=True)
+    (out / name).symlink_to("../mine")
+    assert run(*options, "--resume") == 2
+    assert error_of(capsys).endswith(": Too many levels of symbolic links")
+    assert (tmp_path / "mine").read_text() == "mine"
 
 
 def fail_after(patch, writes):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import data.formats.criteo_tsv
+import data.sources
 from data.formats.criteo_tsv import CriteoTSV
 from data.rows import to_batch
 from data.schema import DataError, Layout
@@ -122,6 +123,30 @@ def test_any_rows_of_several(sizes):
             assert numbers(source.records(start, stop)) == expected
             assert sum(map(len, source.read(start, stop))) == len(expected)
         assert numbers(source.records(start)) == list(range(start, source.rows))
+
+
+class Shorter(Numbered):
+    """Rows the last piece of which is lost."""
+
+    def pieces(self, start=0):
+        return iter(list(super().pieces(start))[:-1])
+
+
+@pytest.mark.parametrize("around", [lambda x: x, lambda x: Several(Path("from_0"), [x])])
+def test_rows_promised_and_rows_read_are_compared(around, monkeypatch):
+    monkeypatch.setattr(data.sources, "PIECE_ROWS", 4)
+    assert numbers(around(Shorter(10)).records(0, 8)) == list(range(8))
+    for read in (lambda source: source.records(), lambda source: source.read(2, 9), lambda source: source.records(8)):
+        with pytest.raises(DataError, match=r"from_0: expected (9|10) rows, as it says, got [68]"):
+            list(read(around(Shorter(10))))
+    assert numbers(around(Numbered(10)).records(0, 99)) == list(range(10))
+
+
+def test_rows_lost_between_two_sources_are_missed(monkeypatch):
+    monkeypatch.setattr(data.sources, "PIECE_ROWS", 4)
+    source = Several(Path("all"), [Shorter(10), Numbered(3, 10)])
+    with pytest.raises(DataError, match="all: expected 10 rows before those of from_10, got 9"):
+        list(source.records(1))  # pieces of rows 1 to 4, 5 to 8, and 9, which is lost
 
 
 def test_random_access_is_read_in_pieces():

@@ -112,7 +112,11 @@ BAD = {
         r"a.bin: row 71: label: expected 0 or 1, got 7",
     ),
     "zip": ("a.npz", lambda path: zipfile.ZipFile(path, "w").close(), "a.npz: expected arrays X_int"),
-    "zip of others": ("a.npz", lambda path: np.savez(path, x=np.ones(3)), r"a.npz: expected arrays .*, got \['x'\]"),
+    "zip of others": (
+        "a.npz",
+        lambda path: np.savez(path, x=np.ones(3)),
+        r"a.npz: expected arrays .* got .* of \['x.npy'\]; unpack",
+    ),
     "npz cut": ("a.npz", written(write_npz, cut), "a.npz: not a .npz file, or one that ends early"),
     "npz compressed cut": (
         "a.npz",
@@ -126,7 +130,7 @@ BAD = {
         ),
         "a.npz: X_int: corrupt archive",
     ),
-    "npz encrypted": ("a.npz", encrypted, "a.npz: X_int: corrupt archive: .*encrypted"),
+    "npz encrypted": ("a.npz", encrypted, "a.npz: X_int: corrupt archive, or an encrypted one"),
     "npz member cut": ("a.npz", member_cut, r"a.npz: X_int: truncated: \(120, 13\) i4 in 6232 bytes"),
     "npz of no rows": ("a.npz", lambda path: write_npz(path, ROWS[:0]), "a.npz: the file is empty"),
     "no labels": ("a.npz", arrays(y=None), "a.npz: expected arrays X_int, X_cat or X_cat_t, and y"),
@@ -167,7 +171,11 @@ BAD = {
         arrays(X_cat_t=None, X_cat=int32(ROWS.ids).T.copy()),
         r"a.npz: X_cat: expected numbers \(120, 26\), got i4 \(26, 120\)",
     ),
-    "ids in Fortran order": ("a.npz", arrays(X_cat_t=int32(ROWS.ids).T), "a.npz: expected an array of numbers"),
+    "ids in Fortran order": (
+        "a.npz",
+        arrays(X_cat_t=int32(ROWS.ids).T),
+        "a.npz: X_cat_t: expected .* column by column",
+    ),
     "ids not whole": (
         "a.npz",
         arrays(X_cat_t=None, X_cat=with_value(ROWS.ids.astype(float), (100, 2), 1.5)),
@@ -191,7 +199,7 @@ BAD = {
     "ids are text": (
         "a.npz",
         arrays(X_cat_t=np.full((26, 120), "ab")),
-        r"a.npz: expected an array of numbers, row by row, got <U2, \(26, 120\)",
+        r"a.npz: X_cat_t: expected an array of numbers, row by row, got <U2, \(26, 120\)",
     ),
     "labels of other rows": (
         "a.npz",
@@ -210,7 +218,7 @@ BAD = {
         arrays(y=with_value(ROWS.labels.astype(float), 90, np.nan)),
         "a.npz: row 91: label: expected 0 or 1, got nan",
     ),
-    "a number": ("a.npz", arrays(y=np.int32(3)), "a.npz: expected an array of numbers"),
+    "a number": ("a.npz", arrays(y=np.int32(3)), "a.npz: y: expected an array of numbers"),
 }
 
 
@@ -226,7 +234,7 @@ def test_npz_with_pickles_is_refused_and_never_unpickled(tmp_path, save, what):
     trap[:] = [Trap(tmp_path / "sprung")] * 120
     good = {"X_int": ROWS.dense, "X_cat_t": int32(ROWS.ids).T.copy(), "y": ROWS.labels}
     save(tmp_path / "a.npz", **(good | {what: trap}))
-    with pytest.raises(DataError, match=r"a.npz: expected an array of numbers"):
+    with pytest.raises(DataError, match=rf"a.npz: {what}: expected an array of numbers, row by row, got .O,"):
         read(open_source(tmp_path / "a.npz"))
     assert not (tmp_path / "sprung").exists()
 

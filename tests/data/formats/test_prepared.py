@@ -15,6 +15,7 @@ from data.formats.opening import open_source
 from data.formats.prepared import Dataset
 from data.rows import Batch
 from data.schema import DataError
+from tests.fuzz import manifests
 from tests.helpers.criteo import log_dense, make_rows, together, write_log
 from tests.helpers.sources import compare, converted, names, run
 
@@ -139,19 +140,151 @@ def test_shard_of_another_size(own, capsys, size):
 
 
 @pytest.mark.parametrize("file", ["dataset.json", "day_1.manifest.json"])
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[]", b"3", b'{"version": 2}', b"{}", b'{"version": 1}'])
-def test_broken_manifest(own, capsys, file, content):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "not JSON"),
+        (b"{", "not JSON"),
+        (b"\xff\xfe", "not JSON"),
+        (b"[" * 100_000, "nested more than 64 deep"),
+        (b"[]", "expected an object"),
+        (b"3", "expected an object"),
+        (b'{"version": 2}', "version: expected 1, got 2"),
+        (b"{}", "version: expected 1, got nothing"),
+    ],
+)
+def test_broken_manifest(own, capsys, file, content, message):
     (own / file).write_bytes(content)
-    if content == b'{"version": 1}' and file != "dataset.json":
-        refused(own, capsys, str(own), "not complete")
-    else:
-        refused(own, capsys, str(own / file), "not a manifest")
+    refused(own, capsys, f"{own / file}: {message}")
+
+
+def test_manifest_of_nothing(own, capsys):
+    (own / "dataset.json").write_text('{"version": 1}')
+    refused(own, capsys, f"{own / 'dataset.json'}: format: expected text, got nothing")
+    (own / "dataset.json").unlink()
+    with pytest.raises(DataError, match=r"dataset.json: No such file"):
+        Dataset(own)
+
+
+def changed(path, **values):
+    """Replace values of a manifest, each by what a function makes of it."""
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps(manifest | {name: make(manifest.get(name)) for name, make in values.items()}))
+
+
+def shard(**values):
+    """Return a function that changes the first shard of a list."""
+    return lambda shards: [shards[0] | values, *shards[1:]]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"layout": lambda _: "x"}, "dataset.json: layout: expected an object"),
+        ({"layout": lambda v: v | {"dense": "f8"}}, "dataset.json: layout: expected dense i4 or f4"),
+        ({"layout": lambda v: v | {"hots": [1] * 25}}, "dataset.json: layout: hots: expected 26 numbers"),
+        ({"layout": lambda v: v | {"hots": [1 << 40] * 26}}, "dataset.json: layout: hots: expected at most"),
+        ({"layout": lambda v: v | {"ids": "i8"}}, "day_0-00000.rows: expected 20 rows of 264 bytes, got 3200 bytes"),
+        ({"sources": lambda _: 1}, "dataset.json: sources: expected a list, got 1"),
+        ({"sources": lambda v: [*v, v[0]]}, "dataset.json: sources: 'day_0' is there twice"),
+        ({"sources": lambda _: ["../day_0"]}, "dataset.json: sources: expected a plain name in the folder"),
+        ({"sources": lambda _: ["/day_0"]}, "dataset.json: sources: expected a plain name in the folder"),
+        ({"sources": lambda _: [".."]}, "dataset.json: sources: expected a plain name in the folder"),
+        ({"sources": lambda _: ["a\0"]}, "dataset.json: sources: expected a plain name in the folder"),
+        ({"sources": lambda _: ["a\nb"]}, "dataset.json: sources: expected a plain name in the folder"),
+        ({"sources": lambda _: ["a" * 300]}, "dataset.json: sources: expected a plain name in the folder"),
+        ({"sources": lambda _: ["a" * 250]}, "not complete: 1 of 1 sources"),
+        ({"sources": lambda _: []}, "out: no rows"),
+        ({"split": lambda _: {"by": "hours"}}, 'dataset.json: split.by: expected "rows" or "days" or "files"'),
+        ({"split": lambda _: {"by": "files"}}, "dataset.json: split: split by files: expected sources of each part"),
+        (
+            {"split": lambda _: {"by": "files", "train": ["day_0"], "validation": ["day_2"], "test": ["day_1"]}},
+            "dataset.json: split by files: expected all sources, in their order",
+        ),
+        ({"split": lambda _: {"by": "days"}, "sources": lambda _: ["day_0"]}, "expected at least 2 sources, got 1"),
+        ({"more": lambda _: 1}, "dataset.json: more: not a field of DatasetManifest"),
+    ],
+)
+def test_dataset_manifest_with_a_wrong_value(own, capsys, values, message):
+    changed(own / "dataset.json", **values)
+    refused(own, capsys, message)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"shards": lambda v: v * 2}, "day_0.manifest.json: shards: 'day_0-00000.rows' is there twice"),
+        ({"shards": lambda v: v[1:]}, "day_0.manifest.json: expected 53 rows, its shards have 33"),
+        ({"shards": lambda _: None}, "day_0.manifest.json: shards: expected a list, got None"),
+        ({"shards": shard(file="../x")}, "day_0.manifest.json: shards[0]: file: expected a plain name in the folder"),
+        ({"shards": shard(file="/etc/passwd")}, "shards[0]: file: expected a plain name in the folder"),
+        ({"shards": shard(file=3)}, "day_0.manifest.json: shards[0].file: expected text, got 3"),
+        ({"shards": shard(file="day_1-00000.rows")}, "day_1-00000.rows: is listed twice"),
+        ({"shards": shard(rows=-20)}, "shards[0]: expected rows and bytes of at least 0"),
+        ({"shards": shard(rows=19)}, "day_0-00000.rows: expected 19 rows of 160 bytes, got 3200 bytes"),
+        ({"shards": shard(rows=1 << 62)}, "day_0-00000.rows: expected 4611686018427387904 rows"),
+        ({"shards": shard(rows=1.0)}, "shards[0].rows: expected an integer of 64 bits, got 1.0"),
+        ({"shards": shard(bytes=3201)}, "day_0-00000.rows: changed since it was written: expected 3201 bytes"),
+        ({"rows": lambda _: 54}, "day_0.manifest.json: lines: expected rows and bad_rows, 54 and 0, together, got 53"),
+        ({"rows": lambda _: 54, "lines": lambda _: 54}, "expected 54 rows, its shards have 53"),
+        ({"complete": lambda _: "no"}, "day_0.manifest.json: complete: expected true or false, got 'no'"),
+    ],
+)
+def test_source_manifest_with_a_wrong_value(own, capsys, values, message):
+    changed(own / "day_0.manifest.json", **values)
+    refused(own, capsys, message)
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("../secret", "is a link that leads out of the folder"),
+        ("day_0-00001.rows", "is listed twice"),
+        ("nowhere", "expected 3200 bytes, it is missing"),
+    ],
+)
+def test_a_shard_that_is_a_link(own, capsys, target, message):
+    (own.parent / "secret").write_bytes(bytes(3200))
+    file = own / "day_0-00000.rows"
+    file.unlink()
+    file.symlink_to(target)
+    refused(own, capsys, f"{own}/day_0-0000", message)
+
+
+def test_a_folder_that_is_a_link(own, tmp_path):
+    (tmp_path / "link").symlink_to(own)
+    compare(Dataset(tmp_path / "link").take(0, 53), DAYS[0])
+
+
+def test_nothing_is_written_outside_of_the_output(own, tmp_path, capsys):
+    (own / "dataset.json").write_text((own / "dataset.json").read_text().replace("day_0", "../evil"))
+    (tmp_path / "evil.manifest.json").write_bytes((own / "day_0.manifest.json").read_bytes())
+    before = sorted(os.listdir(tmp_path))
+    assert run(own, "--output", tmp_path / "new" / "out") == 2
+    assert "sources: expected a plain name in the folder, got '../evil'" in capsys.readouterr().err
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_a_folder_of_before_is_read(own):
+    """Manifests of 0.9.0 know nothing of the sources' files."""
+    for path in own.glob("day_*.json"):
+        manifest = json.loads(path.read_text())
+        del manifest["source"]
+        path.write_text(json.dumps(manifest, indent=2) + "\n")
+    compare(Dataset(own).take(0, 104), ALL)
+
+
+def test_damaged_manifests_are_read_or_refused_in_one_line(tmp_path):
+    """`make fuzz-manifests` does the same with a million."""
+    ended = manifests.fuzz(manifests.make_folder(tmp_path), 300, 7)
+    assert ended["refused"] > 200
+    assert ended["read"] > 10
 
 
 def test_manifest_of_another_version(own, capsys):
     manifest = json.loads((own / "dataset.json").read_text())
     (own / "dataset.json").write_text(json.dumps(manifest | {"version": 2}))
-    refused(own, capsys, f"{own / 'dataset.json'}: not a manifest of version 1")
+    refused(own, capsys, f"{own / 'dataset.json'}: version: expected 1, got 2")
 
 
 def flip(path, keep_time):
@@ -178,6 +311,18 @@ def test_a_flipped_bit(own, keep_time, capsys):
         dataset.verify(everything=True)
     assert run("--verify", own) == 2
     assert f"error: {file}: changed since it was written: expected SHA-256 " in capsys.readouterr().err
+
+
+def test_changed_shards_are_not_prepared_again_or_described(own, tmp_path, capsys):
+    flip(own / "day_2-00000.rows", False)
+    for args in (("--describe", own), (own, "--output", tmp_path / "new")):
+        assert run(*args) == 2
+        assert "error: " + str(own / "day_2-00000.rows: changed since it was written") in capsys.readouterr().err
+    *good, bad = Dataset(own).sources()
+    for source in good:
+        source.verify()
+    with pytest.raises(DataError, match=r"day_2-00000.rows: changed since it was written"):
+        bad.verify()
 
 
 def test_another_time_alone_is_no_change(own, capsys):
