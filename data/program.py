@@ -1,7 +1,10 @@
 """Exit codes of the programs, and the one line that an error puts on stderr."""
 
+import io
 import sys
 from collections.abc import Callable
+
+from data.files import printable
 
 
 def exit_code(program: Callable[[], None]) -> int:
@@ -17,6 +20,8 @@ def exit_code(program: Callable[[], None]) -> int:
     Raises:
         Exception: any other one is a bug, and keeps its traceback.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: names of files need not be UTF-8
     try:
         program()
     except (ValueError, OSError, MemoryError) as error:
@@ -32,7 +37,7 @@ def exit_code(program: Callable[[], None]) -> int:
 
 def _fail(message: str, code: int) -> int:
     if message:
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {printable(message)}", file=sys.stderr)
     return code
 
 

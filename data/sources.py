@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data.files import printable
 from data.rows import Batch, to_batch
 from data.schema import DataError, Layout
 
@@ -34,8 +35,8 @@ class Fault(NamedTuple):
     text: bytes
 
     def describe(self, path: Path) -> str:
-        """Return file:line, counted from 1, and the cause."""
-        return f"{path}:{self.line + 1}: {self.cause}"
+        """Return file:line, counted from 1, and the cause: one line that can be printed and written as UTF-8."""
+        return f"{printable(path)}:{self.line + 1}: {self.cause}"
 
 
 @dataclass

@@ -16,7 +16,8 @@ from data.schema import DataError
 
 def natural_order(path: Path) -> list[Any]:
     """Return a sort key that puts day_2 before day_10."""
-    return [int(text) if text.isdigit() else text for text in re.split(r"(\d+)", path.name)]
+    parts = re.split(r"([0-9]+)", path.name)
+    return [int(text) if i % 2 else text for i, text in enumerate(parts)]
 
 
 def first_line(error: Exception) -> str:

@@ -78,7 +78,10 @@ class FacebookNpz(RandomAccess):
         self.path, self.name, self.layout = path, path.stem, Layout()
         with NpzFile(path) as npz:
             if "X_int" not in npz.names or "y" not in npz.names or not {"X_cat", "X_cat_t"} & npz.names:
-                raise DataError(f"{path}: expected arrays X_int, X_cat or X_cat_t, and y, got {sorted(npz.names)}")
+                raise DataError(
+                    f"{path}: expected arrays X_int, X_cat or X_cat_t, and y, got a zip archive of "
+                    f"{sorted(npz.names)}; unpack it first if these are logs"
+                )
             self._dense = npz.array("X_int")
             self.rows = rows = self._dense.rows
             if not rows:
