@@ -91,6 +91,21 @@ test-sanitized: setup $(SANITIZED) $(SANITIZED_READER)
 	    tests/dlrm/test_mlp.py tests/dlrm/test_interaction.py tests/data/formats/test_criteo_tsv.py \
 	    --deselect tests/robe/csrc/test_memory.py
 
+# The reader of logs on a million changed lines, against a grammar of its own, with every read and write checked. clang
+# (Debian: clang and libclang-rt-14-dev; make fuzz CXX=clang++) chooses the inputs by what they reach; g++ draws them.
+FUZZ_INPUTS ?= 1000000
+FUZZ := -std=c++17 -O1 -g $(SANITIZE) tests/fuzz/criteo_tsv.cpp -o build/fuzz/criteo_tsv
+.PHONY: fuzz
+fuzz:
+	mkdir -p build/fuzz/inputs
+ifneq (,$(findstring clang,$(CXX)))
+	$(CXX) -fsanitize=fuzzer $(FUZZ)
+	build/fuzz/criteo_tsv -runs=$(FUZZ_INPUTS) -max_len=4096 build/fuzz/inputs tests/fuzz/criteo_tsv
+else
+	$(CXX) -DDRIVER $(FUZZ)
+	build/fuzz/criteo_tsv $(FUZZ_INPUTS)
+endif
+
 lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .

@@ -215,7 +215,6 @@ def run_prepare(args: argparse.Namespace) -> None:
         split = {"by": "files"} | {name: [source.name for source in of_part] for name, of_part in parts.items()}
     if args.split == "days" and len(sources) < 2:
         raise ValueError(f"--split days: expected a source for each day, at least 2, got {len(sources)}")
-    print(_order(sources, args.split))
     action, *quarantine = args.on_error
     options = PrepareOptions(
         format=args.format,
@@ -231,6 +230,8 @@ def run_prepare(args: argparse.Namespace) -> None:
         preparation = Preparation(
             sources, args.output, options, split, args.part, args.workers, args.resume, lambda rows: _advance(bar, rows)
         )
+        if len(sources) > 1:
+            tqdm.write(_order(sources, args.split))
         done = preparation.run()
     rows = sum(progress.rows for progress in done)
     print(f"{printable(args.output)}: {rows:,} rows of {len(done)} of {len(sources)} sources")
@@ -243,7 +244,7 @@ def _order(sources: Sequence[Source], split: str) -> str:
     """Return the order in which sources are read, as a line of text."""
     names = [printable(source.name) for source in sources]
     last = f"; {names[-1]} is to test and to validate on" if split == "days" else ""
-    return f"{len(names)} {'source' if len(names) == 1 else 'sources, in this order'}: {', '.join(names)}{last}"
+    return f"{len(names)} sources, in this order: {', '.join(names)}{last}"
 
 
 def _total(sources: Sequence[Source], max_rows: int | None) -> int | None:

@@ -278,7 +278,7 @@ def _parse_rows(text: bytes, lines: int, labelled: bool) -> np.ndarray | None:
     layout = Layout(labelled)
     if not lines:
         return layout.records(0)
-    names = (["label"] if labelled else []) + DENSE_NAMES
+    label = dict.fromkeys(["label"] if labelled else [], pl.String)  # "01" is a number, and no label
     # polars takes "+1" and " 1" for numbers, drops a byte-order mark, and unpacks what begins like an archive.
     if len(text.translate(None, _NOT_IN_ROWS)) != len(text):
         return None
@@ -292,7 +292,7 @@ def _parse_rows(text: bytes, lines: int, labelled: bool) -> np.ndarray | None:
             has_header=False,
             separator="\t",
             quote_char=None,
-            schema=dict.fromkeys(names, pl.Int32) | dict.fromkeys(SPARSE_NAMES, pl.String),
+            schema=label | dict.fromkeys(DENSE_NAMES, pl.Int32) | dict.fromkeys(SPARSE_NAMES, pl.String),
         )
         # The length and not the value: there may be leading zeros. Nor does the value show the sign of "-0".
         categories = pl.col(SPARSE_NAMES)
@@ -309,13 +309,13 @@ def _parse_rows(text: bytes, lines: int, labelled: bool) -> np.ndarray | None:
     if (
         signs
         or (longest or 0) > _MAX_HEX_DIGITS
-        or (labelled and not frame["label"].fill_null(-1).is_in([0, 1]).all())
+        or (labelled and not frame["label"].fill_null("").is_in(["0", "1"]).all())
         or (dense.min_horizontal() == MISSING).any()
     ):
         return None
     records = layout.records(lines)
     if labelled:
-        records["label"] = frame["label"].to_numpy()
+        records["label"] = (frame["label"] == "1").to_numpy()
     records["dense"] = dense.select(pl.all().fill_null(MISSING)).to_numpy()
     records["sparse"] = sparse
     return records

@@ -90,7 +90,12 @@ class CriteoParquet(Source):
                 raise DataError(
                     f"{self.path}: column {name}: expected integers or hexadecimal text, got {schema[name]}"
                 )
-        return names if names[0] in schema else names[1:]
+        if names[0] not in schema:
+            return names[1:]
+        kind = schema[names[0]]
+        if kind not in (*_INTEGERS, *_TEXT) and not kind.is_float() and not kind.is_decimal():
+            raise DataError(f"{self.path}: column label: expected 0 or 1, got {kind}")
+        return names
 
     def _find_layout(self, schema: pl.Schema) -> Layout:
         labelled = len(self._names) == 1 + NUM_DENSE + NUM_SPARSE
@@ -105,7 +110,7 @@ class CriteoParquet(Source):
             return False
         with self._reading("its first rows"):
             head = self._scan().select(floats).head(_HEAD_ROWS).collect()
-        transformed = [name for name in floats if not (head[name].is_null() | is_whole(head[name])).all()]
+        transformed = [name for name in floats if (head[name].is_finite() & ~is_whole(head[name])).any()]
         integers = [name for name in names if name not in floats]
         if transformed and integers:
             raise DataError(

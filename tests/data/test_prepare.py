@@ -122,7 +122,8 @@ def test_describe(tmp_path, capsys):
 def test_from_the_command_line(tmp_path, days):
     command = [sys.executable, "-m", "data.prepare", *days, "--output", tmp_path / "out"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'out'}: 480 rows of 3 of 3 sources\n")
+    order = "3 sources, in this order: day_0, day_1, day_2\n"
+    assert (done.returncode, done.stdout) == (0, f"{order}{tmp_path / 'out'}: 480 rows of 3 of 3 sources\n")
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.splitlines()[-1].startswith(f"error: {tmp_path / 'out'}: has prepared data")

@@ -158,7 +158,7 @@ def test_files_that_are_not_rows(tmp_path):
         (tmp_path / "empty").write_bytes(content)
         with pytest.raises(DataError, match="empty: the file is empty"):
             CriteoTSV(tmp_path / "empty")
-    for content in (b"PAR1" + bytes(100), b"a,b,c\n1,2,3\n", b"\n", b"PK\x03\x04"):
+    for content in (b"a,b,c\n1,2,3\n", b"\n"):
         (tmp_path / "other").write_bytes(content)
         with pytest.raises(DataError, match=r"other:1: not a Criteo row: expected 40 tab-separated fields"):
             CriteoTSV(tmp_path / "other")

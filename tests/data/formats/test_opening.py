@@ -177,7 +177,7 @@ def test_a_folder_with_rows_of_two_kinds(tmp_path, kind):
     elif kind == "wide":
         write_parquet(tmp_path / "b", ROWS, cat_0=pl.Series(ROWS.ids[:, 0]))
     else:
-        write_parquet(tmp_path / "b", ROWS, int_0=pl.Series([0.5] * 120))
+        write_parquet(tmp_path / "b", ROWS, **{f"int_{i}": pl.Series([0.5] * 120) for i in range(13)})
     with pytest.raises(
         DataError, match=rf"{tmp_path}/b.*: its rows have .*, those of {tmp_path}/a have .*; expected one layout"
     ):
