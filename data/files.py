@@ -40,7 +40,9 @@ def data_files(folder: Path) -> list[Path]:
         mode = _mode(entry)
         if stat.S_ISDIR(mode):
             if _entries(entry):
-                raise DataError(f"{entry}: a folder, in a folder of data: expected files; name it by itself, or move it")
+                raise DataError(
+                    f"{entry}: a folder, in a folder of data: expected files; name it by itself, or move it"
+                )
             continue
         require_regular(entry)
         first = files.setdefault(entry.resolve(), entry)
@@ -58,8 +60,7 @@ def require_regular(path: Path) -> None:
     kind = _KINDS.get(stat.S_IFMT(_mode(path)))
     if kind:
         raise DataError(
-            f"{path}: {kind}; expected a regular file, since rows are read several times (compressed logs are read as "
-            "they are)"
+            f"{path}: {kind}; expected a regular file, since rows are read several times (logs may be compressed)"
         )
 
 
@@ -72,7 +73,9 @@ def in_order(paths: Sequence[Path]) -> list[Path]:
     alike: dict[str, list[Path]] = {}
     for path in paths:
         alike.setdefault(_without_numbers(path), []).append(path)
-    ordered = {name: iter(sorted(some, key=lambda path: natural_order(Path(stem(path))))) for name, some in alike.items()}
+    ordered = {
+        name: iter(sorted(some, key=lambda path: natural_order(Path(stem(path))))) for name, some in alike.items()
+    }
     return [next(ordered[_without_numbers(path)]) for path in paths]
 
 
@@ -86,7 +89,7 @@ def _without_numbers(path: Path) -> str:
 
 
 def printable(text: str | Path) -> str:
-    """Return text as one line that can be printed: a newline as \\n, a byte of a name that is not UTF-8 as \\xe9."""
+    r"""Return text as one line that can be printed: a newline as \n, a byte of a name that is not UTF-8 as \xe9."""
     text = str(text)
     return text if text.isprintable() else "".join(c if c.isprintable() else _escaped(c) for c in text)
 

@@ -42,8 +42,14 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m data.prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("sources", nargs="*", type=Path, metavar="SRC", help="files or folders, in the order of rows; those whose names differ only in numbers (day_0, day_1) are put in "
-        "the order of these")
+    parser.add_argument(
+        "sources",
+        nargs="*",
+        type=Path,
+        metavar="SRC",
+        help="files or folders, in the order of rows; those whose names differ only in numbers (day_0, day_1) are put "
+        "in the order of the numbers",
+    )
     add_output_options(parser)
     add_row_options(parser)
     add_run_options(parser)

@@ -118,4 +118,3 @@ def _open_file(path: Path) -> Source:
     with open_binary(path) as file:
         start = file.read(6)
     return next(format.reader(path) for format in FORMATS if format.recognizes(path, start))
-

@@ -115,8 +115,8 @@ class CriteoParquet(Source):
         if transformed and integers:
             raise DataError(
                 f"{self.path}: column {transformed[0]} holds numbers that are not integers, column {integers[0]} "
-                f"integers ({schema[integers[0]]}); expected 13 columns of integers, whose logarithm the model gets, or "
-                "13 of floating-point numbers, which it gets as they are"
+                f"integers ({schema[integers[0]]}); expected 13 columns of integers, whose logarithm the model "
+                "gets, or 13 of floating-point numbers, which it gets as they are"
             )
         return bool(transformed)
 
@@ -141,9 +141,9 @@ class CriteoParquet(Source):
         records = self.layout.records(frame.height)
         columns = frame.get_columns()
         if self.labelled:
-            label = columns.pop(0)
-            labels = self._as_text(label, start) if label.dtype in _TEXT else label
-            labels = labels.cast(pl.Float64, strict=False).fill_null(-1).to_numpy()
+            column = columns.pop(0)
+            column = self._as_text(column, start) if column.dtype in _TEXT else column
+            labels = column.cast(pl.Float64, strict=False).fill_null(-1).to_numpy()
             check_labels(labels, self.path, start)
             records["label"] = labels
         for i, column in enumerate(columns[:NUM_DENSE]):

@@ -112,7 +112,11 @@ BAD = {
         r"a.bin: row 71: label: expected 0 or 1, got 7",
     ),
     "zip": ("a.npz", lambda path: zipfile.ZipFile(path, "w").close(), "a.npz: expected arrays X_int"),
-    "zip of others": ("a.npz", lambda path: np.savez(path, x=np.ones(3)), r"a.npz: expected arrays .*, got a zip archive of \['x'\]"),
+    "zip of others": (
+        "a.npz",
+        lambda path: np.savez(path, x=np.ones(3)),
+        r"a.npz: expected arrays .*, got a zip archive of \['x'\]",
+    ),
     "npz cut": ("a.npz", written(write_npz, cut), "a.npz: not a .npz file, or one that ends early"),
     "npz compressed cut": (
         "a.npz",

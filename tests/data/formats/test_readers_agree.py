@@ -14,7 +14,7 @@ PIECES = [
     *(b"\t", b"\r", b"-", b"-0", b"-00", b"+5", b" ", b"_", b"1_0", b'"', b"'", b"\x00", b"\x0b", b"\x0c", b"\x85"),
     *(b"\xef\xbb\xbf", b"\x1f\x8b", b"x\x9c", b"x\x01", b"(\xb5/\xfd", b"BZh9", b"\xfd7zXZ\x00", b"\x04\x22\x4d\x18"),
     *(b"0x", b"0b1", b"1e5", b"1E5", b"1.0", b"nan", b"inf", b"null", b"NULL", b"true", b"#", b",", b"\\N", b"\\t"),
-    *("٣".encode(), "１".encode(), "\u2028".encode(), "−1".encode(), b"\xff", b"\x80", b"\xc3"),
+    *("٣".encode(), "\uff11".encode(), "\u2028".encode(), "\u22121".encode(), b"\xff", b"\x80", b"\xc3"),
     *(b"2147483647", b"2147483648", b"-2147483647", b"-2147483648", b"4294967296", b"9" * 30, b"18446744073709551617"),
     *(b"0" * 8, b"0" * 9, b"fFfFfFfF", b"fffffffff", b"-fffffff", b"g", b"0" * 300),
 ]
@@ -73,13 +73,13 @@ def check(lines, labelled):
 
 @pytest.mark.parametrize("labelled", [True, False])
 @pytest.mark.parametrize("seed", range(5))
-def test_on_changed_lines(labelled, seed, changes=2_000):
+def test_on_changed_lines(labelled, seed):
     """Some together, so that a few of them are rows, and some alone: polars is asked until a line can't be a row."""
     rng = random.Random(f"{seed} {labelled}")
     good = [make_row(rng, labelled) for _ in range(10)]
-    some = [changed(rng, rng.choice(good)) for _ in range(changes)]
+    some = [changed(rng, rng.choice(good)) for _ in range(2_000)]
     check(good, labelled)
-    alone = changes // 10
+    alone = 200
     for first in range(alone, len(some), 100):
         check(some[first : first + 100] + good, labelled)
     for line in some[:alone]:
@@ -97,7 +97,9 @@ def test_on_strange_text_in_every_kind_of_field(piece):
     check([good, piece], True)
 
 
-@pytest.mark.parametrize("integer", [b"-0", b"-" + b"0" * 20, b"0" * 5000, b"-" + b"0" * 5000 + b"12", b"0" * 20 + b"9"])
+@pytest.mark.parametrize(
+    "integer", [b"-0", b"-" + b"0" * 20, b"0" * 5000, b"-" + b"0" * 5000 + b"12", b"0" * 20 + b"9"]
+)
 def test_integers_with_leading_zeros_are_rows(integer):
     fields = make_row(random.Random(0), True).split(b"\t")
     fields[5] = integer
