@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import polars as pl
@@ -53,6 +54,7 @@ class CriteoParquet(Source):
 
     def __init__(self, path: Path):
         self.path, self.name = path, path.stem
+        self._file: BinaryIO | None = None
         with self._reading("not a Parquet file that can be read"):
             schema = self._scan().collect_schema()
             self.rows = self._scan().select(pl.len()).collect().item()
@@ -62,7 +64,15 @@ class CriteoParquet(Source):
         self.layout = self._find_layout(schema)
 
     def _scan(self) -> pl.LazyFrame:
-        return pl.scan_parquet(open_binary(self.path))  # the file and not its name, which need not be UTF-8
+        return pl.scan_parquet(self._utf8_path(), glob=False)
+
+    def _utf8_path(self) -> str:
+        """Return a path that polars can open, which takes text only: of an open file, if the name is not UTF-8."""
+        path = str(self.path)
+        if any("\udc80" <= c <= "\udcff" for c in path):  # what Python makes of bytes that are not UTF-8
+            self._file = self._file or open_binary(self.path)
+            path = f"/proc/self/fd/{self._file.fileno()}"
+        return path
 
     @contextmanager
     def _reading(self, what: str) -> Iterator[None]:
