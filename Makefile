@@ -89,6 +89,7 @@ test-sanitized: setup $(SANITIZED) $(SANITIZED_READER)
 	    $(BIN)/python -m pytest tests/robe/csrc tests/robe/test_int8_array.py tests/robe/ops/test_schema.py \
 	    tests/robe/ops/test_counting.py tests/robe/admission tests/robe/test_optim.py tests/robe/test_optim_as_torch.py \
 	    tests/dlrm/test_mlp.py tests/dlrm/test_interaction.py tests/data/formats/test_criteo_tsv.py \
+	    tests/data/formats/test_readers_agree.py \
 	    --deselect tests/robe/csrc/test_memory.py
 
 # The reader of logs on a million changed lines, against a grammar of its own, with every read and write checked. clang

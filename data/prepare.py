@@ -31,7 +31,7 @@ from data.formats.opening import WRITERS, open_source, open_sources
 from data.formats.prepared import Dataset
 from data.preparation import Preparation, PrepareOptions, Share, SourceProgress, quarantine_file
 from data.program import exit_code
-from data.sources import Source
+from data.sources import Source, files_read
 from robe_files import whole_file
 
 ON_ERROR = ("raise", "skip", "quarantine")
@@ -288,6 +288,8 @@ def _collect_bad_rows(path: Path, folder: Path, sources: Sequence[Source]) -> No
 def run_describe(path: Path, plot: Path | None) -> None:
     """Print a description of data, and draw its id frequencies into a PNG if one is given."""
     source = open_source(path)
+    if files := files_read(source):
+        print(files)
     with tqdm(unit="row", unit_scale=True, desc=printable(path.name), total=source.rows, leave=False) as bar:
         description = describe(source, bar.update)
     print(table(description))

@@ -203,6 +203,14 @@ def _read_behind(read: Callable[[], Piece], lines: int) -> Piece:
     return replace(piece, first=piece.first + lines, before=piece.before + lines)
 
 
+def files_read(source: Source) -> str | None:
+    """Return the names of a source's files as a line of text, in the order of their rows; None if there is one file."""
+    if not isinstance(source, Several):
+        return None
+    names = ", ".join(printable(each.path.name) for each in source.sources)
+    return f"{printable(source.path)}: {len(source.sources)} files, in this order: {names}"
+
+
 class SeveralRandomAccess(Several, RandomAccess):  # type: ignore[misc]
     """Sources with random access one behind the other.
 
