@@ -99,7 +99,7 @@ def test_the_files_of_folders_are_named_before_they_are_checked(tmp_path):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         for day in (9, 10):
-            write_lines(tmp_path / folder / f"day_{day}", make_lines(5))
+            write_lines(tmp_path / folder / f"day_{day}", make_lines(10))
     TrainingRows(tmp_path / "a", tmp_path / "b", say=said.append)
     assert said == [f"{tmp_path / folder}: 2 files, in this order: day_9, day_10" for folder in ("a", "b")]
     TrainingRows(tmp_path / "a" / "day_9", say=said.append)
