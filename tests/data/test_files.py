@@ -20,6 +20,11 @@ def test_the_files_of_a_folder_in_natural_order(tmp_path):
     assert [file.name for file in data_files(tmp_path)] == ["day_2", "day_9.gz", "day_10.gz", "other"]
 
 
+def test_digits_of_other_kinds_are_letters(tmp_path):
+    make(tmp_path, "\u00b2", "\u0663", "day_10", "day_9")
+    assert [file.name for file in data_files(tmp_path)] == ["day_9", "day_10", "\u00b2", "\u0663"]
+
+
 def test_files_known_not_to_be_data(tmp_path):
     make(tmp_path, "README", "readme.txt", "README.md", "LICENSE", "license.txt", "_SUCCESS", ".hidden", ".day_1.crc")
     make(tmp_path, "MD5SUMS", "sha256sums.txt", "checksums.txt", "day_0.sha256", "a.json", "plot.png", "day_0.bad")
