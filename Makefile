@@ -92,6 +92,7 @@ test-sanitized: setup $(SANITIZED) $(SANITIZED_READER)
 	    $(BIN)/python -m pytest tests/robe/csrc tests/robe/test_int8_array.py tests/robe/ops/test_schema.py \
 	    tests/robe/ops/test_counting.py tests/robe/admission tests/robe/test_optim.py tests/robe/test_optim_as_torch.py \
 	    tests/dlrm/test_mlp.py tests/dlrm/test_interaction.py tests/dlrm/test_hostile_calls.py tests/data/formats/test_criteo_tsv.py \
+	    tests/data/formats/test_readers_agree.py \
 	    --deselect tests/robe/csrc/test_memory.py
 
 # 100,000 calls of each operator with arguments that do not fit, under the same sanitizers.
@@ -102,6 +103,21 @@ test-hostile: setup $(SANITIZED)
 # A million damaged manifests of prepared folders: a quarter of an hour on one core.
 fuzz-manifests: setup
 	$(BIN)/python -m tests.fuzz.manifests
+
+# The reader of logs on a million changed lines, against a grammar of its own, with every read and write checked. clang
+# (Debian: clang and libclang-rt-14-dev; make fuzz CXX=clang++) chooses the inputs by what they reach; g++ draws them.
+FUZZ_INPUTS ?= 1000000
+FUZZ := -std=c++17 -O1 -g $(SANITIZE) tests/fuzz/criteo_tsv.cpp -o build/fuzz/criteo_tsv
+.PHONY: fuzz
+fuzz:
+	mkdir -p build/fuzz/inputs
+ifneq (,$(findstring clang,$(CXX)))
+	$(CXX) -fsanitize=fuzzer $(FUZZ)
+	build/fuzz/criteo_tsv -runs=$(FUZZ_INPUTS) -max_len=4096 build/fuzz/inputs tests/fuzz/criteo_tsv
+else
+	$(CXX) -DDRIVER $(FUZZ)
+	build/fuzz/criteo_tsv $(FUZZ_INPUTS)
+endif
 
 lint: setup
 	$(BIN)/ruff format --check .

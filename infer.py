@@ -41,7 +41,7 @@ from data.predictions import check_name, predictions_file
 from data.program import exit_code
 from data.rows import Batch, to_batch
 from data.schema import NUM_SPARSE, DataError
-from data.sources import RandomAccess, Source
+from data.sources import RandomAccess, Source, files_read
 from data.synthetic import Signal
 from dlrm import DLRM, checkpoint, plots
 from dlrm.inference import loadgen
@@ -89,6 +89,8 @@ def open_rows(path: Path, model: DLRM, part: str | None = None) -> Selection:
         part: "train", "validation" or "test", as train.py splits the data; None: all rows.
     """
     source = open_source(path)
+    if files := files_read(source):
+        print(files)
     source.verify()
     if source.layout.hots != model.config.data_hots:
         raise DataError(

@@ -37,6 +37,7 @@ import argparse
 import shlex
 import sys
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 from data.program import exit_code
@@ -206,7 +207,7 @@ def main(arguments: list[str] | None = None) -> int:
     def train() -> None:
         world = World.join(args.device)
         try:
-            run(args.request, world, TrainingRows, print)
+            run(args.request, world, partial(TrainingRows, say=print), print)
         finally:
             world.close()
 

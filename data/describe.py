@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from data.counts import TOP_IDS, IdCounts
+from data.files import printable
 from data.schema import DENSE_NAMES, MISSING, NUM_DENSE, NUM_SPARSE, SPARSE_NAMES
 from data.sources import Source
 
@@ -81,7 +82,11 @@ def table(found: Description) -> str:
     """
     assert found.ids is not None
     rate = "no labels" if found.positives is None else f"{found.positives / max(found.rows, 1):.4%} positive"
-    lines = [f"{found.path}: {found.rows:,} rows, {rate}", "", f"{'':8}{'missing':>9}{'smallest':>14}{'largest':>14}"]
+    lines = [
+        f"{printable(found.path)}: {found.rows:,} rows, {rate}",
+        "",
+        f"{'':8}{'missing':>9}{'smallest':>14}{'largest':>14}",
+    ]
     for name, missing, low, high in zip(DENSE_NAMES, found.missing_dense, found.smallest, found.largest):
         values = f"{low:14.6g}{high:14.6g}" if low <= high else f"{'-':>14}{'-':>14}"
         lines.append(f"{name:8}{missing / max(found.rows, 1):9.2%}{values}")

@@ -6,6 +6,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data.batches import split_rows
+from data.files import printable
 from data.formats.prepared import PARTS, Dataset
 from data.schema import DataError
 from data.sources import Source, require_one_layout
@@ -40,11 +41,11 @@ def check(source: Source) -> int:
     if not source.labelled:
         raise DataError(f"{source.path}: has no labels; training needs them")
     if isinstance(source, Dataset):
-        with tqdm(unit="B", unit_scale=True, desc=f"checking {source.path.name}", leave=False) as bar:
+        with tqdm(unit="B", unit_scale=True, desc=f"checking {printable(source.path.name)}", leave=False) as bar:
             source.verify(progress=bar.update)
         return source.rows
     rows = 0
-    with tqdm(unit="row", unit_scale=True, desc=f"checking {source.path.name}", leave=False) as bar:
+    with tqdm(unit="row", unit_scale=True, desc=f"checking {printable(source.path.name)}", leave=False) as bar:
         for records in source.records():
             rows += len(records)
             bar.update(len(records))

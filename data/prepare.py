@@ -26,11 +26,12 @@ from typing import Any
 from tqdm import tqdm
 
 from data.describe import describe, plot_frequencies, table
+from data.files import in_order, printable
 from data.formats.opening import WRITERS, open_source, open_sources
 from data.formats.prepared import Dataset, SourceProgress
 from data.preparation import Preparation, PrepareOptions, Share, quarantine_file
 from data.program import exit_code
-from data.sources import Source
+from data.sources import Source, files_read
 from robe_files import whole_file
 
 ON_ERROR = ("raise", "skip", "quarantine")
@@ -41,7 +42,14 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m data.prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("sources", nargs="*", type=Path, metavar="SRC", help="files or folders, in the order of rows")
+    parser.add_argument(
+        "sources",
+        nargs="*",
+        type=Path,
+        metavar="SRC",
+        help="files or folders, in the order of rows; those whose names differ only in numbers (day_0, day_1) are put "
+        "in the order of the numbers",
+    )
     add_output_options(parser)
     add_row_options(parser)
     add_run_options(parser)
@@ -204,7 +212,7 @@ def main(arguments: list[str] | None = None) -> int:
 def run_prepare(args: argparse.Namespace) -> None:
     """Prepare the sources of a command line."""
     parts = {
-        name: [source for path in paths for source in open_sources(path)]
+        name: [source for path in in_order(paths) for source in open_sources(path)]
         for name, paths in (("train", args.sources), ("validation", args.validation), ("test", args.test))
     }
     sources = [source for of_part in parts.values() for source in of_part]
@@ -224,18 +232,27 @@ def run_prepare(args: argparse.Namespace) -> None:
         on_error=action,
     )
     mine = args.part.of(sources)
-    with tqdm(unit="row", unit_scale=True, desc=args.output.name, total=_total(mine, args.max_rows)) as bar:
+    with tqdm(unit="row", unit_scale=True, desc=printable(args.output.name), total=_total(mine, args.max_rows)) as bar:
         preparation = Preparation(
             sources, args.output, options, split, args.part, args.workers, args.resume, lambda rows: _advance(bar, rows)
         )
         for name, reason in preparation.changed.items():
             bar.write(f"{name}: prepared again: {reason}")
+        if len(sources) > 1:
+            tqdm.write(_order(sources, args.split))
         done = preparation.run()
     rows = sum(progress.rows for progress in done)
-    print(f"{args.output}: {rows:,} rows of {len(done)} of {len(sources)} sources")
+    print(f"{printable(args.output)}: {rows:,} rows of {len(done)} of {len(sources)} sources")
     _report_bad_rows(mine, done)
     if quarantine:
         _collect_bad_rows(Path(quarantine[0]), args.output, mine)
+
+
+def _order(sources: Sequence[Source], split: str) -> str:
+    """Return the order in which sources are read, as a line of text."""
+    names = [printable(source.name) for source in sources]
+    last = f"; {names[-1]} is to test and to validate on" if split == "days" else ""
+    return f"{len(names)} sources, in this order: {', '.join(names)}{last}"
 
 
 def _total(sources: Sequence[Source], max_rows: int | None) -> int | None:
@@ -256,7 +273,7 @@ def _report_bad_rows(sources: Sequence[Source], done: Sequence[SourceProgress]) 
     for source, progress in zip(sources, done):
         if progress.bad_rows:
             more = progress.bad_rows - len(progress.bad_examples)
-            print(f"{source.path}: {progress.bad_rows:,} bad rows left out:")
+            print(f"{printable(source.path)}: {progress.bad_rows:,} bad rows left out:")
             print(
                 "\n".join(f"  {example}" for example in progress.bad_examples) + (f"\n  and {more:,} more" * (more > 0))
             )
@@ -274,21 +291,23 @@ def run_describe(path: Path, plot: Path | None) -> None:
     """Print a description of data, and draw its id frequencies into a PNG if one is given."""
     source = open_source(path)
     source.verify()
-    with tqdm(unit="row", unit_scale=True, desc=path.name, total=source.rows, leave=False) as bar:
+    if files := files_read(source):
+        print(files)
+    with tqdm(unit="row", unit_scale=True, desc=printable(path.name), total=source.rows, leave=False) as bar:
         description = describe(source, bar.update)
     print(table(description))
     if plot:
         plot_frequencies(description, plot)
-        print(f"\nid frequencies: {plot}")
+        print(f"\nid frequencies: {printable(plot)}")
 
 
 def run_verify(path: Path) -> None:
     """Check all files of a prepared folder."""
     dataset = Dataset(path)
     total = sum(shard.bytes for shard in dataset.shards)
-    with tqdm(unit="B", unit_scale=True, desc=path.name, total=total, leave=False) as bar:
+    with tqdm(unit="B", unit_scale=True, desc=printable(path.name), total=total, leave=False) as bar:
         dataset.verify(everything=True, progress=bar.update)
-    print(f"{path}: {len(dataset.shards)} files, {total:,} bytes, as they were written")
+    print(f"{printable(path)}: {len(dataset.shards)} files, {total:,} bytes, as they were written")
 
 
 if __name__ == "__main__":

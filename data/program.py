@@ -1,7 +1,10 @@
 """Exit codes of the programs, and the one line that an error puts on stderr."""
 
+import io
 import sys
 from collections.abc import Callable
+
+from data.files import printable
 
 # What Python, the loader of libraries, torch, CUDA, C++ and polars say where memory or threads run out. They raise
 # RuntimeError, ImportError or an exception of their own.
@@ -30,6 +33,8 @@ def exit_code(program: Callable[[], None]) -> int:
     Raises:
         BaseException: any other one is a bug, and keeps its traceback.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: names of files need not be UTF-8
     try:
         program()
     except (ValueError, OSError) as error:
@@ -49,9 +54,7 @@ def exit_code(program: Callable[[], None]) -> int:
 
 def _fail(message: str, code: int) -> int:
     if message:
-        # Names of files may have anything in them; what is printed stays one line.
-        line = "".join(character if character.isprintable() else ascii(character)[1:-1] for character in message)
-        print(f"error: {line}", file=sys.stderr)
+        print(f"error: {printable(message)}", file=sys.stderr)
     return code
 
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data.files import printable
 from data.rows import Batch, to_batch
 from data.schema import DataError, Layout
 
@@ -34,8 +35,8 @@ class Fault(NamedTuple):
     text: bytes
 
     def describe(self, path: Path) -> str:
-        """Return file:line, counted from 1, and the cause."""
-        return f"{path}:{self.line + 1}: {self.cause}"
+        """Return file:line, counted from 1, and the cause: one line that can be printed and written as UTF-8."""
+        return f"{printable(path)}:{self.line + 1}: {self.cause}"
 
 
 @dataclass
@@ -215,6 +216,14 @@ class Several(Source):
 def _read_behind(read: Callable[[], Piece], lines: int) -> Piece:
     piece = read()
     return replace(piece, first=piece.first + lines, before=piece.before + lines)
+
+
+def files_read(source: Source) -> str | None:
+    """Return the names of a source's files as a line of text, in the order of their rows; None if there is one file."""
+    if not isinstance(source, Several):
+        return None
+    names = ", ".join(printable(each.path.name) for each in source.sources)
+    return f"{printable(source.path)}: {len(source.sources)} files, in this order: {names}"
 
 
 class SeveralRandomAccess(Several, RandomAccess):  # type: ignore[misc]

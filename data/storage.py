@@ -20,7 +20,8 @@ _NOT_IN_NAMES = re.compile(r"[/\x00-\x1f\x7f]")  # separators, and what would te
 
 def natural_order(path: Path) -> list[Any]:
     """Return a sort key that puts day_2 before day_10."""
-    return [int(text) if text.isdigit() else text for text in re.split(r"(\d+)", path.name)]
+    parts = re.split(r"([0-9]+)", path.name)
+    return [int(text) if i % 2 else text for i, text in enumerate(parts)]
 
 
 def check_name(name: str, what: str) -> None:

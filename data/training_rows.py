@@ -1,6 +1,6 @@
 """The rows of a training run, as the training loop reads them: parts, epochs of batches, passes over all rows."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +10,7 @@ from data.batches import epoch_batches, in_background, rebatch, share, vocabular
 from data.formats.opening import open_source
 from data.parts import Part, check, halves, split
 from data.rows import Batch
+from data.sources import Source, files_read
 
 
 class TrainingRows:
@@ -19,6 +20,7 @@ class TrainingRows:
         path: file or folder, in any format.
         eval_path: rows for validation and test, so that all of ``path`` is for training; None: ``path`` has all parts.
         ranges: the rows of each part, where they are known; None: every row is checked, and the data is split.
+        say: called, before the rows are checked, with a line that names the files, if there are several.
 
     Attributes:
         parts: "train", "validation" and "test".
@@ -27,9 +29,15 @@ class TrainingRows:
         DataError: a row can't be read, there are no labels, or a part would be empty.
     """
 
-    def __init__(self, path: Path, eval_path: Path | None = None, ranges: Mapping[str, range] | None = None):
+    def __init__(
+        self,
+        path: Path,
+        eval_path: Path | None = None,
+        ranges: Mapping[str, range] | None = None,
+        say: Callable[[str], object] = lambda line: None,
+    ):
         if ranges is None:
-            self.parts = _check_and_split(path, eval_path)
+            self.parts = _check_and_split(path, eval_path, say)
         else:
             source = open_source(path)
             other = source if eval_path is None else open_source(eval_path)
@@ -90,10 +98,16 @@ class TrainingRows:
         return in_background(lambda: rebatch(source.read(rows.start, rows.stop), batch_size))
 
 
-def _check_and_split(path: Path, eval_path: Path | None) -> dict[str, Part]:
-    source = open_source(path)
-    rows = check(source)
+def _check_and_split(path: Path, eval_path: Path | None, say: Callable[[str], object]) -> dict[str, Part]:
+    source, rows = _open_and_check(path, say)
     if eval_path is None:
         return split(path, source, rows)
-    other = open_source(eval_path)
-    return halves(eval_path, source, rows, other, check(other))
+    return halves(eval_path, source, rows, *_open_and_check(eval_path, say))
+
+
+def _open_and_check(path: Path, say: Callable[[str], object]) -> tuple[Source, int]:
+    source = open_source(path)
+    files = files_read(source)
+    if files:
+        say(files)
+    return source, check(source)

@@ -12,6 +12,7 @@ import ctypes
 import io
 import lzma
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -23,6 +24,8 @@ import polars as pl
 from backports import zstd
 from isal import igzip, isal_zlib
 
+from data.files import require_regular, stem
+from data.formats.foreign import not_rows, refuse_foreign
 from data.formats.writer import Writer
 from data.rows import to_frame
 from data.schema import DENSE_NAMES, MISSING, NUM_DENSE, NUM_SPARSE, SPARSE_NAMES, DataError, Layout
@@ -31,7 +34,7 @@ from data.sources import Fault, Piece, Source
 PIECE_BYTES = 1 << 21  # of text, 9,000 rows: larger pieces parse no faster and take more memory
 MAX_LINE_BYTES = 1 << 16
 _MAX_HEX_DIGITS = 8
-_SUFFIXES = (".gz", ".xz", ".zst", ".tsv", ".txt", ".csv")
+_HEAD_LINES = 100  # that decide whether the rows of a file have labels
 _OPENERS: dict[bytes, Callable[..., Any]] = {
     b"\x1f\x8b": igzip.open,
     b"\xfd7zXZ\x00": lzma.open,
@@ -48,26 +51,50 @@ class CriteoTSV(Source):
 
     Raises:
         DataError: the file is missing, empty, or not of this format. Reading raises it for an archive that is corrupt
-            or ends early.
+            or ends early, and for a file that has changed since it was read before.
     """
 
     rows: int | None = None
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.name = self.path.name
-        while self.name.endswith(_SUFFIXES):
-            self.name = self.name.rpartition(".")[0]
-        with self._open() as file, self._reading(1):
-            head = file.readline(MAX_LINE_BYTES)
-        if not head:
+        self.name = stem(self.path)
+        require_regular(self.path)
+        lines = self._head()
+        if not lines:
             raise DataError(f"{self.path}: the file is empty")
-        fields = head.count(b"\t") + 1
-        if fields not in (NUM_SPARSE + NUM_DENSE, NUM_SPARSE + NUM_DENSE + 1):
+        refuse_foreign(self.path, b"".join(lines)[:512])
+        self.layout = Layout(labelled=self._labelled(lines))
+
+    def _head(self) -> list[bytes]:
+        """Return the first lines, as far as they can be read."""
+        lines: list[bytes] = []
+        with self._open() as file:
+            while len(lines) < _HEAD_LINES:
+                try:
+                    with self._reading(len(lines) + 1):
+                        line = file.readline(MAX_LINE_BYTES)
+                except DataError:
+                    if not lines:
+                        raise
+                    break  # reported when the rows before it have been read
+                if not line:
+                    break
+                lines.append(line)
+        return lines
+
+    def _labelled(self, lines: list[bytes]) -> bool:
+        """Return whether most of the first lines that look like rows have a label: any of them may be damaged."""
+        fields = Counter(line.count(b"\t") + 1 for line in lines)
+        without = NUM_DENSE + NUM_SPARSE
+        if not fields[without] and not fields[without + 1]:
+            raise DataError(f"{self.path}:1: {not_rows(lines)}")
+        if fields[without] == fields[without + 1]:
             raise DataError(
-                f"{self.path}:1: not a Criteo row: expected 40 tab-separated fields (39 without label), got {fields}"
+                f"{self.path}: expected rows of one kind, got as many of {without + 1} fields as of {without} (without "
+                f"label) in the first {len(lines)} lines"
             )
-        self.layout = Layout(labelled=fields == NUM_SPARSE + NUM_DENSE + 1)
+        return fields[without + 1] > fields[without]
 
     def pieces(self, start: int = 0) -> Iterator[Callable[[], Piece]]:
         """Yield calls that parse the lines from ``start`` on, piece by piece."""
@@ -79,6 +106,8 @@ class CriteoTSV(Source):
                 rest = text.split(b"\n", start - line)[-1]
                 yield partial(parse, rest, line + lines - start, self.path, start, self.labelled)
             line += lines
+        if self.rows not in (None, line):
+            raise DataError(f"{self.path}: changed while it was read: it had {self.rows} lines, and has {line}")
         self.rows = line
 
     def _open(self) -> io.BufferedIOBase:
@@ -150,7 +179,7 @@ def parse(text: bytes, lines: int, path: Path, first: int, labelled: bool) -> Pi
 def fault(line: bytes, labelled: bool) -> str | None:
     """Return what is wrong with a line, or None if it is a row.
 
-    This is the specification of a row: both parsers agree with it.
+    This is the specification of a row: both parsers agree with it, and `values` says what a row holds.
     """
     names = (["label"] if labelled else []) + DENSE_NAMES + SPARSE_NAMES
     fields = line.removesuffix(b"\r").split(b"\t")
@@ -174,7 +203,21 @@ _HEX_DIGITS = frozenset(b"0123456789abcdefABCDEF")
 
 def _is_int32(text: bytes) -> bool:
     digits = text.removeprefix(b"-")
-    return digits.isdigit() and len(digits.lstrip(b"0")) <= 10 and int(digits) <= np.iinfo(np.int32).max
+    significant = digits.lstrip(b"0") or b"0"
+    return digits.isdigit() and len(significant) <= 10 and int(significant) <= np.iinfo(np.int32).max
+
+
+def values(line: bytes, labelled: bool) -> list[int]:
+    """Return label, integers and ids of a line that is a row, as a record has them."""
+    fields = line.removesuffix(b"\r").split(b"\t")
+    label = [int(fields.pop(0))] if labelled else []
+    integers = [_to_int(text) if text else int(MISSING) for text in fields[:NUM_DENSE]]
+    return label + integers + [int(text, 16) if text else 0 for text in fields[NUM_DENSE:]]
+
+
+def _to_int(text: bytes) -> int:
+    digits = text.removeprefix(b"-").lstrip(b"0") or b"0"  # Python converts no more than 4,300 digits
+    return -int(digits) if text.startswith(b"-") else int(digits)
 
 
 # -- The compiled parser ----------------------------------------------------------------------------------------------
@@ -213,24 +256,32 @@ def _parse_native(text: bytes, lines: int, labelled: bool) -> tuple[np.ndarray, 
 # -- The parser in polars ---------------------------------------------------------------------------------------------
 
 
+_NOT_IN_ROWS = bytes(set(range(256)) - _HEX_DIGITS - set(b"-\t\r\n"))
+
+
 def _parse_polars(text: bytes, lines: int, labelled: bool) -> tuple[np.ndarray, list[int]]:
     records = _parse_rows(text, lines, labelled)
     if records is not None:
         return records, []
     split = text.split(b"\n")[:-1]
     faulty = [fault(line, labelled) is not None for line in split]
-    good = [line + b"\n" for line, wrong in zip(split, faulty) if not wrong]
-    records = _parse_rows(b"".join(good), len(good), labelled)
-    assert records is not None, "a line that is a row can't be read"
+    good = [line for line, wrong in zip(split, faulty) if not wrong]
+    records = _parse_rows(b"".join(line + b"\n" for line in good), len(good), labelled)
+    if records is None:  # rows that polars reads in its own way, or not at all
+        flat = np.array([values(line, labelled) for line in good], np.int64)
+        records = flat.astype(np.uint32).view(Layout(labelled).dtype).reshape(-1)
     return records, [i for i, wrong in enumerate(faulty) if wrong]
 
 
 def _parse_rows(text: bytes, lines: int, labelled: bool) -> np.ndarray | None:
-    """Return the records of text, or None if a line in it is not a row."""
+    """Return the records of text, or None if a line in it is not a row, or may not be one."""
     layout = Layout(labelled)
     if not lines:
         return layout.records(0)
-    names = (["label"] if labelled else []) + DENSE_NAMES
+    label = dict.fromkeys(["label"] if labelled else [], pl.String)  # "01" is a number, and no label
+    # polars takes "+1" and " 1" for numbers, drops a byte-order mark, and unpacks what begins like an archive.
+    if len(text.translate(None, _NOT_IN_ROWS)) != len(text):
+        return None
     if b"\r" in text:
         text = text.replace(b"\r\n", b"\n")
         if b"\r" in text:  # polars drops it at the end of a field
@@ -241,11 +292,13 @@ def _parse_rows(text: bytes, lines: int, labelled: bool) -> np.ndarray | None:
             has_header=False,
             separator="\t",
             quote_char=None,
-            schema=dict.fromkeys(names, pl.Int32) | dict.fromkeys(SPARSE_NAMES, pl.String),
+            schema=label | dict.fromkeys(DENSE_NAMES, pl.Int32) | dict.fromkeys(SPARSE_NAMES, pl.String),
         )
-        # The length and not the value: there may be leading zeros.
-        longest = frame.select(pl.max_horizontal(pl.col(SPARSE_NAMES).str.len_bytes().max())).item()
-        frame = frame.with_columns(pl.col(SPARSE_NAMES).str.to_integer(base=16, dtype=pl.Int64))
+        # The length and not the value: there may be leading zeros. Nor does the value show the sign of "-0".
+        categories = pl.col(SPARSE_NAMES)
+        longest = frame.select(pl.max_horizontal(categories.str.len_bytes().max())).item()
+        signs = frame.select(pl.any_horizontal(categories.str.contains("-", literal=True).any())).item()
+        frame = frame.with_columns(categories.str.to_integer(base=16, dtype=pl.Int64))
     except pl.exceptions.PolarsError:
         return None
     # polars skips blank lines and pads short ones with nulls: the counts show both.
@@ -254,17 +307,15 @@ def _parse_rows(text: bytes, lines: int, labelled: bool) -> np.ndarray | None:
     sparse = frame.select(pl.col(SPARSE_NAMES).fill_null(0)).to_numpy()
     dense = frame.select(DENSE_NAMES)
     if (
-        sparse.min() < 0
+        signs
         or (longest or 0) > _MAX_HEX_DIGITS
-        or (labelled and not frame["label"].fill_null(-1).is_in([0, 1]).all())
+        or (labelled and not frame["label"].fill_null("").is_in(["0", "1"]).all())
         or (dense.min_horizontal() == MISSING).any()
-        or b"+" in text  # polars reads "+1" and " 1" as numbers
-        or b" " in text
     ):
         return None
     records = layout.records(lines)
     if labelled:
-        records["label"] = frame["label"].to_numpy()
+        records["label"] = (frame["label"] == "1").to_numpy()
     records["dense"] = dense.select(pl.all().fill_null(MISSING)).to_numpy()
     records["sparse"] = sparse
     return records

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from data.files import data_files, require_regular
 from data.formats.criteo_tsv import CriteoTSV, TSVWriter
 from data.formats.facebook import BinWriter, FacebookBin, FacebookNpz, NpzWriter
 from data.formats.parquet import CriteoParquet, ParquetWriter
@@ -19,7 +20,7 @@ from data.formats.torchrec import NpyWriter, TorchrecNpy, one_of_each_triple, tr
 from data.formats.writer import Writer
 from data.schema import DataError
 from data.sources import RandomAccess, Several, SeveralRandomAccess, Source
-from data.storage import natural_order, open_binary
+from data.storage import open_binary
 
 
 class Format(NamedTuple):
@@ -53,9 +54,6 @@ FORMATS = (
     Format("tsv", TSVWriter, CriteoTSV, lambda path, start: True),
 )
 WRITERS: dict[str, type[Writer]] = {format.name: format.writer for format in FORMATS}
-
-# What may lie in a folder beside the data.
-_NOT_DATA = ("README", "LICENSE", ".json", ".md", ".part", ".png", ".crc", ".bad")
 
 
 def open_source(path: str | Path) -> Source:
@@ -101,17 +99,22 @@ def _open_prepared(path: Path) -> Dataset | None:
 def _open_files(path: Path) -> list[Source]:
     if not path.is_dir():
         return [_open_file(path)]
-    files = sorted((file for file in path.iterdir() if file.is_file() and _is_data(file)), key=natural_order)
+    files = data_files(path)
     if not files:
         raise DataError(f"{path}: no data in this folder")
-    return [_open_file(file) for file in one_of_each_triple(files)]
+    sources: dict[str, Source] = {}
+    for source in map(_open_file, one_of_each_triple(files)):
+        twin = sources.setdefault(source.name, source)
+        if twin is not source:
+            raise DataError(
+                f"{path}: has {twin.path.name} and {source.path.name}; expected one file of {source.name}, whose rows "
+                "would be read twice"
+            )
+    return list(sources.values())
 
 
 def _open_file(path: Path) -> Source:
+    require_regular(path)
     with open_binary(path) as file:
         start = file.read(6)
     return next(format.reader(path) for format in FORMATS if format.recognizes(path, start))
-
-
-def _is_data(file: Path) -> bool:
-    return not (file.name.startswith((".", "_")) or file.name.endswith(_NOT_DATA))

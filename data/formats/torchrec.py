@@ -1,6 +1,7 @@
 """torchrec's triples of .npy files, and its multi-hot ids.
 
-- ``NAME_dense.npy``: f4 (n, 13)
+- ``NAME_dense.npy``: f4 (n, 13). torchrec writes log(x + 3); numbers that are all whole are integers, and not yet input
+  of a model.
 - ``NAME_labels.npy``: i4 (n, 1)
 - ids: ``NAME_sparse.npy`` or ``NAME_sparse_contig_freq.npy``, i4 or i8 (n, 26), or ``NAME_sparse_multi_hot.npz`` with
   arrays "0" to "25", i4 or i8 (n, hots)
@@ -25,6 +26,7 @@ _SPARSE, _MULTI_HOT = "_sparse.npy", "_sparse_multi_hot.npz"
 _IDS = (_SPARSE, "_sparse_contig_freq.npy", _MULTI_HOT)  # if several exist, the first counts
 _NAME = re.compile(rf"(?P<name>.+?)({'|'.join(map(re.escape, (_DENSE, _LABELS, *_IDS)))})")
 _INTEGERS = ("<i4", "<i8")
+_HEAD_ROWS = 1 << 16  # that decide what the dense numbers are
 
 
 def triple_name(path: Path) -> str | None:
@@ -78,8 +80,10 @@ class TorchrecNpy(RandomAccess):
             self._sparse, hots = [self._open(end, _INTEGERS, NUM_SPARSE)], None
         self._files = [path.with_name(name + x) for x in (_DENSE, _LABELS, end)]
         wide = any(array.dtype.base == np.int64 for array in self._sparse)
+        head = self._dense.take(0, min(self.rows, _HEAD_ROWS))
+        integers = head.any() and (head == np.floor(head)).all()  # zeros may be either, and are the same for a model
         try:
-            self.layout = Layout(dense="f4", ids="i8" if wide else "u4", hots=hots)
+            self.layout = Layout(dense="i4" if integers else "f4", ids="i8" if wide else "u4", hots=hots)
         except ValueError as error:
             raise DataError(f"{path.with_name(name + end)}: {error}") from None
 
@@ -115,14 +119,21 @@ class TorchrecNpy(RandomAccess):
         stop = start + len(records)
         records["label"] = self._labels.take(start, stop).reshape(-1)
         check_labels(records["label"], self.path, start)
-        records["dense"] = self._dense.take(start, stop)
-        if not np.isfinite(records["dense"]).all():
-            row = int(np.flatnonzero(~np.isfinite(records["dense"]).all(1))[0])
-            raise DataError(f"{self._dense.path}: row {start + row + 1}: expected finite numbers, got NaN or infinity")
+        dense = self._dense.take(start, stop)
+        self._refuse(~np.isfinite(dense), start, "finite numbers, got NaN or infinity")
+        if self.layout.dense == "i4":
+            wrong = (dense != np.floor(dense)) | (np.abs(dense) >= 1 << 31)
+            self._refuse(wrong, start, "integers of 32 bits, as in the first rows")
+        records["dense"] = dense
         columns = self.layout.features if self.layout.hots else [slice(None)]
         for of_array, array in zip(columns, self._sparse):
             ids = array.take(start, stop)
             records["sparse"][:, of_array] = ids if ids.dtype == np.int64 else ids.view(np.uint32)
+
+    def _refuse(self, wrong: np.ndarray, start: int, expected: str) -> None:
+        rows = np.flatnonzero(wrong.any(1))
+        if len(rows):
+            raise DataError(f"{self._dense.path}: row {start + rows[0] + 1}: expected {expected}")
 
 
 class NpyWriter(Writer):

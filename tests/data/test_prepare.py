@@ -1,5 +1,6 @@
 """Options of data.prepare as its user gives them, what they do, and one line for what is wrong."""
 
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -11,7 +12,9 @@ import pytest
 import data.formats.criteo_tsv
 import data.preparation
 from data import prepare
-from tests.helpers.criteo import make_rows, together, write_log
+from data.files import printable
+from data.formats.opening import open_source
+from tests.helpers.criteo import make_rows, together, write_log, write_npz, write_parquet
 from tests.helpers.preparing import ALL, DAYS, error_of, left_over, write_days
 from tests.helpers.sources import read, run
 
@@ -100,6 +103,56 @@ def test_days_of_one_source(tmp_path, days, capsys):
     assert "expected a source for each day, at least 2, got 1" in error_of(capsys)
 
 
+def test_the_last_day_is_the_test_day_however_the_shell_sorts(tmp_path, capsys):
+    rows = [make_rows(4, day) for day in range(12)]
+    days = [write_log(tmp_path / f"day_{day}.gz", of_day, end=".gz") for day, of_day in enumerate(rows)]
+    assert run(*sorted(days), "--split", "days", "--output", tmp_path / "out") == 0
+    names = ", ".join(f"day_{day}" for day in range(12))
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"12 sources, in this order: {names}; day_11 is to test and to validate on\n")
+    source = open_source(tmp_path / "out")
+    np.testing.assert_array_equal(read(source)["sparse"], together(*rows).ids)
+    assert source.parts()["test"] == range(44, 46)
+
+
+@pytest.mark.parametrize("damage", [lambda line: line.rpartition(b"\t")[0], lambda line: line[1:], lambda line: b""])
+def test_a_damaged_first_row_is_a_bad_row_like_any_other(tmp_path, damage, capsys):
+    rows = make_rows(100)
+    lines = rows.text().splitlines()
+    lines[0] = damage(lines[0])
+    (tmp_path / "a").write_bytes(b"\n".join(lines) + b"\n")
+    assert run(tmp_path / "a", "--output", tmp_path / "out", "--on-error", "skip") == 0
+    assert ": 99 rows of 1 of 1 sources" in capsys.readouterr().out
+    np.testing.assert_array_equal(read(tmp_path / "out")["sparse"], rows.ids[1:])
+    assert run(tmp_path / "a", "--output", tmp_path / "other") == 2
+    assert error_of(capsys).startswith(f"error: {tmp_path}/a:1: ")
+
+
+@pytest.mark.parametrize("name", [b"tr\xe9in", b"two\nlines", b"\xff\xfe", "\u2028".encode()])
+@pytest.mark.parametrize("write", [write_log, write_parquet, write_npz])
+def test_any_name_of_a_file_is_printed_kept_and_read_again(tmp_path, name, write, capsys):
+    folder = tmp_path / os.fsdecode(name)
+    folder.mkdir()
+    rows = make_rows(20)
+    write(tmp_path / "plain.npz", rows)
+    path = (tmp_path / "plain.npz").rename(folder / os.fsdecode(name + b".day"))
+    if write is write_log:
+        path.write_bytes(rows.text() + b"bad\n")
+    options = ("--output", folder / "out", "--on-error", "quarantine", folder / "bad")
+    assert run(path, *options) == 0
+    assert run(path, *options, "--resume") == 0
+    assert run("--verify", folder / "out") == 0
+    assert run("--describe", folder / "out") == 0
+    printed = capsys.readouterr()
+    (printed.out + printed.err).encode()
+    assert printed.out.count(f"{printable(folder)}/out: 20 rows") == 3
+    np.testing.assert_array_equal(read(folder / "out")["sparse"], rows.ids)
+    bad = (folder / "bad").read_bytes()
+    assert bad == (
+        f"{printable(path)}:21: expected 40 tab-separated fields, got 1\tbad\n".encode() * (write is write_log)
+    )
+
+
 def test_describe(tmp_path, capsys):
     rows = make_rows(4)
     rows.labels[:] = [1, 0, 0, 0]
@@ -124,7 +177,8 @@ def test_describe(tmp_path, capsys):
 def test_from_the_command_line(tmp_path, days):
     command = [sys.executable, "-m", "data.prepare", *days, "--output", tmp_path / "out"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'out'}: 480 rows of 3 of 3 sources\n")
+    order = "3 sources, in this order: day_0, day_1, day_2\n"
+    assert (done.returncode, done.stdout) == (0, f"{order}{tmp_path / 'out'}: 480 rows of 3 of 3 sources\n")
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.splitlines()[-1].startswith(f"error: {tmp_path / 'out'}: has prepared data")

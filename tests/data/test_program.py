@@ -1,5 +1,6 @@
 """Exit codes and the one line on stderr."""
 
+import io
 import re
 import subprocess
 import sys
@@ -29,7 +30,7 @@ class DivergedError(RuntimeError):
         (OSError(28, "No space left on device", "runs/a"), 2, "error: runs/a: No space left on device"),
         (OSError(28, "No space left on device"), 2, "error: No space left on device"),
         (OSError(2, "No such file or directory", "a\nb\x1b[31m"), 2, r"error: a\nb\x1b[31m: No such file or directory"),
-        (ValueError("d\udcff: é"), 2, r"error: d\udcff: é"),
+        (ValueError("d\udcff: é"), 2, r"error: d\xff: é"),
         (MemoryError("Unable to allocate 9 PiB"), 2, "error: not enough memory: Unable to allocate 9 PiB"),
         (MemoryError(), 2, "error: not enough memory"),
         (RuntimeError("can't start new thread"), 2, "error: not enough memory or threads: can't start new thread"),
@@ -41,6 +42,8 @@ class DivergedError(RuntimeError):
         (Panic("failed to spawn thread: Os { code: 11 }"), 2, r"error: .* failed to spawn thread: Os { code: 11 }"),
         (ValueError(""), 2, None),
         (DivergedError("the loss is nan"), 3, "error: the loss is nan"),
+        (ValueError("a\nb: no such day"), 2, r"error: a\nb: no such day"),
+        (ValueError("tr\udce9in: no such day"), 2, r"error: tr\xe9in: no such day"),
         (KeyboardInterrupt(), 130, "error: interrupted"),
     ],
 )
@@ -90,3 +93,11 @@ def test_a_program_that_is_given_no_memory_says_so_in_one_line(tmp_path, megabyt
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert re.fullmatch("error: not enough memory.*", done.stderr.splitlines()[-1])
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_what_stdout_cannot_encode_is_escaped(encoding, monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding=encoding))
+    assert exit_code(lambda: print("tr\udce9in", flush=True)) == 0
+    assert written.getvalue() == rb"tr\udce9in" + b"\n"

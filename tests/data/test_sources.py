@@ -10,7 +10,7 @@ import data.sources
 from data.formats.criteo_tsv import CriteoTSV
 from data.rows import to_batch
 from data.schema import DataError, Layout
-from data.sources import PIECE_ROWS, Fault, Piece, Several, SeveralRandomAccess, require_one_layout
+from data.sources import PIECE_ROWS, Fault, Piece, Several, SeveralRandomAccess, files_read, require_one_layout
 from tests.helpers.criteo import make_lines, write_lines
 from tests.helpers.sources import Numbered
 
@@ -175,3 +175,10 @@ def test_rows_of_two_kinds_are_refused(make):
     )
     with pytest.raises(DataError, match=message):
         make([*same, Numbered(3, 8)])
+
+
+def test_the_files_read_are_named_in_their_order(tmp_path):
+    paths = [write_lines(tmp_path / name, make_lines(2)) for name in ("day_2", "day_10", "two\nlines")]
+    several = Several(tmp_path, [CriteoTSV(path) for path in paths])
+    assert files_read(several) == rf"{tmp_path}: 3 files, in this order: day_2, day_10, two\nlines"
+    assert files_read(CriteoTSV(paths[0])) is None

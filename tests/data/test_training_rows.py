@@ -10,6 +10,7 @@ from data.formats.opening import open_source
 from data.rows import Batch, DataError
 from data.synthetic import write
 from data.training_rows import TrainingRows
+from tests.helpers.criteo import make_lines, write_lines
 
 ROWS = 140
 
@@ -91,3 +92,15 @@ def test_bad_rows_are_refused_with_their_line(path, tmp_path):
         TrainingRows(tmp_path / "rows.tsv")
     with pytest.raises(DataError, match=r"rows.tsv:131: expected 40"):
         TrainingRows(path, tmp_path / "rows.tsv")
+
+
+def test_the_files_of_folders_are_named_before_they_are_checked(tmp_path):
+    said = []
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        for day in (9, 10):
+            write_lines(tmp_path / folder / f"day_{day}", make_lines(10))
+    TrainingRows(tmp_path / "a", tmp_path / "b", say=said.append)
+    assert said == [f"{tmp_path / folder}: 2 files, in this order: day_9, day_10" for folder in ("a", "b")]
+    TrainingRows(tmp_path / "a" / "day_9", say=said.append)
+    assert len(said) == 2

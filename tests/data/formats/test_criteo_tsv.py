@@ -158,7 +158,7 @@ def test_files_that_are_not_rows(tmp_path):
         (tmp_path / "empty").write_bytes(content)
         with pytest.raises(DataError, match="empty: the file is empty"):
             CriteoTSV(tmp_path / "empty")
-    for content in (b"PAR1" + bytes(100), b"a,b,c\n1,2,3\n", b"\n", b"PK\x03\x04"):
+    for content in (b"a,b,c\n1,2,3\n", b"\n"):
         (tmp_path / "other").write_bytes(content)
         with pytest.raises(DataError, match=r"other:1: not a Criteo row: expected 40 tab-separated fields"):
             CriteoTSV(tmp_path / "other")
@@ -406,3 +406,40 @@ def test_a_long_line_in_a_cut_archive(tmp_path, compress, monkeypatch):
         (tmp_path / "rows").write_bytes(whole[:kept])
         with pytest.raises(DataError, match="rows:"):
             read(tmp_path / "rows")
+
+
+# -- The layout of a file ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+@pytest.mark.parametrize("damaged", [[0], [0, 1, 2], [99], range(49), range(150, 200)])
+def test_the_layout_is_that_of_most_of_the_first_lines(tmp_path, labelled, damaged):
+    lines, others = make_lines(200, labelled), make_lines(200, not labelled)
+    for at in damaged:
+        lines[at] = others[at]
+    source = CriteoTSV(write_lines(tmp_path / "rows.tsv", lines))
+    assert source.labelled == labelled
+    pieces = [read() for read in source.pieces()]
+    assert sum(len(piece.records) for piece in pieces) == 200 - len(damaged)
+    assert [f.line for piece in pieces for f in piece.faults] == list(damaged)
+
+
+def test_junk_before_the_rows_is_bad_rows(tmp_path):
+    source = CriteoTSV(write_lines(tmp_path / "rows.tsv", ["", "junk", "\t" * 5, *make_lines(20)]))
+    (piece,) = [read() for read in source.pieces()]
+    assert (len(piece.records), [f.line for f in piece.faults]) == (20, [0, 1, 2])
+
+
+def test_a_file_of_as_many_rows_of_both_kinds_is_refused(tmp_path):
+    path = write_lines(tmp_path / "rows.tsv", [*make_lines(2), *make_lines(2, False)])
+    with pytest.raises(DataError, match=r"rows.tsv: .* got as many of 40 fields as of 39 .* in the first 4 lines"):
+        CriteoTSV(path)
+
+
+def test_a_file_that_changes_while_it_is_in_use_is_refused(tmp_path):
+    source = CriteoTSV(write_lines(tmp_path / "rows.tsv", make_lines(20)))
+    list(source.pieces())
+    for rows in (10, 30):
+        write_lines(tmp_path / "rows.tsv", make_lines(rows))
+        with pytest.raises(DataError, match=rf"rows.tsv: changed while it was read: it had 20 lines, and has {rows}"):
+            list(source.pieces())

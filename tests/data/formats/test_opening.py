@@ -1,5 +1,7 @@
 """Files of every format, written by hand, come out as the rows they hold, alone and in folders."""
 
+import os
+
 import numpy as np
 import polars as pl
 import pytest
@@ -167,6 +169,29 @@ def test_folders_that_are_no_data(tmp_path):
         open_source(tmp_path)
 
 
+@pytest.mark.parametrize("other", ["day_0.gz", "day_0.tsv", "day_0.parquet", "day_0.npz"])
+def test_rows_are_not_read_twice_where_a_file_is_there_packed_and_unpacked(tmp_path, other):
+    write_log(tmp_path / "day_0", ROWS)
+    write = {".gz": lambda path, rows: write_log(path, rows, end=".gz"), ".tsv": write_log}
+    (write | {".parquet": write_parquet, ".npz": write_npz})[(tmp_path / other).suffix](tmp_path / other, ROWS)
+    for open_it in (open_source, open_sources):
+        with pytest.raises(DataError, match=rf"{tmp_path}: has day_0 and {other}; expected one file of day_0"):
+            open_it(tmp_path)
+
+
+def test_what_is_neither_data_nor_known_is_an_error(tmp_path):
+    write_log(tmp_path / "day_0", ROWS)
+    (tmp_path / "notes").write_text("remember the milk\n")
+    with pytest.raises(DataError, match=r"/notes:1: not a Criteo row: expected 40 tab-separated fields"):
+        open_source(tmp_path)
+
+
+def test_a_pipe_is_refused_without_waiting_for_its_writer(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DataError, match=r"/pipe: a pipe; expected a regular file"):
+        open_source(tmp_path / "pipe")
+
+
 @pytest.mark.parametrize("kind", ["unlabelled", "npy", "wide", "floats"])
 def test_a_folder_with_rows_of_two_kinds(tmp_path, kind):
     write_log(tmp_path / "a", ROWS)
@@ -177,7 +202,7 @@ def test_a_folder_with_rows_of_two_kinds(tmp_path, kind):
     elif kind == "wide":
         write_parquet(tmp_path / "b", ROWS, cat_0=pl.Series(ROWS.ids[:, 0]))
     else:
-        write_parquet(tmp_path / "b", ROWS, int_0=pl.Series([0.5] * 120))
+        write_parquet(tmp_path / "b", ROWS, **{f"int_{i}": pl.Series([0.5] * 120) for i in range(13)})
     with pytest.raises(
         DataError, match=rf"{tmp_path}/b.*: its rows have .*, those of {tmp_path}/a have .*; expected one layout"
     ):

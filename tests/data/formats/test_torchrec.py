@@ -5,6 +5,7 @@ import struct
 import numpy as np
 import pytest
 
+import data.formats.torchrec
 from data.formats.opening import open_source
 from data.rows import Batch
 from data.schema import DataError
@@ -17,6 +18,7 @@ from tests.helpers.criteo import (
     make_kind,
     make_rows,
     with_value,
+    without_missing,
     write_log,
     write_npy,
 )
@@ -177,6 +179,30 @@ def header(path, shape):
 
 
 FLOATS = log_dense(ROWS.dense)
+
+
+def test_whole_numbers_are_integers_as_in_the_other_formats(tmp_path):
+    rows = make_rows(120)
+    rows.dense = without_missing(rows.dense)
+    path = write_npy(tmp_path, "day_0", rows, rows.dense.astype(np.float32))
+    source = open_source(path)
+    assert source.layout.dense == "i4"
+    compare(read(source), rows)
+    np.testing.assert_allclose(next(source.read()).dense, log_dense(rows.dense), rtol=1e-6)
+
+
+def test_zeros_may_be_numbers_of_either_kind(tmp_path):
+    rows = make_rows(3)
+    rows.dense[:] = 0
+    assert open_source(write_npy(tmp_path, "day_0", rows)).layout.dense == "f4"  # as they are in the other days
+
+
+@pytest.mark.parametrize("value", [0.5, 2.0**31])
+def test_another_number_among_integers_is_refused(tmp_path, monkeypatch, value):
+    monkeypatch.setattr(data.formats.torchrec, "_HEAD_ROWS", 50)
+    dense = with_value(without_missing(ROWS.dense).astype(np.float32), (80, 3), value)
+    with pytest.raises(DataError, match=r"day_0_dense.npy: row 81: expected integers of 32 bits, as in the first rows"):
+        read(open_source(write_npy(tmp_path, "day_0", ROWS, dense)))
 
 
 BAD = {
