@@ -24,6 +24,7 @@ RULES = {
     "dlrm": ("data", *PROGRAMS),
     "data": ("robe", "dlrm", *PROGRAMS),
     "robe_files": ("robe", "dlrm", "data", *PROGRAMS),
+    "robe_json": ("robe", "dlrm", "data", *PROGRAMS),
 }
 MOST_LINES, MOST_LINES_OF_TRAIN = 600, 250
 MOST_LINES_OF_A_FUNCTION, MOST_LINES_OF_A_FUNCTION_OF_TRAIN = 80, 60

@@ -240,9 +240,9 @@ def test_what_the_wheel_contains(wheel):
         information = f"robe_dlrm-{robe.__version__}.dist-info"
         metadata = email.message_from_bytes(files.read(f"{information}/METADATA"))
         tags = email.message_from_bytes(files.read(f"{information}/WHEEL"))
-    assert {name.partition("/")[0] for name in names} == {"robe", "dlrm", "robe_files.py", information}
+    assert {name.partition("/")[0] for name in names} == {"robe", "dlrm", "robe_files.py", "robe_json.py", information}
     modules = {str(path.relative_to(ROOT)) for package in ("robe", "dlrm") for path in (ROOT / package).rglob("*.py")}
-    modules |= {"robe_files.py"}
+    modules |= {"robe_files.py", "robe_json.py"}
     built = {f"{package}/{name}" for package in ("robe", "dlrm") for name in ("py.typed", "_cpu.so")}
     assert {name for name in names if not name.startswith(information)} == modules | built
     assert f"{information}/licenses/LICENSE" in names
