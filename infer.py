@@ -108,8 +108,9 @@ def describe_hots(hots: tuple[int, ...] | None) -> str:
 
 def describe_scores(scores: dict[str, Any]) -> str:
     """Return AUC, if there is one, and log loss as text."""
-    auc = "" if scores["auc"] is None else f"AUC {scores['auc']:.4f}, "
-    return f"{auc}log loss {scores['log_loss']:.4f}"
+    if scores["auc"] is None:
+        return f"log loss {scores['log_loss']:.4f} (all labels are the same)"
+    return f"AUC {scores['auc']:.4f}, log loss {scores['log_loss']:.4f}"
 
 
 # -- predict -----------------------------------------------------------------------------------------------------------

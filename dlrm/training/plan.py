@@ -4,7 +4,8 @@ The plan is plain data. It is made once, since that takes passes over the rows, 
 error in it ends all of them, and is reported once.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -18,6 +19,7 @@ from dlrm.config import DLRMConfig, TrainingConfig
 from dlrm.distributed import World
 from dlrm.embeddings import build_embeddings, synthetic_ids
 from dlrm.machine import total_memory
+from dlrm.metrics import EVALUATION_BATCH
 from dlrm.model import DLRM
 from dlrm.training.checkpoint import Saved, TrainingCheckpoints
 from dlrm.training.optimizers import NUMBERS_A_WEIGHT, make_optimizers
@@ -95,6 +97,7 @@ class Plan:
         model: what is trained.
         ranges: the rows of each part.
         command: the command line that started the run.
+        warnings: what the user should know before a long run.
         vocabulary: of a new model with config.vocabulary: the known ids of each feature.
         filter: of a new model with an admission: (W,) int64; None where it fills while the model trains.
     """
@@ -105,6 +108,7 @@ class Plan:
     model: DLRMConfig
     ranges: dict[str, range]
     command: str
+    warnings: tuple[str, ...] = ()
     vocabulary: list[np.ndarray] | None = None
     filter: Tensor | None = None
 
@@ -165,17 +169,18 @@ class Builder:
                     f"{options.data}: not the data of this run: {describe_rows(rows)}; expected "
                     f"{describe_rows(expected)}"
                 )
-            step = saved.state["progress"]["step"]
-            return Plan(step, options, training, saved.config, data.ranges, saved.state["command"])
+            step, command = saved.state["progress"]["step"], saved.state["command"]
+            return Plan(step, options, training, saved.config, data.ranges, command, warn_of_labels(data, training))
         known = data.count_ids() if options.table_rows == "data" else None
         model = model_config(options, data.hots, known)
         require_memory(model, training)
+        warnings = warn_of_labels(data, training)
         filter = None
         if options.admission and options.admit_after is None:
             filter = choose_ids(lambda: data.read_training("choosing ids"), model)
             model = replace(model, admission_bytes=8 * len(filter))
         vocabulary = known if model.vocabulary else None
-        return Plan(None, options, training, model, data.ranges, request.command, vocabulary, filter)
+        return Plan(None, options, training, model, data.ranges, request.command, warnings, vocabulary, filter)
 
     def build(self, plan: Plan) -> Built:
         """Open the rows, build the model and its optimizers, and give them the state of the checkpoint.
@@ -240,6 +245,29 @@ def admission_of(model: DLRM) -> Admission:
     admission = model.embeddings.admission
     assert isinstance(admission, Admission)
     return admission
+
+
+def warn_of_labels(data: RunData, training: TrainingConfig) -> tuple[str, ...]:
+    """Return a warning for each part whose rows all have one label. Parts are read until both labels are found."""
+    target = f", and AUC {training.target_auc} is never reached" if training.target_auc else ""
+    follows = {
+        "train": "the model learns nothing but that",
+        "validation": f"their AUC is undefined. The weights with the lowest validation log loss are kept{target}",
+        "test": "their AUC is undefined, null in metrics.json",
+    }
+    warnings = []
+    for part, rows in data.ranges.items():
+        found: set[float] = set()
+        batches = data.read_part(part, batch_size=EVALUATION_BATCH, rank=0, world_size=1)
+        with closing(batches) if isinstance(batches, Generator) else nullcontext():
+            for batch in batches:
+                assert batch.labels is not None
+                found |= set(np.unique(batch.labels).tolist())
+                if len(found) > 1:
+                    break
+        if len(found) == 1:
+            warnings.append(f"all {len(rows):,} {part} rows have label {found.pop():.0f}: {follows[part]}")
+    return tuple(warnings)
 
 
 def choose_ids(read: Callable[[], Iterable[Batch]], config: DLRMConfig) -> Tensor:

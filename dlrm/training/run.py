@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dlrm import checkpoint
 from dlrm.batch import Batch
@@ -83,6 +83,8 @@ class _Run:
         plan, world = self.plan, self.world
         resumed = f"; resuming at step {self.progress.step}" if self.saved else ""
         self.say(f"{describe_model(plan.options.preset, self.model)}; {describe_rows(plan.rows)}{resumed}")
+        for warning in plan.warnings:
+            self.say(f"warning: {warning}")
         world.first(self._open_logs)
         trainer = self._make_trainer()
         if world.is_first and not trainer.finished:
@@ -164,7 +166,7 @@ class _Run:
             world_size=self.world.size,
         )
 
-    def _scores(self, part: str, model: DLRM) -> dict[str, float]:
+    def _scores(self, part: str, model: DLRM) -> dict[str, Any]:
         world = self.world
         batches = self.data.read_part(part, batch_size=EVALUATION_BATCH, rank=world.rank, world_size=world.size)
         # Several processes have to stop at the same place: they finish the evaluation.
@@ -192,7 +194,7 @@ class _Run:
         command = f"{self._resume_command} --learning-rate X"
         return TrainingError(f"{error}. The checkpoint of step {steps[-1]} is good: {command}")
 
-    def _report(self, trainer: Trainer, test: dict[str, float]) -> None:
+    def _report(self, trainer: Trainer, test: dict[str, Any]) -> None:
         metrics = summary(self.plan.options.preset, trainer, test, self.plan.rows)
         metrics["seconds"] = time.perf_counter() - self.start.clock
         metrics["environment"] = environment() | {"command": self.plan.command}

@@ -15,7 +15,7 @@ from dlrm.distributed import World
 from dlrm.training.checkpoint import TrainingCheckpoints
 from dlrm.training.plan import LAST, Request
 from dlrm.training.run import run
-from tests.dlrm.training.memory_rows import MemoryRows
+from tests.dlrm.training.memory_rows import RANGES, MemoryRows
 
 GIVEN = {"data": Path("rows"), "robe_size": 500, "batch_size": 20, "epochs": 2, "evaluations_per_epoch": 1}
 # 3 steps in each of 2 epochs.
@@ -63,6 +63,35 @@ def test_a_stopped_run_is_resumed_to_the_same_end(tmp_path):
     assert lines[0] + "; resuming at step 2" == start(tmp_path / "run", resume=LAST)[0]
     one, other = (checkpoint.load(tmp_path / name).state_dict() for name in ("whole", "run"))
     assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def strict_json(path):
+    """Parse JSON as the standard has it, without NaN."""
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    return json.loads(path.read_text(), parse_constant=refuse)
+
+
+@pytest.mark.parametrize("part", RANGES)
+@pytest.mark.parametrize("label", [0, 1])
+def test_a_part_of_one_label_is_named_before_training_and_the_rest_is_written(tmp_path, monkeypatch, part, label):
+    monkeypatch.setattr(MemoryRows, "one_label", {part: label})
+    lines = start(tmp_path / "run")
+    assert lines[1].startswith(f"warning: all {len(RANGES[part])} {part} rows have label {label}: ")
+    metrics = strict_json(tmp_path / "run" / "metrics.json")
+    history = metrics["history"]
+    assert (metrics["auc"] is None) == (part == "test")
+    assert (metrics["validation_auc"] is None) == (part == "validation") == (history[0]["auc"] is None)
+    assert metrics["log_loss"] > 0
+    assert f"test AUC {'undefined' if part == 'test' else ''}" in lines[-1]
+    logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["validation/auc"] for line in logged] == [point["auc"] for point in history]
+    assert (tmp_path / "run" / "learning_curve.png").stat().st_size > 1000
+    if part == "validation":
+        best = min(history, key=lambda point: point["log_loss"])
+        assert metrics["best_epoch"] == best["epoch"], "the weights with the lowest log loss are kept"
 
 
 def test_an_unfinished_run_is_not_overwritten(tmp_path):
