@@ -128,6 +128,8 @@ def add_predict(command: argparse.ArgumentParser) -> None:
 def predict(args: argparse.Namespace) -> None:
     """Write the click probabilities of rows."""
     check_name(args.output)
+    if args.output.exists() and args.data.exists() and args.output.samefile(args.data):
+        raise ValueError(f"--output: {args.output} is the data; expected another name")
     model = checkpoint.load(args.checkpoint)
     rows = open_rows(args.data, model, args.part)
     predictor = Predictor(model, array_dtype=args.array_dtype, mlp_dtype=args.mlp_dtype)

@@ -49,7 +49,7 @@ def main() -> None:
     runs = {}
     for name, options in methods.items():
         folder = args.output / name.replace(" ", "-").lower()
-        runs[name] = train(rows, folder, "--table-rows", "data", "--seed", args.seed, *options)
+        runs[name] = train(rows, folder, "--table-rows", "data", "--seed", args.seed, "--overwrite", *options)
 
     best = best_possible_auc(rows, signal)
     comparison = {"machine": machine(), "seed": args.seed, "rows": args.rows, "best_possible_auc": best, "runs": runs}

@@ -19,8 +19,7 @@ from data.formats.prepared import MANIFEST, OWN_FORMAT, VERSION, load_json, sour
 from data.formats.writer import Writer
 from data.schema import DataError, Layout
 from data.sources import Piece, Source, require_one_layout
-from data.storage import locked
-from robe_files import write_json
+from robe_files import locked, write_json
 
 FAULTS_KEPT = 5  # of each source, for the report
 

@@ -175,12 +175,13 @@ class TrainingCheckpoints:
             averages: averaged weights, by the names of their parameters.
 
         Raises:
-            OSError: it can't be written. The earlier ones are as they were.
+            OSError: it can't be written, or the folder of the run was deleted. The earlier ones are as they were.
         """
         part = self.folder / "unfinished"
         shutil.rmtree(part, ignore_errors=True)  # left by a run that was killed
         try:
-            part.mkdir(parents=True)
+            self.folder.mkdir(exist_ok=True)  # but not the run's own folder, which may have been deleted
+            part.mkdir()
             _write(part, model, optimizers, state, best, averages or {})
             path, replaced = self._path(step), self._path(step, "replaced")
             if path.exists():  # the run went back, and has come to this step again

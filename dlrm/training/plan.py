@@ -22,6 +22,7 @@ from dlrm.machine import total_memory
 from dlrm.metrics import EVALUATION_BATCH
 from dlrm.model import DLRM
 from dlrm.training.checkpoint import Saved, TrainingCheckpoints
+from dlrm.training.folder import METRICS, RunFolder
 from dlrm.training.optimizers import NUMBERS_A_WEIGHT, make_optimizers
 from dlrm.training.options import RunOptions, merge_options, model_config, training_config
 from dlrm.training.summary import describe_rows
@@ -29,7 +30,6 @@ from dlrm.training.trainer import CHECKPOINT_SECONDS
 from robe import Admission
 from robe.hashing import table_key
 
-METRICS = "metrics.json"
 LAST = -1  # the step of Request.resume that stands for the last checkpoint
 
 
@@ -73,6 +73,7 @@ class Request:
         command: the command line of this process.
         resume_command: the script with the options that resume the run; "python" or "torchrun" is put in front.
         resume: step of the checkpoint to resume from. LAST: the last one; without any, start a run. None: start a run.
+        overwrite: whether a run that starts may replace another one in the folder.
         checkpoint_seconds: longest time between two checkpoints.
         keep_checkpoints: the number of checkpoints to keep.
     """
@@ -82,6 +83,7 @@ class Request:
     command: str
     resume_command: str
     resume: int | None = None
+    overwrite: bool = False
     checkpoint_seconds: float = CHECKPOINT_SECONDS
     keep_checkpoints: int = 2
 
@@ -209,18 +211,30 @@ def find_checkpoint(request: Request) -> Saved | None:
     """Return the checkpoint to resume from; None for a new run.
 
     Raises:
-        ValueError: --output is a file, or has an unfinished run that a new one would overwrite.
+        ValueError: there is none, and the folder has a run that a new one would overwrite.
     """
     output, checkpoints = request.output, _checkpoints(request)
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"--output: {output} is a file; expected a folder, or a new name")
     if request.resume is not None:
-        return checkpoints.load(None if request.resume == LAST else request.resume)
-    if checkpoints.steps() and not (output / METRICS).exists():
+        saved = checkpoints.load(None if request.resume == LAST else request.resume)
+        if saved:
+            return saved
+    if request.overwrite:
+        return None
+    steps, results = checkpoints.steps(), RunFolder(output).results()
+    if steps and METRICS not in results:
         raise ValueError(
-            f"--output: {output} has an unfinished run with a checkpoint of step {checkpoints.steps()[-1]}; resume it "
-            "(--resume), or choose another folder"
+            f"--output: {output} has an unfinished run with a checkpoint of step {steps[-1]}; resume it (--resume), "
+            "choose another folder, or replace that run with --overwrite"
         )
+    if steps or results:
+        found = results[0] if results else "checkpoints"
+        raise ValueError(
+            f"--output: {output} has {found} of another run; choose another folder, or replace that run with "
+            "--overwrite"
+        )
+    mllog = request.given.get("mllog")
+    if mllog and request.resume is None and mllog.is_file() and mllog.stat().st_size:
+        raise ValueError(f"--mllog: {mllog} is there already; choose another name, or replace it with --overwrite")
     return None
 
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,15 +17,14 @@ from dlrm.model import DLRM
 from dlrm.plots import learning_curves
 from dlrm.training.averages import AveragedWeights
 from dlrm.training.checkpoint import TrainingCheckpoints
+from dlrm.training.folder import CURVES, METRICS, RunFolder
 from dlrm.training.journal import Journal
 from dlrm.training.mllog import MLLog
-from dlrm.training.plan import METRICS, Builder, Built, OpenData, Plan, Request
+from dlrm.training.plan import Builder, Built, OpenData, Plan, Request
 from dlrm.training.signals import StopSignals
 from dlrm.training.summary import describe_model, describe_result, describe_rows, summary
 from dlrm.training.trainer import Progress, Stopped, Trainer, TrainingError
 from robe_files import write_json
-
-CURVES = "learning_curve.png"
 
 
 def run(request: Request, world: World, open_data: OpenData, say: Callable[[str], object]) -> None:
@@ -42,12 +42,16 @@ def run(request: Request, world: World, open_data: OpenData, say: Callable[[str]
         PeerFailed: the first process failed, and has raised its error.
     """
     start = _Start(time.perf_counter(), int(time.time() * 1e3))
-    builder = Builder(request, world, open_data)
-    plan = world.first(builder.plan)
-    built = world.each(partial(builder.build, plan))
-    world.same_weights(built.model)
-    plan = replace(plan, vocabulary=None, filter=None)  # the model has them now, and they may be large
-    _Run(request, world, plan, built, start, say if world.is_first else lambda line: None).run()
+    folder = RunFolder(request.output)
+    with ExitStack() as stack:
+        stack.callback(folder.release)
+        world.first(folder.claim)
+        builder = Builder(request, world, open_data)
+        plan = world.first(builder.plan)
+        built = world.each(partial(builder.build, plan))
+        world.same_weights(built.model)
+        plan = replace(plan, vocabulary=None, filter=None)  # the model has them now, and they may be large
+        _Run(request, folder, world, plan, built, start, say if world.is_first else lambda line: None).run()
 
 
 class _Start(NamedTuple):
@@ -61,13 +65,15 @@ class _Run:
     def __init__(
         self,
         request: Request,
+        folder: RunFolder,
         world: World,
         plan: Plan,
         built: Built,
         start: _Start,
         say: Callable[[str], object],
     ):
-        self.request, self.world, self.plan, self.start, self.say = request, world, plan, start, say
+        self.request, self.folder, self.world, self.plan = request, folder, world, plan
+        self.start, self.say = start, say
         self.model, self.optimizers, self.data, self.saved = built
         self.checkpoints = TrainingCheckpoints(request.output, request.keep_checkpoints)
         self.progress = Progress(**self.saved.state["progress"]) if self.saved else Progress()
@@ -105,6 +111,10 @@ class _Run:
             if not world.is_first:  # all processes found the same
                 raise PeerFailed(error.exit_code) from None
             raise self._with_advice(error) from None
+        except FileNotFoundError:
+            if world.is_first:
+                self.folder.require()  # says it, if the folder was deleted while a file was written
+            raise
         finally:
             self._close_logs()
         self._report(trainer, test)
@@ -118,7 +128,8 @@ class _Run:
         plan, output, saved = self.plan, self.request.output, self.saved
         # Later checkpoints go first: from here on they would not match the logs.
         self.checkpoints.remove_after(self.progress.step if saved else -1)
-        output.mkdir(parents=True, exist_ok=True)
+        if not saved:
+            self.folder.clear()
         positions = saved.state["positions"] if saved else {"journal": 0, "mllog": 0}
         if plan.options.mllog:
             self.mllog = MLLog(plan.options.mllog, positions["mllog"])
@@ -129,21 +140,21 @@ class _Run:
             saved.put_back_best(output)
 
     def _close_logs(self) -> None:
-        if self.journal and self.progress.history:
+        if self.journal and self.progress.history and self.folder.is_there:
             learning_curves(self.request.output / CURVES, {self.model.config.embedding: self.progress.history})
         for log in (self.journal, self.mllog):
             if log:
                 log.close()
 
     def _make_trainer(self) -> Trainer:
-        plan, request = self.plan, self.request
+        plan = self.plan
         return Trainer(
             self.model,
             plan.training,
             self._batches,
             plan.rows["train"],
             evaluate=lambda: self._scores("validation", self.model),
-            keep=lambda: checkpoint.save(request.output, self.model, plan.training.to_dict()),
+            keep=self._keep,
             save=self._save,
             wants_to_stop=lambda: self.signals.received,
             optimizers=self.optimizers,
@@ -152,7 +163,7 @@ class _Run:
             world=self.world,
             journal=self.journal,
             mllog=self.mllog,
-            checkpoint_seconds=request.checkpoint_seconds,
+            checkpoint_seconds=self.request.checkpoint_seconds,
             show=self.world.is_first,
         )
 
@@ -172,8 +183,13 @@ class _Run:
         # Several processes have to stop at the same place: they finish the evaluation.
         return evaluate(model, batches if world.size > 1 else self.signals.watch(batches), world)
 
+    def _keep(self) -> None:
+        self.folder.require()
+        checkpoint.save(self.request.output, self.model, self.plan.training.to_dict())
+
     def _save(self, progress: Progress) -> None:
         assert self.journal is not None
+        self.folder.require()
         state = {
             "progress": asdict(progress),
             "training": self.plan.training.to_dict(),
@@ -199,5 +215,6 @@ class _Run:
         metrics["seconds"] = time.perf_counter() - self.start.clock
         metrics["environment"] = environment() | {"command": self.plan.command}
         if self.world.is_first:
+            self.folder.require()
             write_json(self.request.output / METRICS, metrics)
         self.say(f"{describe_result(metrics)}; in {self.request.output}")

@@ -149,6 +149,7 @@ def test_an_array_goes_on_with_the_other_kind_of_optimizer(tmp_path, dense_first
 def test_the_last_ones_are_kept(tmp_path):
     model = build("robe")
     for keep in (1, 2, 3):
+        (tmp_path / str(keep)).mkdir()
         checkpoints = TrainingCheckpoints(tmp_path / str(keep), keep)
         assert (checkpoints.steps(), checkpoints.load()) == ([], None)
         for step in (0, 4, 10, 200, 1000):

@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -98,6 +100,61 @@ def test_an_unfinished_run_is_not_overwritten(tmp_path):
     start(tmp_path / "run", Signalled)
     with pytest.raises(ValueError, match="has an unfinished run with a checkpoint of step 2; resume it"):
         start(tmp_path / "run")
+
+
+@pytest.mark.parametrize("lost", ["model.safetensors", "config.json", "metrics.json", "metrics.jsonl", "checkpoints"])
+def test_a_finished_run_is_replaced_only_on_request(tmp_path, lost):
+    folder = tmp_path / "run"
+    start(folder)
+    for path in folder.iterdir():  # each of them alone is worth keeping
+        if path.name != lost:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if lost == "metrics.jsonl":
+        (folder / lost).write_text("{}\n")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    what = "an unfinished run" if lost == "checkpoints" else f"{lost} of another run"
+    for resume in (None, LAST) if lost != "checkpoints" else (None,):
+        with pytest.raises(ValueError, match=f"--output: .* has {what}.*--overwrite"):
+            start(folder, resume=resume)
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    start(folder, overwrite=True)
+    assert (folder / "metrics.json").exists()
+
+
+def test_a_run_that_replaces_another_leaves_none_of_its_results(tmp_path):
+    start(tmp_path / "run")
+    start(tmp_path / "run", Signalled, overwrite=True)
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"checkpoints", "metrics.jsonl", "tensorboard"}
+
+
+def test_a_log_of_mlperf_is_not_overwritten(tmp_path, monkeypatch):
+    log = tmp_path / "log"
+    log.write_text("of another run")
+    monkeypatch.setitem(GIVEN, "mllog", log)
+    with pytest.raises(ValueError, match=r"--mllog: .*log is there already"):
+        start(tmp_path / "run")
+    assert log.read_text() == "of another run"
+    assert not (tmp_path / "run").exists()
+
+
+class Deleted(MemoryRows):
+    """Deletes the folder of the run with the second batch."""
+
+    folder: ClassVar[Path]
+
+    def epoch(self, *arguments, **options):
+        for number, batch in enumerate(super().epoch(*arguments, **options)):
+            if number == 1:
+                shutil.rmtree(self.folder)
+            yield batch
+
+
+def test_a_deleted_folder_ends_the_run_and_is_not_made_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(Deleted, "folder", tmp_path / "run", raising=False)
+    with pytest.raises(FileNotFoundError, match="the folder was deleted during the run") as error:
+        start(tmp_path / "run", Deleted)
+    assert error.value.filename == str(tmp_path / "run")
+    assert not list(tmp_path.iterdir())
 
 
 def test_training_needs_no_module_of_data():
