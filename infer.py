@@ -80,12 +80,13 @@ class Selection(NamedTuple):
         return Batch.concatenate(list(self.source.read(start, min(start + count, end))))
 
 
-def open_rows(path: Path, model: DLRM, part: str | None = None) -> Selection:
+def open_rows(path: Path, model: DLRM, folder: Path, part: str | None = None) -> Selection:
     """Open data, verify it, and check that it is of the kind that the model was trained on.
 
     Args:
         path: file or folder.
         model: names the ids of each feature.
+        folder: of the model; says what else it was trained on.
         part: "train", "validation" or "test", as train.py splits the data; None: all rows.
     """
     source = open_source(path)
@@ -95,6 +96,7 @@ def open_rows(path: Path, model: DLRM, part: str | None = None) -> Selection:
             f"{path}: has {describe_hots(source.layout.hots)}, the model was trained on "
             f"{describe_hots(model.config.data_hots)}"
         )
+    checkpoint.require_inputs(checkpoint.describe(folder).inputs, source.layout.inputs(), path)
     if part is None:
         return Selection(source, None if source.rows is None else range(source.rows))
     rows = check(source) if source.rows is None else source.rows
@@ -131,7 +133,7 @@ def predict(args: argparse.Namespace) -> None:
     if args.output.exists() and args.data.exists() and args.output.samefile(args.data):
         raise ValueError(f"--output: {args.output} is the data; expected another name")
     model = checkpoint.load(args.checkpoint)
-    rows = open_rows(args.data, model, args.part)
+    rows = open_rows(args.data, model, args.checkpoint, args.part)
     predictor = Predictor(model, array_dtype=args.array_dtype, mlp_dtype=args.mlp_dtype)
     scores = Scores()
     start = time.perf_counter()
@@ -192,7 +194,7 @@ def benchmark(args: argparse.Namespace) -> None:
     model = checkpoint.load(args.checkpoint)
     if (args.array_dtype, args.mlp_dtype) != ("float32", "float32") and args.data is None:
         raise ValueError("--data: expected with --array-dtype and --mlp-dtype, so that AUC stands beside speed")
-    rows = None if args.data is None else open_rows(args.data, model, args.part)
+    rows = None if args.data is None else open_rows(args.data, model, args.checkpoint, args.part)
     candidates = make_candidates(model, args.array_dtype, args.mlp_dtype, args.against, args.max_rows)
     pool = generated_rows(model) if rows is None else rows.first(TIMED_ROWS)
     with tqdm(sorted(set(args.batch_sizes)), unit="batch size", desc="timing") as sizes:
@@ -246,7 +248,7 @@ def export_model(args: argparse.Namespace) -> None:
     model = checkpoint.load(args.checkpoint)
     batches = None
     if args.data is not None:
-        batches = ((batch.dense, batch.sparse) for batch in open_rows(args.data, model).source.read())
+        batches = ((batch.dense, batch.sparse) for batch in open_rows(args.data, model, args.checkpoint).source.read())
     print("compiling" if args.format == "aoti" else "exporting", "and comparing with the model ...", flush=True)
     done = export(model, args.output, format=args.format, array_dtype=args.array_dtype, batches=batches)
     print(
@@ -302,7 +304,7 @@ def run_loadgen(args: argparse.Namespace) -> None:
     else:
         options = loadgen.LoadGenOptions(args.scenario, args.accuracy, args.target_qps, args.seconds)
         model = checkpoint.load(args.checkpoint)
-        rows = labelled_rows(open_rows(args.data, model).source, args.data)
+        rows = labelled_rows(open_rows(args.data, model, args.checkpoint).source, args.data)
         predictor = Predictor(model, array_dtype=args.array_dtype, mlp_dtype=args.mlp_dtype)
         result = loadgen.run(predictor, rows, options, output)
         result = {"checkpoint": str(args.checkpoint), "data": str(args.data), **result}

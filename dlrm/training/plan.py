@@ -15,20 +15,22 @@ import torch
 from torch import Tensor
 
 from dlrm.batch import Batch
+from dlrm.checkpoint import CheckpointError, require_inputs
 from dlrm.config import DLRMConfig, TrainingConfig
 from dlrm.distributed import World
 from dlrm.embeddings import build_embeddings, synthetic_ids
 from dlrm.machine import total_memory
 from dlrm.metrics import EVALUATION_BATCH
 from dlrm.model import DLRM
-from dlrm.training.checkpoint import Saved, TrainingCheckpoints
+from dlrm.training.checkpoint import OWN_STATE, STATE, Saved, TrainingCheckpoints
 from dlrm.training.folder import METRICS, RunFolder
 from dlrm.training.optimizers import NUMBERS_A_WEIGHT, make_optimizers
 from dlrm.training.options import RunOptions, merge_options, model_config, training_config
 from dlrm.training.summary import describe_rows
-from dlrm.training.trainer import CHECKPOINT_SECONDS
+from dlrm.training.trainer import CHECKPOINT_SECONDS, Progress
 from robe import Admission
 from robe.hashing import table_key
+from robe_json import from_json
 
 LAST = -1  # the step of Request.resume that stands for the last checkpoint
 
@@ -43,6 +45,10 @@ class RunData(Protocol):
     @property
     def hots(self) -> tuple[int, ...] | None:
         """Ids of each feature in a row; None: one each."""
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What the model gets of a row, for JSON: rows with other inputs are refused later."""
 
     def count_ids(self) -> list[np.ndarray]:
         """Return the distinct ids of each feature in the training rows, ascending."""
@@ -95,6 +101,7 @@ class Plan:
     Attributes:
         step: of the checkpoint that the run is resumed from; None: a new run.
         options: of the run.
+        inputs: what the model is trained on.
         training: how it is trained.
         model: what is trained.
         ranges: the rows of each part.
@@ -106,6 +113,7 @@ class Plan:
 
     step: int | None
     options: RunOptions
+    inputs: dict[str, Any]
     training: TrainingConfig
     model: DLRMConfig
     ranges: dict[str, range]
@@ -118,6 +126,46 @@ class Plan:
     def rows(self) -> dict[str, int]:
         """The number of rows in each part."""
         return {part: len(rows) for part, rows in self.ranges.items()}
+
+
+@dataclass(frozen=True)
+class RunState:
+    """The state of a run in a checkpoint, beside weights and optimizers.
+
+    Attributes:
+        progress: of the training.
+        training: how it is trained.
+        rows: in each part.
+        positions: of its logs, in bytes.
+        options: of the run, as ``RunOptions.to_dict`` returns them.
+        command: the command line that started it.
+        processes: that trained.
+        inputs: what the model is trained on; None: not known, as before 0.9.0.
+    """
+
+    progress: Progress
+    training: TrainingConfig
+    rows: dict[str, int]
+    positions: dict[str, int]
+    options: dict[str, Any]
+    command: str
+    processes: int
+    inputs: dict[str, Any] | None = None
+
+    @classmethod
+    def of(cls, saved: Saved) -> "RunState":
+        """Return the state in a checkpoint.
+
+        Raises:
+            CheckpointError: something is missing or of another type.
+        """
+        values = {name: value for name, value in saved.state.items() if name not in OWN_STATE}
+        try:
+            state = from_json(values, cls)
+            RunOptions.from_dict(state.options)
+        except ValueError as error:
+            raise CheckpointError(f"{saved.path / STATE}: not the state of a training run: {error}") from None
+        return state
 
 
 class Built(NamedTuple):
@@ -155,24 +203,25 @@ class Builder:
         """
         request = self.request
         saved = self._saved = find_checkpoint(request)
-        options = merge_options(request.given, RunOptions.from_dict(saved.state["options"]) if saved else None)
+        state = RunState.of(saved) if saved else None
+        options = merge_options(request.given, RunOptions.from_dict(state.options) if state else None)
         if options.admit_after is not None and self.world.size > 1:
             raise ValueError(
                 "--admit-after: not with several processes, each of which would count its own rows; leave it out, and "
                 "ids are chosen before training"
             )
-        before = TrainingConfig.from_dict(saved.state["training"]) if saved else None
-        training = training_config(options, before)
+        training = training_config(options, state.training if state else None)
         data = self._data = self.open_data(options.data, options.eval_data, None)
-        if saved:
-            rows, expected = {part: len(x) for part, x in data.ranges.items()}, saved.state["rows"]
+        if saved and state:
+            rows, expected = {part: len(x) for part, x in data.ranges.items()}, state.rows
             if rows != expected:
                 raise ValueError(
                     f"{options.data}: not the data of this run: {describe_rows(rows)}; expected "
                     f"{describe_rows(expected)}"
                 )
-            step, command = saved.state["progress"]["step"], saved.state["command"]
-            return Plan(step, options, training, saved.config, data.ranges, command, warn_of_labels(data, training))
+            require_inputs(state.inputs, data.inputs, options.data)
+            step, warnings = state.progress.step, warn_of_labels(data, training)
+            return Plan(step, options, data.inputs, training, saved.config, data.ranges, state.command, warnings)
         known = data.count_ids() if options.table_rows == "data" else None
         model = model_config(options, data.hots, known)
         require_memory(model, training)
@@ -182,7 +231,9 @@ class Builder:
             filter = choose_ids(lambda: data.read_training("choosing ids"), model)
             model = replace(model, admission_bytes=8 * len(filter))
         vocabulary = known if model.vocabulary else None
-        return Plan(None, options, training, model, data.ranges, request.command, warnings, vocabulary, filter)
+        return Plan(
+            None, options, data.inputs, training, model, data.ranges, request.command, warnings, vocabulary, filter
+        )
 
     def build(self, plan: Plan) -> Built:
         """Open the rows, build the model and its optimizers, and give them the state of the checkpoint.

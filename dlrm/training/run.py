@@ -20,7 +20,7 @@ from dlrm.training.checkpoint import TrainingCheckpoints
 from dlrm.training.folder import CURVES, METRICS, RunFolder
 from dlrm.training.journal import Journal
 from dlrm.training.mllog import MLLog
-from dlrm.training.plan import Builder, Built, OpenData, Plan, Request
+from dlrm.training.plan import Builder, Built, OpenData, Plan, Request, RunState
 from dlrm.training.signals import StopSignals
 from dlrm.training.summary import describe_model, describe_result, describe_rows, summary
 from dlrm.training.trainer import Progress, Stopped, Trainer, TrainingError
@@ -76,7 +76,8 @@ class _Run:
         self.start, self.say = start, say
         self.model, self.optimizers, self.data, self.saved = built
         self.checkpoints = TrainingCheckpoints(request.output, request.keep_checkpoints)
-        self.progress = Progress(**self.saved.state["progress"]) if self.saved else Progress()
+        self.state = RunState.of(self.saved) if self.saved else None
+        self.progress = self.state.progress if self.state else Progress()
         self.averages: AveragedWeights | None = None
         if plan.training.averaging_steps:
             averages = {name: x.to(world.device) for name, x in self.saved.averages.items()} if self.saved else None
@@ -130,12 +131,12 @@ class _Run:
         self.checkpoints.remove_after(self.progress.step if saved else -1)
         if not saved:
             self.folder.clear()
-        positions = saved.state["positions"] if saved else {"journal": 0, "mllog": 0}
+        positions = self.state.positions if self.state else {}
         if plan.options.mllog:
-            self.mllog = MLLog(plan.options.mllog, positions["mllog"])
+            self.mllog = MLLog(plan.options.mllog, positions.get("mllog", 0))
             rows = plan.rows
             self.mllog.begin(self.model.config, plan.training, rows["train"], rows["validation"], self.start.unix_ms)
-        self.journal = Journal(output, positions["journal"], self.progress.step)
+        self.journal = Journal(output, positions.get("journal", 0), self.progress.step)
         if saved:
             saved.put_back_best(output)
 
@@ -185,7 +186,7 @@ class _Run:
 
     def _keep(self) -> None:
         self.folder.require()
-        checkpoint.save(self.request.output, self.model, self.plan.training.to_dict())
+        checkpoint.save(self.request.output, self.model, self.plan.training.to_dict(), self.plan.inputs)
 
     def _save(self, progress: Progress) -> None:
         assert self.journal is not None
@@ -198,6 +199,7 @@ class _Run:
             "options": self.plan.options.to_dict(),
             "command": self.plan.command,
             "processes": self.world.size,
+            "inputs": self.plan.inputs,
         }
         best = self.request.output / WEIGHTS if progress.history else None
         averages = self.averages.tensors if self.averages else None

@@ -18,6 +18,7 @@ class MemoryRows:
         self.opened.append((path, eval_path, ranges))
         self.ranges = RANGES if ranges is None else ranges
         self.hots = None
+        self.inputs = {"dense": "normal", "num_dense": 13}
         rng = np.random.default_rng(0)
         self.dense = rng.normal(size=(100, 13)).astype(np.float32)
         self.sparse = rng.integers(0, 6, (100, 26)) + 10 * np.arange(26)
