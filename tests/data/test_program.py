@@ -1,8 +1,21 @@
 """Exit codes and the one line on stderr."""
 
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
+import data.program
 from data.program import exit_code
+from tests.helpers.criteo import make_rows, write_log
+
+ROOT = Path(data.program.__file__).parent.parent
+
+
+class Panic(BaseException):
+    """As polars raises it."""
 
 
 class DivergedError(RuntimeError):
@@ -15,7 +28,18 @@ class DivergedError(RuntimeError):
         (ValueError("epochs: expected at least 1"), 2, "error: epochs: expected at least 1"),
         (OSError(28, "No space left on device", "runs/a"), 2, "error: runs/a: No space left on device"),
         (OSError(28, "No space left on device"), 2, "error: No space left on device"),
-        (MemoryError("too large"), 2, "error: too large"),
+        (OSError(2, "No such file or directory", "a\nb\x1b[31m"), 2, r"error: a\nb\x1b[31m: No such file or directory"),
+        (ValueError("d\udcff: é"), 2, r"error: d\udcff: é"),
+        (MemoryError("Unable to allocate 9 PiB"), 2, "error: not enough memory: Unable to allocate 9 PiB"),
+        (MemoryError(), 2, "error: not enough memory"),
+        (RuntimeError("can't start new thread"), 2, "error: not enough memory or threads: can't start new thread"),
+        (
+            ImportError("x.so: failed to map segment"),
+            2,
+            "error: not enough memory or threads: x.so: failed to map segment",
+        ),
+        (Panic("failed to spawn thread: Os { code: 11 }"), 2, r"error: .* failed to spawn thread: Os { code: 11 }"),
+        (ValueError(""), 2, None),
         (DivergedError("the loss is nan"), 3, "error: the loss is nan"),
         (KeyboardInterrupt(), 130, "error: interrupted"),
     ],
@@ -25,10 +49,44 @@ def test_errors_become_one_line_and_a_code(error, code, line, capsys):
         raise error
 
     assert exit_code(program) == code
-    assert capsys.readouterr().err == line + "\n"
+    printed = capsys.readouterr().err
+    if line is None:  # another process has said why
+        assert printed == ""
+    else:
+        assert printed == line + "\n" or re.fullmatch(line + "\n", printed)
 
 
 def test_done_is_0_and_bugs_keep_their_traceback():
     assert exit_code(lambda: None) == 0
     with pytest.raises(ZeroDivisionError):
         exit_code(lambda: 1 / 0)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        exit_code(raises(RuntimeError("size mismatch")))
+    with pytest.raises(SystemExit):
+        exit_code(raises(SystemExit(3)))
+
+
+def raises(error):
+    def program():
+        raise error
+
+    return program
+
+
+LIMITED = """
+import resource, sys
+from data import prepare
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (int(sys.argv[1]) << 20),) * 2)
+sys.exit(prepare.main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("megabytes", [1, 4, 7])  # no thread has room for its stack of 8 MB
+def test_a_program_that_is_given_no_memory_says_so_in_one_line(tmp_path, megabytes):
+    log = write_log(tmp_path / "day_0", make_rows(50))
+    command = [sys.executable, "-c", LIMITED, str(megabytes), log, "--output", tmp_path / "out", "--workers", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert re.fullmatch("error: not enough memory.*", done.stderr.splitlines()[-1])
