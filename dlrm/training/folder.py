@@ -28,11 +28,15 @@ class RunFolder:
         """Keep other trainings out of the folder until ``release``. The folder is made if need be.
 
         Raises:
-            ValueError: it is a file, or another process trains in it.
+            ValueError: it is a file, its name is not UTF-8, or another process trains in it.
             OSError: it can't be written.
         """
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"--output: {self.path} is a file; expected a folder, or a new name")
+        try:
+            str(self.path).encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"--output: {self.path}: expected a name in UTF-8, as safetensors takes it") from None
         self._claim.enter_context(_made(self.path))
         try:
             self._is_there = self._claim.enter_context(locked(self.path / LOCK, wait=False))

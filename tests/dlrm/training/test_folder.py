@@ -54,6 +54,9 @@ def test_what_can_be_no_folder_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"--output: .*file is a file; expected a folder"):
         RunFolder(tmp_path / "file").claim()
+    with pytest.raises(ValueError, match=r"--output: .*: expected a name in UTF-8"):
+        RunFolder(tmp_path / "n\udcff").claim()
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_deleted_folder_is_known_also_when_another_takes_its_place(tmp_path):
