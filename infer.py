@@ -80,12 +80,13 @@ class Selection(NamedTuple):
         return Batch.concatenate(list(self.source.read(start, min(start + count, end))))
 
 
-def open_rows(path: Path, model: DLRM, part: str | None = None) -> Selection:
+def open_rows(path: Path, model: DLRM, folder: Path, part: str | None = None) -> Selection:
     """Open data, verify it, and check that it is of the kind that the model was trained on.
 
     Args:
         path: file or folder.
         model: names the ids of each feature.
+        folder: of the model; says what else it was trained on.
         part: "train", "validation" or "test", as train.py splits the data; None: all rows.
     """
     source = open_source(path)
@@ -97,6 +98,7 @@ def open_rows(path: Path, model: DLRM, part: str | None = None) -> Selection:
             f"{path}: has {describe_hots(source.layout.hots)}, the model was trained on "
             f"{describe_hots(model.config.data_hots)}"
         )
+    checkpoint.require_inputs(checkpoint.describe(folder).inputs, source.layout.inputs(), path)
     if part is None:
         return Selection(source, None if source.rows is None else range(source.rows))
     rows = check(source) if source.rows is None else source.rows
@@ -110,8 +112,9 @@ def describe_hots(hots: tuple[int, ...] | None) -> str:
 
 def describe_scores(scores: dict[str, Any]) -> str:
     """Return AUC, if there is one, and log loss as text."""
-    auc = "" if scores["auc"] is None else f"AUC {scores['auc']:.4f}, "
-    return f"{auc}log loss {scores['log_loss']:.4f}"
+    if scores["auc"] is None:
+        return f"log loss {scores['log_loss']:.4f} (all labels are the same)"
+    return f"AUC {scores['auc']:.4f}, log loss {scores['log_loss']:.4f}"
 
 
 # -- predict -----------------------------------------------------------------------------------------------------------
@@ -129,8 +132,10 @@ def add_predict(command: argparse.ArgumentParser) -> None:
 def predict(args: argparse.Namespace) -> None:
     """Write the click probabilities of rows."""
     check_name(args.output)
+    if args.output.exists() and args.data.exists() and args.output.samefile(args.data):
+        raise ValueError(f"--output: {args.output} is the data; expected another name")
     model = checkpoint.load(args.checkpoint)
-    rows = open_rows(args.data, model, args.part)
+    rows = open_rows(args.data, model, args.checkpoint, args.part)
     predictor = Predictor(model, array_dtype=args.array_dtype, mlp_dtype=args.mlp_dtype)
     scores = Scores()
     start = time.perf_counter()
@@ -191,7 +196,7 @@ def benchmark(args: argparse.Namespace) -> None:
     model = checkpoint.load(args.checkpoint)
     if (args.array_dtype, args.mlp_dtype) != ("float32", "float32") and args.data is None:
         raise ValueError("--data: expected with --array-dtype and --mlp-dtype, so that AUC stands beside speed")
-    rows = None if args.data is None else open_rows(args.data, model, args.part)
+    rows = None if args.data is None else open_rows(args.data, model, args.checkpoint, args.part)
     candidates = make_candidates(model, args.array_dtype, args.mlp_dtype, args.against, args.max_rows)
     pool = generated_rows(model) if rows is None else rows.first(TIMED_ROWS)
     with tqdm(sorted(set(args.batch_sizes)), unit="batch size", desc="timing") as sizes:
@@ -245,7 +250,7 @@ def export_model(args: argparse.Namespace) -> None:
     model = checkpoint.load(args.checkpoint)
     batches = None
     if args.data is not None:
-        batches = ((batch.dense, batch.sparse) for batch in open_rows(args.data, model).source.read())
+        batches = ((batch.dense, batch.sparse) for batch in open_rows(args.data, model, args.checkpoint).source.read())
     print("compiling" if args.format == "aoti" else "exporting", "and comparing with the model ...", flush=True)
     done = export(model, args.output, format=args.format, array_dtype=args.array_dtype, batches=batches)
     print(
@@ -301,7 +306,7 @@ def run_loadgen(args: argparse.Namespace) -> None:
     else:
         options = loadgen.LoadGenOptions(args.scenario, args.accuracy, args.target_qps, args.seconds)
         model = checkpoint.load(args.checkpoint)
-        rows = labelled_rows(open_rows(args.data, model).source, args.data)
+        rows = labelled_rows(open_rows(args.data, model, args.checkpoint).source, args.data)
         predictor = Predictor(model, array_dtype=args.array_dtype, mlp_dtype=args.mlp_dtype)
         result = loadgen.run(predictor, rows, options, output)
         result = {"checkpoint": str(args.checkpoint), "data": str(args.data), **result}

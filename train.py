@@ -147,7 +147,9 @@ def add_program_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that are not part of the run."""
     group = parser.add_argument_group("output and checkpoints")
     group.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the run")
-    group.add_argument(
+    start = group.add_mutually_exclusive_group()
+    start.add_argument("--overwrite", action="store_true", help="replace the run that is in --output")
+    start.add_argument(
         "--resume",
         type=int,
         nargs="?",
@@ -194,6 +196,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         command=shlex.join(sys.argv),
         resume_command=shlex.join([sys.argv[0], "--resume", "--output", str(args.output), *repeated]),
         resume=args.resume,
+        overwrite=args.overwrite,
         checkpoint_seconds=60 * args.checkpoint_minutes,
         keep_checkpoints=args.keep_checkpoints,
     )

@@ -12,8 +12,7 @@ Full tables have a row for each id of the training rows, so compression counts o
 import argparse
 from pathlib import Path
 
-import numpy as np
-from sklearn.metrics import roc_auc_score
+import torch
 
 from benchmarks.results import machine
 from benchmarks.runs import train
@@ -21,6 +20,7 @@ from data.batches import split_rows
 from data.formats.criteo_tsv import CriteoTSV
 from data.rows import Batch
 from data.synthetic import Signal, write
+from dlrm.metrics import describe_auc, score
 from dlrm.plots import learning_curves
 from robe_files import write_json
 
@@ -49,7 +49,7 @@ def main() -> None:
     runs = {}
     for name, options in methods.items():
         folder = args.output / name.replace(" ", "-").lower()
-        runs[name] = train(rows, folder, "--table-rows", "data", "--seed", args.seed, *options)
+        runs[name] = train(rows, folder, "--table-rows", "data", "--seed", args.seed, "--overwrite", *options)
 
     best = best_possible_auc(rows, signal)
     comparison = {"machine": machine(), "seed": args.seed, "rows": args.rows, "best_possible_auc": best, "runs": runs}
@@ -60,18 +60,19 @@ def main() -> None:
     for name, run in runs.items():
         size = run["array_floats"]
         megabytes = (4 * size + run["admission_bytes"]) / 1e6
-        print(f"{name:14}{run['auc']:10.4f}{size:14,}{megabytes:7.2f} MB{run['samples_per_second']:12,.0f}")
-    print(f"{'best possible':14}{best:10.4f}   (the AUC of the true probabilities on the same test rows)")
+        print(f"{name:14}{describe_auc(run['auc']):>10}{size:14,}{megabytes:7.2f} MB{run['samples_per_second']:12,.0f}")
+    print(f"{'best possible':14}{describe_auc(best):>10}   (the AUC of the true probabilities on the same test rows)")
     print(f"\nlearning curves: {picture}")
 
 
-def best_possible_auc(rows: Path, signal: Signal) -> float:
-    """Return the AUC of the true probabilities on the test rows."""
+def best_possible_auc(rows: Path, signal: Signal) -> float | None:
+    """Return the AUC of the true probabilities on the test rows; None where all labels are the same."""
     file = CriteoTSV(rows)
     test = split_rows(sum(len(batch) for batch in file.read()))[2]
     batch = Batch.concatenate(list(file.read(test.start, test.stop)))
     assert batch.labels is not None
-    return float(roc_auc_score(batch.labels.astype(np.int64), signal.logits(batch.dense, batch.sparse)))
+    logits = torch.from_numpy(signal.logits(batch.dense, batch.sparse))
+    return score(batch.labels, logits.double().sigmoid().numpy())["auc"]
 
 
 if __name__ == "__main__":

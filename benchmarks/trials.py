@@ -69,6 +69,11 @@ class TrialData:
     def __init__(self, batch: Batch, best: float | None):
         self.batch, self.best = batch, best
         self.parts = Parts(*split_rows(len(batch)))
+        for part in (self.parts.validation, self.parts.test):
+            if len(np.unique(batch.labels[part.start : part.stop])) < 2:
+                raise ValueError(
+                    f"rows: expected both labels to compare AUC, got one in rows {part.start} to {part.stop}"
+                )
         self.counts = Counts(torch.from_numpy(batch.sparse[: len(self.parts.train)]))
         self.vocabulary = self.counts.ids
         self.table_rows = tuple(len(ids) + 1 for ids in self.vocabulary)

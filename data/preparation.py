@@ -29,8 +29,8 @@ from data.formats.prepared import (
 from data.formats.writer import Writer
 from data.schema import DataError, Layout
 from data.sources import Piece, Source, require_one_layout
-from data.storage import check_name, locked, no_link
-from robe_files import flush, write_json
+from data.storage import check_name
+from robe_files import flush, locked, no_link, write_json
 from robe_json import read_json
 
 FAULTS_KEPT = 5  # of each source, for the report

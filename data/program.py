@@ -1,6 +1,7 @@
 """Exit codes of the programs, and the one line that an error puts on stderr."""
 
 import io
+import os
 import sys
 from collections.abc import Callable
 
@@ -33,11 +34,16 @@ def exit_code(program: Callable[[], None]) -> int:
     Raises:
         BaseException: any other one is a bug, and keeps its traceback.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: names of files need not be UTF-8
+    _prepare_streams()
     try:
         program()
+        sys.stdout.flush()  # here, where an error is still reported
+    except UnicodeEncodeError as error:  # from a library that takes no other names
+        if "surrogates" not in error.reason:
+            raise
+        return _fail(f"{error.object}: expected a name in UTF-8", 2)
     except (ValueError, OSError) as error:
+        _drop_unwritten()
         return _fail(_describe(error), 2)
     except MemoryError as error:
         return _fail(f"not enough memory: {error}".removesuffix(": "), 2)
@@ -50,6 +56,23 @@ def exit_code(program: Callable[[], None]) -> int:
             raise
         return _fail(f"not enough memory or threads: {str(error).partition(chr(10))[0]}", 2)
     return 0
+
+
+def _prepare_streams() -> None:
+    """Let a program print any name of a file, and run without the streams that its parent has closed."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _drop_unwritten() -> None:
+    """Drop what standard output does not take: Python would try once more at its end, and complain."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message: str, code: int) -> int:

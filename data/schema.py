@@ -80,6 +80,11 @@ class Layout:
             ]
         )
 
+    def inputs(self) -> dict[str, Any]:
+        """Return what a model gets of such rows, ready for JSON. A model takes rows of the inputs it was trained on."""
+        dense = {"i4": "log(x + 1) of integers", "f4": "numbers as they are"}[self.dense]
+        return {"dense": dense, "num_dense": NUM_DENSE, "num_features": NUM_SPARSE}
+
     def to_dict(self) -> dict[str, Any]:
         """Return the arguments, ready for JSON."""
         return {"labelled": self.labelled, "dense": self.dense, "ids": self.ids, "hots": self.hots}

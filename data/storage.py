@@ -1,12 +1,9 @@
-"""Files: arrays that are read at any place, and locks."""
+"""Files: arrays that are read at any place."""
 
-import fcntl
 import io
 import os
 import re
 import reprlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -128,32 +125,3 @@ def read_at(descriptor: int, path: Path, items: np.ndarray, position: int) -> No
         if not got:
             raise DataError(f"{path}: truncated: it ends at byte {position}")
         rest, position = rest[got:], position + got
-
-
-def no_link(path: str, flags: int) -> int:
-    """Open a file as ``open`` does, but not by a link that may lead anywhere (an ``opener`` for ``open``).
-
-    Raises:
-        OSError: it is a link, or can't be opened.
-    """
-    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
-
-
-@contextmanager
-def locked(path: Path, wait: bool) -> Iterator[None]:
-    """Keep other processes out. The system releases the lock when the process dies.
-
-    Args:
-        path: of the lock, a file that exists as long as the lock is held.
-        wait: wait for the process that holds the lock.
-
-    Raises:
-        BlockingIOError: another process holds the lock, and ``wait`` is false.
-        OSError: the file can't be opened.
-    """
-    with open(path, "ab", opener=no_link) as file:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -52,6 +53,11 @@ class TrainingRows:
     def hots(self) -> tuple[int, ...] | None:
         """Ids of each feature in a row; None: one each."""
         return self.parts["train"].source.layout.hots
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What the model gets of a row, for JSON."""
+        return self.parts["train"].source.layout.inputs()
 
     def count_ids(self) -> list[np.ndarray]:
         """Return the distinct ids of each feature in the training rows, ascending. Memory grows with their number."""

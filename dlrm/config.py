@@ -1,7 +1,10 @@
 """The hyperparameters of a DLRM and of its training."""
 
-from dataclasses import asdict, dataclass, fields
+import reprlib
+from dataclasses import asdict, dataclass
 from typing import Any
+
+from robe_json import from_json
 
 EMBEDDINGS = ("robe", "full", "hash")
 OPTIMIZERS = ("sgd", "adagrad", "adam")
@@ -9,6 +12,8 @@ INTERACTIONS = ("dot", "cross")
 # Ids of each feature in MLPerf's DLRM-DCNv2, 214 in all.
 MLPERF_HOTS = (3, 2, 1, 2, 6, 1, 1, 1, 1, 7, 3, 8, 1, 6, 9, 5, 1, 1, 1, 12, 100, 27, 10, 3, 1, 1)
 
+# Beyond any use. A config that was damaged, or is an attack, must not make torch count beyond 64 bits or for hours.
+_MOST_WIDTH, _MOST_LAYERS, _MOST_TABLES, _MOST_FLOATS = 1 << 20, 1000, 1 << 16, 1 << 60
 _LEAST_RATE = 1e-7  # where the decay ends, as in facebookresearch/dlrm
 
 
@@ -48,8 +53,13 @@ class DLRMConfig:
         self._check_admission()
 
     def _check_layers(self) -> None:
-        _check(self.embedding_dim >= 1, "embedding_dim", "at least 1", self.embedding_dim)
-        _check(self.num_dense >= 1, "num_dense", "at least 1", self.num_dense)
+        _check_width("embedding_dim", self.embedding_dim)
+        _check_width("num_dense", self.num_dense)
+        for name in ("bottom_mlp", "top_mlp"):
+            widths = getattr(self, name)
+            _check(len(widths) <= _MOST_LAYERS, name, f"at most {_MOST_LAYERS} layers", len(widths))
+            for width in widths:
+                _check_width(name, width)
         _check(
             len(self.bottom_mlp) >= 1 and self.bottom_mlp[-1] == self.embedding_dim,
             "bottom_mlp",
@@ -58,14 +68,19 @@ class DLRMConfig:
         )
         _check(len(self.top_mlp) >= 1 and self.top_mlp[-1] == 1, "top_mlp", "widths that end with 1", self.top_mlp)
         _check(self.interaction in INTERACTIONS, "interaction", f"one of {', '.join(INTERACTIONS)}", self.interaction)
-        for name in ("cross_layers", "cross_rank"):
-            _check(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        _check(self.cross_layers >= 1, "cross_layers", "at least 1", self.cross_layers)
+        _check(self.cross_layers <= _MOST_LAYERS, "cross_layers", f"at most {_MOST_LAYERS}", self.cross_layers)
+        _check_width("cross_rank", self.cross_rank)
 
     def _check_ids(self) -> None:
         tables = len(self.table_rows)
         _check(
             tables >= 1 and min(self.table_rows) >= 1, "table_rows", "tables of at least 1 row each", self.table_rows
         )
+        _check(tables <= _MOST_TABLES, "table_rows", f"at most {_MOST_TABLES} tables", tables)
+        _check(self.full_floats < _MOST_FLOATS, "table_rows", f"less than {_MOST_FLOATS} weights", self.full_floats)
+        most_hots = max(self.hots or (1,))
+        _check(most_hots <= _MOST_WIDTH, "hots", f"at most {_MOST_WIDTH} ids a feature", most_hots)
         _check(
             self.hots is None or (len(self.hots) == tables and min(self.hots) >= 1),
             "hots",
@@ -92,7 +107,11 @@ class DLRMConfig:
             "more than 1 (at 1 ROBE is the full tables: embedding='full')",
             self.compression,
         )
-        _check(self.robe_size is None or self.robe_size >= 1, "robe_size", "at least 1", self.robe_size)
+        _check(self.robe_size is None or 1 <= self.robe_size < _MOST_FLOATS, "robe_size", "at least 1", self.robe_size)
+        _check(self.init_std is None or self.init_std >= 0, "init_std", "at least 0", self.init_std)
+        _check(
+            self.block_size is None or 1 <= self.block_size < _MOST_FLOATS, "block_size", "at least 1", self.block_size
+        )
         _check(robe or self.robe_size is None, "robe_size", "embedding='robe' with it", self.embedding)
         _check(
             not self.vocabulary or self.embedding == "full", "vocabulary", "embedding='full' with it", self.embedding
@@ -212,6 +231,11 @@ class TrainingConfig:
         return _from_dict(cls, values)
 
 
+def _check_width(name: str, width: int) -> None:
+    _check(width >= 1, name, "at least 1", width)
+    _check(width <= _MOST_WIDTH, name, f"at most {_MOST_WIDTH}", width)
+
+
 def _check(holds: bool, name: str, expected: str, got: Any) -> None:
     if not holds:
         raise ValueError(f"{name}: expected {expected}, got {got}")
@@ -219,12 +243,5 @@ def _check(holds: bool, name: str, expected: str, got: Any) -> None:
 
 def _from_dict(cls, values):
     if not isinstance(values, dict):
-        raise ValueError(f"expected the fields of {cls.__name__}, got {values!r}")
-    known = {field.name for field in fields(cls)}
-    unknown = sorted(set(values) - known)
-    if unknown:
-        raise ValueError(f"{unknown[0]}: not a field of {cls.__name__}")
-    try:
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
-    except TypeError as error:
-        raise ValueError(f"{cls.__name__}: {error}") from None
+        raise ValueError(f"expected the fields of {cls.__name__}, got {reprlib.repr(values)}")
+    return from_json(values, cls)

@@ -34,7 +34,7 @@ def predict(model: nn.Module, batches: Iterable[Batch]) -> Iterator[np.ndarray]:
             yield torch.sigmoid(logits).cpu().numpy()
 
 
-def evaluate(model: nn.Module, batches: Iterable[Batch], world: World | None = None) -> dict[str, float]:
+def evaluate(model: nn.Module, batches: Iterable[Batch], world: World | None = None) -> dict[str, Any]:
     """Score a model on labelled batches.
 
     Args:
@@ -43,11 +43,10 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], world: World | None = N
         world: the processes. Each gets the exact scores of the rows of all; None: this one alone.
 
     Returns:
-        auc, log_loss (natural logarithm), rows, seconds.
+        auc (None where all labels are the same), log_loss (natural logarithm), rows, seconds.
 
     Raises:
-        ValueError: there are no rows or no labels, all labels are the same (AUC is then undefined), or the model
-            predicts NaN.
+        ValueError: there are no rows or no labels, or the model predicts NaN.
     """
     labels: list[np.ndarray] = []
 
@@ -65,7 +64,7 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], world: World | None = N
     pairs = torch.from_numpy(np.stack([np.concatenate(none + labels), np.concatenate(none + probabilities)], axis=1))
     pairs_of_all = world.gather_in_first(pairs)
 
-    def scores() -> dict[str, float]:
+    def scores() -> dict[str, Any]:
         assert pairs_of_all is not None
         if not len(pairs_of_all):
             raise ValueError("no rows to evaluate")
@@ -74,8 +73,8 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], world: World | None = N
     return {**world.first(scores), "seconds": time.perf_counter() - start}
 
 
-def score(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, float]:
-    """Return auc, log_loss (natural logarithm) and rows of predictions.
+def score(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, Any]:
+    """Return auc (None where all labels are the same), log_loss (natural logarithm) and rows of predictions.
 
     Args:
         labels: (n,), 0 or 1.
@@ -86,13 +85,17 @@ def score(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, float]:
     """
     if not np.isfinite(probabilities).all():
         raise ValueError("the model predicts NaN")
-    if labels.min() == labels.max():
-        raise ValueError(f"all {len(labels)} rows to evaluate have label {labels[0]:.0f}: AUC needs both")
+    both = labels.min() != labels.max()
     return {
-        "auc": float(roc_auc_score(labels, probabilities)),
-        "log_loss": float(log_loss(labels, probabilities.astype(np.float64))),
+        "auc": float(roc_auc_score(labels, probabilities)) if both else None,
+        "log_loss": float(log_loss(labels, probabilities.astype(np.float64), labels=[0, 1])),
         "rows": len(labels),
     }
+
+
+def describe_auc(auc: float | None) -> str:
+    """Return an AUC as text."""
+    return "undefined" if auc is None else f"{auc:.4f}"
 
 
 class Scores:

@@ -1,12 +1,13 @@
 """Plots of training runs and of measurements."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 
 def learning_curves(
-    path: Path, runs: Mapping[str, Sequence[dict[str, float]]], best_possible: float | None = None
+    path: Path, runs: Mapping[str, Sequence[dict[str, Any]]], best_possible: float | None = None
 ) -> None:
     """Plot validation AUC, and the loss in training and validation, against epochs.
 
@@ -23,7 +24,7 @@ def learning_curves(
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for label, history in runs.items():
         epochs = [point["epoch"] for point in history]
-        (line,) = left.plot(epochs, [point["auc"] for point in history], marker="o", markersize=3, label=label)
+        (line,) = left.plot(epochs, [_or_nan(point["auc"]) for point in history], marker="o", markersize=3, label=label)
         for what, style in (("train_loss", "-"), ("log_loss", "--")):
             losses = [point[what] for point in history]
             right.plot(epochs, losses, style, marker="o", markersize=3, color=line.get_color())
@@ -36,6 +37,11 @@ def learning_curves(
     left.legend()
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
+
+
+def _or_nan(value: float | None) -> float:
+    """Return what matplotlib leaves out of a line for None."""
+    return math.nan if value is None else value
 
 
 def throughput(path: Path, results: Sequence[dict[str, Any]], stages: Sequence[str]) -> None:

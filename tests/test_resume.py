@@ -13,12 +13,17 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
+import polars as pl
 import pytest
 from safetensors.torch import load_file
 
 import dlrm.training.run
 import dlrm.training.trainer
+import infer
 import train
+from data.formats.opening import open_source
+from data.rows import to_frame
 from data.synthetic import write
 from dlrm.training.checkpoint import TrainingCheckpoints
 
@@ -164,10 +169,16 @@ def test_a_signal_stops_a_run_and_the_command_that_is_printed_goes_on(
     assert outcome(tmp_path / "run") == outcome(undisturbed / "run")
 
 
-def test_a_run_that_was_killed_again_and_again_ends_the_same(start, rows, tmp_path, undisturbed):
+@pytest.mark.parametrize("more", [[], ["--averaging-steps", "20", "--admission", "0.1"]], ids=" ".join)
+def test_a_run_that_was_killed_again_and_again_ends_the_same(start, rows, tmp_path, undisturbed, more):
     """By the command that a scheduler repeats; the first time before anything is saved."""
     moments = random.Random(0)
-    command = ["--data", rows, "--output", "run", *OPTIONS, "--resume"]
+    command = ["--data", rows, "--output", "run", *OPTIONS, *more, "--resume"]
+    if more:
+        undisturbed = tmp_path / "undisturbed"
+        process = start(undisturbed, *command)
+        process.join()
+        assert process.exitcode == 0, (undisturbed / "stderr").read_text()
     for step in (None, 0, 34, 67):
         process = start(tmp_path, *command)
         if step is not None:
@@ -191,7 +202,7 @@ def test_a_run_that_was_killed_again_and_again_ends_the_same(start, rows, tmp_pa
         ["--robe-size", "500", "--optimizer", "adagrad", "--warmup-steps", "50"],
         ["--embedding", "full", "--table-rows", "data"],
         ["--synthetic-hots", "--robe-size", "500", "--optimizer", "sgd"],
-        ["--robe-size", "500", "--averaging-steps", "5"],
+        ["--robe-size", "500", "--averaging-steps", "5", "--admission", "0.1"],
         ["--robe-size", "500", "--optimizer", "sgd", "--admission", "0.1"],
         ["--robe-size", "500", "--admission", "0.1", "--admit-after", "4"],
     ],
@@ -290,6 +301,28 @@ def test_going_on_for_more_epochs(rows, tmp_path, finished, capsys, at_step):
     assert run("--data", rows, "--output", tmp_path / "whole", *OPTIONS, "--epochs", 3) == 0
     (metrics, *others), (expected, *of_whole) = outcome(tmp_path / "run"), outcome(tmp_path / "whole")
     assert (metrics, others) == (expected, of_whole)
+
+
+def test_a_run_goes_on_with_rows_of_its_kind_only(rows, finished, tmp_path, capsys):
+    """The model would get the numbers of these rows as they are, where it was trained on logarithms."""
+    before = outcome(finished)
+    frame = to_frame(np.concatenate(list(open_source(rows).records())))
+    names = [name for name in frame.columns if name.startswith("int_")]
+    frame.with_columns(pl.col(names).fill_null(0).cast(pl.Float64) + 0.5).write_parquet(tmp_path / "rows.parquet")
+    message = "dense: the rows have 'numbers as they are', the model was trained on 'log(x + 1) of integers'"
+    assert run("--output", finished, "--resume", "--data", tmp_path / "rows.parquet") == 2
+    assert message in last_error(capsys)
+    assert outcome(finished) == before
+    for command in (
+        ["predict", "--output", tmp_path / "p.csv"],
+        ["benchmark", "--output", tmp_path / "b"],
+        ["loadgen", "--scenario", "Offline", "--output", tmp_path / "l"],
+        ["export", "--format", "onnx", "--output", tmp_path / "m.onnx"],
+    ):
+        arguments = [*command, "--checkpoint", finished, "--data", tmp_path / "rows.parquet"]
+        assert infer.main([str(x) for x in arguments]) == 2
+        assert message in last_error(capsys)
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.parquet"]
 
 
 def test_a_finished_run_that_goes_on_is_the_same(finished, tmp_path):

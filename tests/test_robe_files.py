@@ -1,12 +1,14 @@
-"""Files that appear whole or not at all, and last."""
+"""Files that appear whole or not at all, and last; locks."""
 
 import os
 import stat
+import threading
+import time
 
 import pytest
 from safetensors import SafetensorError
 
-from robe_files import whole_file, write_json
+from robe_files import locked, whole_file, write_json
 
 
 def test_a_whole_file_takes_its_name_at_the_end(tmp_path):
@@ -88,3 +90,37 @@ def test_a_file_is_on_the_disk_before_it_takes_its_name_and_the_name_before_it_r
     monkeypatch.setattr(os, "replace", noted_replace)
     write_json(tmp_path / "a.json", {})
     assert steps == ["/a.json.part", "rename", ""]
+
+
+def test_a_lock_keeps_others_out_until_it_is_released(tmp_path):
+    path = tmp_path / ".lock"
+    with locked(path, wait=True):
+        with pytest.raises(BlockingIOError), locked(path, wait=False):
+            pass
+        assert path.exists()
+    assert not path.exists()
+    with pytest.raises(KeyError), locked(path, wait=False):
+        raise KeyError
+    assert not path.exists()
+
+
+def test_a_lock_is_not_taken_on_a_file_that_its_holder_has_removed(tmp_path):
+    path = tmp_path / ".lock"
+    taken, started = [], threading.Event()
+
+    def wait():
+        started.set()
+        with locked(path, wait=True) as is_there:
+            taken.append(is_there())
+
+    with locked(path, wait=True) as is_there:
+        thread = threading.Thread(target=wait)
+        thread.start()
+        started.wait()
+        time.sleep(0.1)  # the other has opened the file by then
+        assert is_there()
+        path.unlink()
+        assert not is_there()
+    thread.join(60)
+    assert taken == [True]
+    assert not path.exists()

@@ -16,8 +16,8 @@ from typing import BinaryIO, ClassVar
 import numpy as np
 
 from data.schema import DataError, Layout
-from data.storage import check_name, no_link
-from robe_files import rename
+from data.storage import check_name
+from robe_files import no_link, rename
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import numpy as np
 
 SIZES = np.array([100] * 2 + [200] * 12 + [300] * 2 + [400, 500, 600, 700])  # rows of a sample; each as likely
 SAMPLES_A_QUERY = {"MultiStream": 8}
+_UNDEFINED = "undefined, since all labels are the same"
 _PERCENTILES = {"50.00": "p50", "90.00": "p90", "95.00": "p95", "99.00": "p99", "99.90": "p99.9"}
 
 
@@ -132,7 +133,7 @@ def describe(result: dict[str, Any]) -> str:
         lines = [
             ("scenario", f"{result['scenario']}, accuracy"),
             ("rows", f"{result['rows']:,} in {result['samples']:,} samples"),
-            ("AUC", f"{result['auc']:.6f}"),
+            ("AUC", _UNDEFINED if result["auc"] is None else f"{result['auc']:.6f}"),
             ("log loss", f"{result['log_loss']:.6f}"),
         ]
     else:
@@ -149,7 +150,7 @@ def describe(result: dict[str, Any]) -> str:
         if "early_stopping_latency_ms" in result:
             lines.append(("latency that counts, ms", f"{result['early_stopping_latency_ms']:,.2f}"))
         rows = f"{result['mean_rows_per_batch']:,.0f} rows a batch, {result['max_rows_per_batch']:,} at most"
-        auc = "none, with labels of one kind" if result["auc"] is None else f"{result['auc']:.4f}"
+        auc = _UNDEFINED if result["auc"] is None else f"{result['auc']:.4f}"
         lines.append(("AUC, log loss", f"{auc}, {result['log_loss']:.4f} of the first {result['scored_rows']:,} rows"))
         lines.append(("workers", f"{result['workers']} of {result['threads_per_worker']} threads; {rows}"))
     return "\n".join(f"{name:<24}{value}" for name, value in lines)

@@ -107,7 +107,7 @@ class System:
 
     Args:
         loadgen: MLPerf's module.
-        predictor: the model; each worker has a twin of it.
+        predictor: the model, which all workers call.
         rows: the labelled rows.
         bounds: (samples + 1,), of ``sample_bounds``.
         workers: number of worker threads.
@@ -125,7 +125,7 @@ class System:
     ):
         self._loadgen, self._rows, self._bounds, self._threads = loadgen, rows, bounds, threads
         self.sample_count = len(bounds) - 1
-        self._predictors = [predictor.twin() for _ in range(workers)]
+        self._predictor, self._worker_count = predictor, workers
         self._loaded: dict[int, np.ndarray] = {}
         self._lock = threading.Lock()
         self.samples = self.rows_done = self.batches = 0
@@ -144,31 +144,31 @@ class System:
         records = self._rows.read(0, min(self._rows.count, self.queue.max_rows))
         sizes = [*range(int(SIZES.min()), len(records), int(SIZES.min())), len(records)]
 
-        def work(predictor: Predictor) -> float:
+        def work(worker: int) -> float:
             for size in sizes:
-                self._predict(predictor, records[:size])
+                self._predict(records[:size])
             count, start = 0, time.perf_counter()
             while time.perf_counter() - start < _WARM_UP_SECONDS:
-                count += len(self._predict(predictor, records[:rows]))
+                count += len(self._predict(records[:rows]))
             return count / (time.perf_counter() - start)
 
-        workers = len(self._predictors)
+        workers = self._worker_count
         with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(self._threads,)) as pool:
-            return sum(pool.map(work, self._predictors))
+            return sum(pool.map(work, range(workers)))
 
     def score(self) -> dict[str, Any]:
         """Return auc and log_loss of the first rows, and their number, scored_rows. Speed is reported beside them."""
         scores = Scores()
         for start in range(0, min(self._rows.count, _SCORED_ROWS), BATCH_ROWS):
             stop = min(start + BATCH_ROWS, self._rows.count)
-            pairs = self._predict(self._predictors[0], self._rows.read(start, stop))
+            pairs = self._predict(self._rows.read(start, stop))
             scores.add(pairs[:, 1], np.ascontiguousarray(pairs[:, 0]))
         result = scores.result()
         return {"auc": result["auc"], "log_loss": result["log_loss"], "scored_rows": result["rows"]}
 
     def start(self) -> None:
         """Start the workers, which wait for samples."""
-        self._workers = [threading.Thread(target=self._work, args=(p,), daemon=True) for p in self._predictors]
+        self._workers = [threading.Thread(target=self._work, daemon=True) for _ in range(self._worker_count)]
         for worker in self._workers:
             worker.start()
 
@@ -191,14 +191,14 @@ class System:
         for sample in set(samples):
             self._loaded.pop(sample, None)
 
-    def _work(self, predictor: Predictor) -> None:
+    def _work(self) -> None:
         torch.set_num_threads(self._threads)
         while batch := self.queue.take():
             pairs = None
             try:
                 if self.error is None:
                     records = [self._loaded[query.sample] for query in batch]
-                    pairs = self._predict(predictor, records[0] if len(records) == 1 else np.concatenate(records))
+                    pairs = self._predict(records[0] if len(records) == 1 else np.concatenate(records))
             except Exception as error:
                 self._fail(error)
             answers = self._answers(batch, pairs)
@@ -219,11 +219,11 @@ class System:
             address += size
         return answers
 
-    def _predict(self, predictor: Predictor, records: np.ndarray) -> np.ndarray:
+    def _predict(self, records: np.ndarray) -> np.ndarray:
         """Return (rows, 2) float32: prediction and label, the order of MLPerf's accuracy log."""
         batch = self._rows.batch(records)
         pairs = np.empty((len(records), 2), np.float32)
-        pairs[:, 0] = predictor(torch.from_numpy(batch.dense), torch.from_numpy(batch.sparse)).numpy()
+        pairs[:, 0] = self._predictor(torch.from_numpy(batch.dense), torch.from_numpy(batch.sparse)).numpy()
         pairs[:, 1] = batch.labels
         return pairs
 

@@ -1,8 +1,9 @@
-"""A trained DLRM made ready to predict: precision chosen, weights laid out for the CPU, buffers kept between calls."""
+"""A trained DLRM made ready to predict: precision chosen, and weights laid out for the CPU."""
 
 import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,8 +26,8 @@ class Predictor:
     """Computes click probabilities of a trained model, as fast as this CPU can.
 
     Embeddings and interaction are computed in float32 whatever the dtypes. The weights are laid out when the predictor
-    is made: do not change the model afterwards. Only one thread at a time may call a predictor; a ``twin`` is for
-    another.
+    is made: do not change the model afterwards. A call changes nothing in the predictor, so several threads may call it
+    at once. It can be pickled and copied; the copy's weights are laid out for the CPU it is on.
 
     Args:
         model: a DLRM on the CPU.
@@ -50,42 +51,63 @@ class Predictor:
         self.config = model.config
         self.array_dtype, self.mlp_dtype = array_dtype, mlp_dtype
         self.embeddings = with_array_dtype(model.embeddings, array_dtype)
-        self._interaction = model.interaction
-        if isinstance(model.interaction, CrossInteraction):
-            self._interaction = _packed_cross(model.interaction, mlp_dtype)
-        self._bottom, self._top = _packed(model.bottom, mlp_dtype), _packed(model.top, mlp_dtype)
-        self._new_buffer()
+        self._layers = model.bottom, model.interaction, model.top
+        self._lay_out()
 
-    def _new_buffer(self) -> None:
-        # In the dtype of the array: embeddings are converted to float32 after they are written.
-        self._buffer: Tensor | None = None
-        if isinstance(self.embeddings, RobeEmbeddingBagCollection):
-            dtype = self.embeddings.array.weight.dtype
-            shape = _ROWS_AT_ONCE, len(self.config.table_rows), self.config.embedding_dim
-            self._buffer = torch.empty(shape, dtype=torch.float32 if dtype == torch.int8 else dtype)
+    def _lay_out(self) -> None:
+        bottom, interaction, top = self._layers
+        self._interaction = interaction
+        if isinstance(interaction, CrossInteraction):
+            self._interaction = _packed_cross(interaction, self.mlp_dtype)
+        self._widths = self.config.num_dense, self.config.num_ids
+        self._bottom, self._top = _packed(bottom, self.mlp_dtype), _packed(top, self.mlp_dtype)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Without what _lay_out has made: it is for this CPU, and torch can't pickle all of it.
+        return {name: self.__dict__[name] for name in ("config", "array_dtype", "mlp_dtype", "embeddings", "_layers")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        check_mlp_dtype(state["mlp_dtype"])
+        self.__dict__.update(state)
+        self._lay_out()
 
     def twin(self) -> "Predictor":
-        """Return a predictor on the same weights with buffers of its own, for another thread."""
-        other = copy.copy(self)
-        other._new_buffer()
-        return other
+        """Return this predictor, which other threads may call too. In 0.8.0 each of them needed a twin."""
+        return self
 
     def __call__(self, dense: Tensor, sparse: Tensor, clock: Callable[[str], None] | None = None) -> Tensor:
-        """Predict a batch of any size.
+        """Predict a batch of any size, an empty one included.
 
         Args:
-            dense: (B, num_dense) float32.
-            sparse: (B, H) int64 ids, as for DLRM.
+            dense: (B, num_dense) float32. A row with NaN has probability NaN.
+            sparse: (B, H) int64 or int32 ids, as for DLRM.
             clock: called with "mlp", "embedding" or "interaction" whenever a piece of that work is done.
 
         Returns:
             (B,) float32 probabilities.
+
+        Raises:
+            ValueError: dense or sparse is something else; the message says which, and what was expected. With MLPs in
+                low precision also for NaN and infinity in dense, which would change into some number there.
         """
         with torch.inference_mode():
+            if isinstance(sparse, Tensor) and sparse.dtype is torch.int32:
+                sparse = sparse.long()
+            self._check(dense, sparse)
             if len(dense) <= _ROWS_AT_ONCE:
                 return self._predict_piece(dense, sparse, clock)
             pieces = zip(dense.split(_ROWS_AT_ONCE), sparse.split(_ROWS_AT_ONCE))
             return torch.cat([self._predict_piece(*piece, clock) for piece in pieces])
+
+    def _check(self, dense: Tensor, sparse: Tensor) -> None:
+        """Check the arguments of a call, without an operator of torch where it can be: each takes 10 us."""
+        dense_width, sparse_width = self._widths
+        _require_matrix("dense", dense, dense_width, torch.float32)
+        _require_matrix("sparse", sparse, sparse_width, torch.int64)
+        if len(dense) != len(sparse):
+            raise ValueError(f"dense and sparse: expected as many rows, got {len(dense)} and {len(sparse)}")
+        if self.mlp_dtype != "float32":
+            _require_finite(dense)
 
     def predict(self, batches: Iterable[Batch]) -> Iterator[np.ndarray]:
         """Yield the probabilities of each batch, (B,) float32.
@@ -94,11 +116,12 @@ class Predictor:
             batches: labels are not used.
 
         Raises:
-            ValueError: a probability is NaN.
+            ValueError: a batch is not as ``__call__`` takes it, or a probability is NaN.
         """
         for batch in batches:
             probabilities = self(torch.from_numpy(batch.dense), torch.from_numpy(batch.sparse)).numpy()
             if np.isnan(probabilities).any():
+                _require_finite(torch.from_numpy(batch.dense))
                 raise ValueError("the model predicts NaN")
             yield probabilities
 
@@ -125,9 +148,30 @@ class Predictor:
             if config.synthetic_hots:
                 sparse = synthetic_ids(sparse, config.hots, config.table_rows)
             ids = bags(sparse, config.hots)
-        if self._buffer is None:
-            return self.embeddings(*ids)
-        return self.embeddings(*ids, out=self._buffer[: len(sparse)]).float()
+        return self.embeddings(*ids).float()
+
+
+def _require_matrix(name: str, x: Tensor, width: int, dtype: torch.dtype) -> None:
+    if (
+        isinstance(x, Tensor)
+        and x.dtype is dtype
+        and x.dim() == 2
+        and x.shape[1] == width
+        and x.is_cpu
+        and x.layout is torch.strided
+    ):
+        return
+    got = type(x).__name__
+    if isinstance(x, Tensor):
+        got = f"{tuple(x.shape)} {x.dtype} on {x.device}" + f", {x.layout}" * (x.layout is not torch.strided)
+    raise ValueError(f"{name}: expected a tensor (B, {width}) {dtype} on cpu, got {got}".replace("torch.", ""))
+
+
+def _require_finite(dense: Tensor) -> None:
+    finite = dense.isfinite()
+    if not finite.all():
+        row, column = (~finite).nonzero()[0].tolist()
+        raise ValueError(f"dense: expected finite numbers, got {dense[row, column]:g} in row {row}, column {column}")
 
 
 def check_mlp_dtype(mlp_dtype: str) -> None:

@@ -9,6 +9,7 @@ Each is a folder ``checkpoints/step-000001234`` in the folder of the run:
   file system allows it
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -29,11 +30,14 @@ from dlrm.checkpoint import WEIGHTS, CheckpointError, build_model, contiguous_st
 from dlrm.config import DLRMConfig
 from dlrm.model import DLRM
 from robe_files import flush, rename, whole_file, write_json
+from robe_json import from_json, read_json
 
 BEST, OPTIMIZER, STATE = "best.safetensors", "optimizer.safetensors", "state.json"
 VERSION = 1
+OWN_STATE = ("version", "model", "optimizers")  # in the state of every checkpoint, beside what ``save`` was given
 
 _COUNT_IN_INTEGERS = (robe.optim.SGD, robe.optim.Adagrad, robe.optim.Adam, torch.optim.SparseAdam)
+_Number = int | float | bool | None
 # Entries of optimizer.safetensors beside "PARAMETER/STATE".
 _GENERATOR = "generator"  # torch's random numbers
 _AVERAGE = "average"  # "PARAMETER/average": its averaged weights
@@ -60,7 +64,8 @@ class Saved:
 
     @cached_property
     def _tensors(self) -> dict[str, Tensor]:
-        return read_tensors(self.path / OPTIMIZER)
+        # Copies, at addresses that torch chooses: at others, products of matrices are rounded in another way.
+        return {name: x.clone() for name, x in read_tensors(self.path / OPTIMIZER).items()}
 
     @property
     def averages(self) -> dict[str, Tensor]:
@@ -101,7 +106,10 @@ class Saved:
             raise CheckpointError(
                 f"{self.path / OPTIMIZER}: not the state of these optimizers: they have no {next(iter(states))}"
             )
-        torch.set_rng_state(self._tensors[_GENERATOR])
+        try:
+            torch.set_rng_state(self._tensors[_GENERATOR])
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise CheckpointError(f"{self.path / OPTIMIZER}: not the state of torch's generator: {error}") from None
 
     def _states_of_parameters(self) -> dict[str, dict[str, Any]]:
         states: dict[str, dict[str, Any]] = {name: dict(x) for name, x in self.state["optimizers"].items()}
@@ -175,12 +183,13 @@ class TrainingCheckpoints:
             averages: averaged weights, by the names of their parameters.
 
         Raises:
-            OSError: it can't be written. The earlier ones are as they were.
+            OSError: it can't be written, or the folder of the run was deleted. The earlier ones are as they were.
         """
         part = self.folder / "unfinished"
         shutil.rmtree(part, ignore_errors=True)  # left by a run that was killed
         try:
-            part.mkdir(parents=True)
+            self.folder.mkdir(exist_ok=True)  # but not the run's own folder, which may have been deleted
+            part.mkdir()
             _write(part, model, optimizers, state, best, averages or {})
             path, replaced = self._path(step), self._path(step, "replaced")
             if path.exists():  # the run went back, and has come to this step again
@@ -263,19 +272,21 @@ def _write(
 
 
 def _open(path: Path) -> Saved:
+    if not (path / STATE).exists():
+        raise CheckpointError(f"{path / STATE}: {os.strerror(errno.ENOENT)}")
     try:
-        state = json.loads((path / STATE).read_text())
+        state = read_json(path / STATE, dict[str, Any])
         if state["version"] != VERSION:
             raise ValueError(f"expected version {VERSION}, got {state['version']}")
         config = DLRMConfig.from_dict(state["model"])
-        digests = state.pop("sha256")
+        state["optimizers"] = from_json(state["optimizers"], dict[str, dict[str, _Number]], "optimizers")
+        digests = from_json(state.pop("sha256"), dict[str, str], "sha256")
         if digests.pop(STATE) != _sha256_of_state(state):
             raise ValueError("damaged: its SHA-256 is not the one it holds")
         digests = {name: digests[name] for name in (WEIGHTS, OPTIMIZER, BEST) if name in digests or name != BEST}
-    except OSError as error:
-        raise CheckpointError(f"{path / STATE}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path / STATE}: not the state of a training run: {error}") from None
+    except (ValueError, KeyError) as error:
+        cause = f"no {error}" if isinstance(error, KeyError) else str(error).removeprefix(f"{path / STATE}: ")
+        raise CheckpointError(f"{path / STATE}: not the state of a training run: {cause}") from None
     for name, digest in digests.items():
         try:
             found = _sha256(path / name)

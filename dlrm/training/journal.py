@@ -28,17 +28,18 @@ class Journal:
                 event.unlink()
         self._board = SummaryWriter(str(folder / EVENTS), purge_step=step + 1 if size else None)
 
-    def write(self, step: int, epoch: float, values: Mapping[str, float]) -> None:
+    def write(self, step: int, epoch: float, values: Mapping[str, float | None]) -> None:
         """Write figures of a step.
 
         Args:
             step: counted from 1.
             epoch: epochs done, with a fraction.
-            values: by names such as "train/loss" and "validation/auc".
+            values: by names such as "train/loss" and "validation/auc". None: the figure is not defined.
         """
         self._lines.write(json.dumps({"step": step, "epoch": round(epoch, 6), **values}) + "\n")
         for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+            if value is not None:
+                self._board.add_scalar(name, value, step)
 
     def position(self) -> int:
         """Flush everything to the disk, and return the size of metrics.jsonl in bytes."""

@@ -123,12 +123,12 @@ class MLLog:
         self._log.start(names.BLOCK_START, None, {names.FIRST_EPOCH_NUM: epoch, names.EPOCH_COUNT: 1})
         self._log.start(names.EPOCH_START, None, {names.EPOCH_NUM: epoch})
 
-    def evaluation(self, epoch: float, auc: float, start_ms: int) -> None:
+    def evaluation(self, epoch: float, auc: float | None, start_ms: int) -> None:
         """Log an evaluation once it is done. One that was interrupted is not logged: a resumed run repeats it.
 
         Args:
             epoch: epochs done, with a fraction.
-            auc: on the validation rows.
+            auc: on the validation rows; None where their labels are all the same.
             start_ms: when it started; milliseconds since 1970.
         """
         self._log.start(self._names.EVAL_START, None, {self._names.EPOCH_NUM: epoch}, time_ms=start_ms)

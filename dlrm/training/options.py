@@ -3,12 +3,13 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 
 from dlrm.config import MLPERF_HOTS, DLRMConfig, TrainingConfig
 from dlrm.presets import PRESETS
+from robe_json import from_json
 
 # Options that may change when a run is resumed.
 _FREE = {"data", "eval_data", "epochs", "learning_rate", "target_auc"}
@@ -55,9 +56,21 @@ class RunOptions:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "RunOptions":
-        """Return the inverse of ``to_dict``. Options that were added since are taken as not given."""
-        paths = {name: Path(values[name]) for name in _PATHS if values.get(name)}
-        return cls(**{**values, **paths})
+        """Return the inverse of ``to_dict``. Options that were added since are taken as not given.
+
+        Raises:
+            ValueError: an option is unknown or of another type.
+        """
+        types: dict[str, Any] = get_type_hints(cls)
+        given: dict[str, Any] = {}
+        for name, value in values.items():
+            if name not in types:
+                raise ValueError(f"{name}: not an option of a run")
+            value = from_json(value, str | None if name in _PATHS else types[name], name)  # type: ignore[arg-type]
+            given[name] = Path(value) if name in _PATHS and value else value
+        if not given.get("data"):
+            raise ValueError("data: expected text, got nothing")
+        return cls(**given)
 
 
 def merge_options(given: Mapping[str, Any], started: RunOptions | None) -> RunOptions:

@@ -4,7 +4,8 @@ The plan is plain data. It is made once, since that takes passes over the rows, 
 error in it ends all of them, and is reported once.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -14,20 +15,23 @@ import torch
 from torch import Tensor
 
 from dlrm.batch import Batch
+from dlrm.checkpoint import CheckpointError, require_inputs
 from dlrm.config import DLRMConfig, TrainingConfig
 from dlrm.distributed import World
 from dlrm.embeddings import build_embeddings, synthetic_ids
 from dlrm.machine import total_memory
+from dlrm.metrics import EVALUATION_BATCH
 from dlrm.model import DLRM
-from dlrm.training.checkpoint import Saved, TrainingCheckpoints
+from dlrm.training.checkpoint import OWN_STATE, STATE, Saved, TrainingCheckpoints
+from dlrm.training.folder import METRICS, RunFolder
 from dlrm.training.optimizers import NUMBERS_A_WEIGHT, make_optimizers
 from dlrm.training.options import RunOptions, merge_options, model_config, training_config
 from dlrm.training.summary import describe_rows
-from dlrm.training.trainer import CHECKPOINT_SECONDS
+from dlrm.training.trainer import CHECKPOINT_SECONDS, Progress
 from robe import Admission
 from robe.hashing import table_key
+from robe_json import from_json
 
-METRICS = "metrics.json"
 LAST = -1  # the step of Request.resume that stands for the last checkpoint
 
 
@@ -41,6 +45,10 @@ class RunData(Protocol):
     @property
     def hots(self) -> tuple[int, ...] | None:
         """Ids of each feature in a row; None: one each."""
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What the model gets of a row, for JSON: rows with other inputs are refused later."""
 
     def count_ids(self) -> list[np.ndarray]:
         """Return the distinct ids of each feature in the training rows, ascending."""
@@ -71,6 +79,7 @@ class Request:
         command: the command line of this process.
         resume_command: the script with the options that resume the run; "python" or "torchrun" is put in front.
         resume: step of the checkpoint to resume from. LAST: the last one; without any, start a run. None: start a run.
+        overwrite: whether a run that starts may replace another one in the folder.
         checkpoint_seconds: longest time between two checkpoints.
         keep_checkpoints: the number of checkpoints to keep.
     """
@@ -80,6 +89,7 @@ class Request:
     command: str
     resume_command: str
     resume: int | None = None
+    overwrite: bool = False
     checkpoint_seconds: float = CHECKPOINT_SECONDS
     keep_checkpoints: int = 2
 
@@ -91,20 +101,24 @@ class Plan:
     Attributes:
         step: of the checkpoint that the run is resumed from; None: a new run.
         options: of the run.
+        inputs: what the model is trained on.
         training: how it is trained.
         model: what is trained.
         ranges: the rows of each part.
         command: the command line that started the run.
+        warnings: what the user should know before a long run.
         vocabulary: of a new model with config.vocabulary: the known ids of each feature.
         filter: of a new model with an admission: (W,) int64; None where it fills while the model trains.
     """
 
     step: int | None
     options: RunOptions
+    inputs: dict[str, Any]
     training: TrainingConfig
     model: DLRMConfig
     ranges: dict[str, range]
     command: str
+    warnings: tuple[str, ...] = ()
     vocabulary: list[np.ndarray] | None = None
     filter: Tensor | None = None
 
@@ -112,6 +126,46 @@ class Plan:
     def rows(self) -> dict[str, int]:
         """The number of rows in each part."""
         return {part: len(rows) for part, rows in self.ranges.items()}
+
+
+@dataclass(frozen=True)
+class RunState:
+    """The state of a run in a checkpoint, beside weights and optimizers.
+
+    Attributes:
+        progress: of the training.
+        training: how it is trained.
+        rows: in each part.
+        positions: of its logs, in bytes.
+        options: of the run, as ``RunOptions.to_dict`` returns them.
+        command: the command line that started it.
+        processes: that trained.
+        inputs: what the model is trained on; None: not known, as before 0.9.0.
+    """
+
+    progress: Progress
+    training: TrainingConfig
+    rows: dict[str, int]
+    positions: dict[str, int]
+    options: dict[str, Any]
+    command: str
+    processes: int
+    inputs: dict[str, Any] | None = None
+
+    @classmethod
+    def of(cls, saved: Saved) -> "RunState":
+        """Return the state in a checkpoint.
+
+        Raises:
+            CheckpointError: something is missing or of another type.
+        """
+        values = {name: value for name, value in saved.state.items() if name not in OWN_STATE}
+        try:
+            state = from_json(values, cls)
+            RunOptions.from_dict(state.options)
+        except ValueError as error:
+            raise CheckpointError(f"{saved.path / STATE}: not the state of a training run: {error}") from None
+        return state
 
 
 class Built(NamedTuple):
@@ -149,33 +203,37 @@ class Builder:
         """
         request = self.request
         saved = self._saved = find_checkpoint(request)
-        options = merge_options(request.given, RunOptions.from_dict(saved.state["options"]) if saved else None)
+        state = RunState.of(saved) if saved else None
+        options = merge_options(request.given, RunOptions.from_dict(state.options) if state else None)
         if options.admit_after is not None and self.world.size > 1:
             raise ValueError(
                 "--admit-after: not with several processes, each of which would count its own rows; leave it out, and "
                 "ids are chosen before training"
             )
-        before = TrainingConfig.from_dict(saved.state["training"]) if saved else None
-        training = training_config(options, before)
+        training = training_config(options, state.training if state else None)
         data = self._data = self.open_data(options.data, options.eval_data, None)
-        if saved:
-            rows, expected = {part: len(x) for part, x in data.ranges.items()}, saved.state["rows"]
+        if saved and state:
+            rows, expected = {part: len(x) for part, x in data.ranges.items()}, state.rows
             if rows != expected:
                 raise ValueError(
                     f"{options.data}: not the data of this run: {describe_rows(rows)}; expected "
                     f"{describe_rows(expected)}"
                 )
-            step = saved.state["progress"]["step"]
-            return Plan(step, options, training, saved.config, data.ranges, saved.state["command"])
+            require_inputs(state.inputs, data.inputs, options.data)
+            step, warnings = state.progress.step, warn_of_labels(data, training)
+            return Plan(step, options, data.inputs, training, saved.config, data.ranges, state.command, warnings)
         known = data.count_ids() if options.table_rows == "data" else None
         model = model_config(options, data.hots, known)
         require_memory(model, training)
+        warnings = warn_of_labels(data, training)
         filter = None
         if options.admission and options.admit_after is None:
             filter = choose_ids(lambda: data.read_training("choosing ids"), model)
             model = replace(model, admission_bytes=8 * len(filter))
         vocabulary = known if model.vocabulary else None
-        return Plan(None, options, training, model, data.ranges, request.command, vocabulary, filter)
+        return Plan(
+            None, options, data.inputs, training, model, data.ranges, request.command, warnings, vocabulary, filter
+        )
 
     def build(self, plan: Plan) -> Built:
         """Open the rows, build the model and its optimizers, and give them the state of the checkpoint.
@@ -204,18 +262,30 @@ def find_checkpoint(request: Request) -> Saved | None:
     """Return the checkpoint to resume from; None for a new run.
 
     Raises:
-        ValueError: --output is a file, or has an unfinished run that a new one would overwrite.
+        ValueError: there is none, and the folder has a run that a new one would overwrite.
     """
     output, checkpoints = request.output, _checkpoints(request)
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"--output: {output} is a file; expected a folder, or a new name")
     if request.resume is not None:
-        return checkpoints.load(None if request.resume == LAST else request.resume)
-    if checkpoints.steps() and not (output / METRICS).exists():
+        saved = checkpoints.load(None if request.resume == LAST else request.resume)
+        if saved:
+            return saved
+    if request.overwrite:
+        return None
+    steps, results = checkpoints.steps(), RunFolder(output).results()
+    if steps and METRICS not in results:
         raise ValueError(
-            f"--output: {output} has an unfinished run with a checkpoint of step {checkpoints.steps()[-1]}; resume it "
-            "(--resume), or choose another folder"
+            f"--output: {output} has an unfinished run with a checkpoint of step {steps[-1]}; resume it (--resume), "
+            "choose another folder, or replace that run with --overwrite"
         )
+    if steps or results:
+        found = results[0] if results else "checkpoints"
+        raise ValueError(
+            f"--output: {output} has {found} of another run; choose another folder, or replace that run with "
+            "--overwrite"
+        )
+    mllog = request.given.get("mllog")
+    if mllog and request.resume is None and mllog.is_file() and mllog.stat().st_size:
+        raise ValueError(f"--mllog: {mllog} is there already; choose another name, or replace it with --overwrite")
     return None
 
 
@@ -240,6 +310,29 @@ def admission_of(model: DLRM) -> Admission:
     admission = model.embeddings.admission
     assert isinstance(admission, Admission)
     return admission
+
+
+def warn_of_labels(data: RunData, training: TrainingConfig) -> tuple[str, ...]:
+    """Return a warning for each part whose rows all have one label. Parts are read until both labels are found."""
+    target = f", and AUC {training.target_auc} is never reached" if training.target_auc else ""
+    follows = {
+        "train": "the model learns nothing but that",
+        "validation": f"their AUC is undefined. The weights with the lowest validation log loss are kept{target}",
+        "test": "their AUC is undefined, null in metrics.json",
+    }
+    warnings = []
+    for part, rows in data.ranges.items():
+        found: set[float] = set()
+        batches = data.read_part(part, batch_size=EVALUATION_BATCH, rank=0, world_size=1)
+        with closing(batches) if isinstance(batches, Generator) else nullcontext():
+            for batch in batches:
+                assert batch.labels is not None
+                found |= set(np.unique(batch.labels).tolist())
+                if len(found) > 1:
+                    break
+        if len(found) == 1:
+            warnings.append(f"all {len(rows):,} {part} rows have label {found.pop():.0f}: {follows[part]}")
+    return tuple(warnings)
 
 
 def choose_ids(read: Callable[[], Iterable[Batch]], config: DLRMConfig) -> Tensor:

@@ -2,9 +2,10 @@
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dlrm import checkpoint
 from dlrm.batch import Batch
@@ -16,15 +17,14 @@ from dlrm.model import DLRM
 from dlrm.plots import learning_curves
 from dlrm.training.averages import AveragedWeights
 from dlrm.training.checkpoint import TrainingCheckpoints
+from dlrm.training.folder import CURVES, METRICS, RunFolder
 from dlrm.training.journal import Journal
 from dlrm.training.mllog import MLLog
-from dlrm.training.plan import METRICS, Builder, Built, OpenData, Plan, Request
+from dlrm.training.plan import Builder, Built, OpenData, Plan, Request, RunState
 from dlrm.training.signals import StopSignals
 from dlrm.training.summary import describe_model, describe_result, describe_rows, summary
 from dlrm.training.trainer import Progress, Stopped, Trainer, TrainingError
 from robe_files import write_json
-
-CURVES = "learning_curve.png"
 
 
 def run(request: Request, world: World, open_data: OpenData, say: Callable[[str], object]) -> None:
@@ -42,12 +42,16 @@ def run(request: Request, world: World, open_data: OpenData, say: Callable[[str]
         PeerFailed: the first process failed, and has raised its error.
     """
     start = _Start(time.perf_counter(), int(time.time() * 1e3))
-    builder = Builder(request, world, open_data)
-    plan = world.first(builder.plan)
-    built = world.each(partial(builder.build, plan))
-    world.same_weights(built.model)
-    plan = replace(plan, vocabulary=None, filter=None)  # the model has them now, and they may be large
-    _Run(request, world, plan, built, start, say if world.is_first else lambda line: None).run()
+    folder = RunFolder(request.output)
+    with ExitStack() as stack:
+        stack.callback(folder.release)
+        world.first(folder.claim)
+        builder = Builder(request, world, open_data)
+        plan = world.first(builder.plan)
+        built = world.each(partial(builder.build, plan))
+        world.same_weights(built.model)
+        plan = replace(plan, vocabulary=None, filter=None)  # the model has them now, and they may be large
+        _Run(request, folder, world, plan, built, start, say if world.is_first else lambda line: None).run()
 
 
 class _Start(NamedTuple):
@@ -61,16 +65,19 @@ class _Run:
     def __init__(
         self,
         request: Request,
+        folder: RunFolder,
         world: World,
         plan: Plan,
         built: Built,
         start: _Start,
         say: Callable[[str], object],
     ):
-        self.request, self.world, self.plan, self.start, self.say = request, world, plan, start, say
+        self.request, self.folder, self.world, self.plan = request, folder, world, plan
+        self.start, self.say = start, say
         self.model, self.optimizers, self.data, self.saved = built
         self.checkpoints = TrainingCheckpoints(request.output, request.keep_checkpoints)
-        self.progress = Progress(**self.saved.state["progress"]) if self.saved else Progress()
+        self.state = RunState.of(self.saved) if self.saved else None
+        self.progress = self.state.progress if self.state else Progress()
         self.averages: AveragedWeights | None = None
         if plan.training.averaging_steps:
             averages = {name: x.to(world.device) for name, x in self.saved.averages.items()} if self.saved else None
@@ -83,6 +90,8 @@ class _Run:
         plan, world = self.plan, self.world
         resumed = f"; resuming at step {self.progress.step}" if self.saved else ""
         self.say(f"{describe_model(plan.options.preset, self.model)}; {describe_rows(plan.rows)}{resumed}")
+        for warning in plan.warnings:
+            self.say(f"warning: {warning}")
         world.first(self._open_logs)
         trainer = self._make_trainer()
         if world.is_first and not trainer.finished:
@@ -103,6 +112,10 @@ class _Run:
             if not world.is_first:  # all processes found the same
                 raise PeerFailed(error.exit_code) from None
             raise self._with_advice(error) from None
+        except FileNotFoundError:
+            if world.is_first:
+                self.folder.require()  # says it, if the folder was deleted while a file was written
+            raise
         finally:
             self._close_logs()
         self._report(trainer, test)
@@ -116,32 +129,33 @@ class _Run:
         plan, output, saved = self.plan, self.request.output, self.saved
         # Later checkpoints go first: from here on they would not match the logs.
         self.checkpoints.remove_after(self.progress.step if saved else -1)
-        output.mkdir(parents=True, exist_ok=True)
-        positions = saved.state["positions"] if saved else {"journal": 0, "mllog": 0}
+        if not saved:
+            self.folder.clear()
+        positions = self.state.positions if self.state else {}
         if plan.options.mllog:
-            self.mllog = MLLog(plan.options.mllog, positions["mllog"])
+            self.mllog = MLLog(plan.options.mllog, positions.get("mllog", 0))
             rows = plan.rows
             self.mllog.begin(self.model.config, plan.training, rows["train"], rows["validation"], self.start.unix_ms)
-        self.journal = Journal(output, positions["journal"], self.progress.step)
+        self.journal = Journal(output, positions.get("journal", 0), self.progress.step)
         if saved:
             saved.put_back_best(output)
 
     def _close_logs(self) -> None:
-        if self.journal and self.progress.history:
+        if self.journal and self.progress.history and self.folder.is_there:
             learning_curves(self.request.output / CURVES, {self.model.config.embedding: self.progress.history})
         for log in (self.journal, self.mllog):
             if log:
                 log.close()
 
     def _make_trainer(self) -> Trainer:
-        plan, request = self.plan, self.request
+        plan = self.plan
         return Trainer(
             self.model,
             plan.training,
             self._batches,
             plan.rows["train"],
             evaluate=lambda: self._scores("validation", self.model),
-            keep=lambda: checkpoint.save(request.output, self.model, plan.training.to_dict()),
+            keep=self._keep,
             save=self._save,
             wants_to_stop=lambda: self.signals.received,
             optimizers=self.optimizers,
@@ -150,7 +164,7 @@ class _Run:
             world=self.world,
             journal=self.journal,
             mllog=self.mllog,
-            checkpoint_seconds=request.checkpoint_seconds,
+            checkpoint_seconds=self.request.checkpoint_seconds,
             show=self.world.is_first,
         )
 
@@ -164,14 +178,19 @@ class _Run:
             world_size=self.world.size,
         )
 
-    def _scores(self, part: str, model: DLRM) -> dict[str, float]:
+    def _scores(self, part: str, model: DLRM) -> dict[str, Any]:
         world = self.world
         batches = self.data.read_part(part, batch_size=EVALUATION_BATCH, rank=world.rank, world_size=world.size)
         # Several processes have to stop at the same place: they finish the evaluation.
         return evaluate(model, batches if world.size > 1 else self.signals.watch(batches), world)
 
+    def _keep(self) -> None:
+        self.folder.require()
+        checkpoint.save(self.request.output, self.model, self.plan.training.to_dict(), self.plan.inputs)
+
     def _save(self, progress: Progress) -> None:
         assert self.journal is not None
+        self.folder.require()
         state = {
             "progress": asdict(progress),
             "training": self.plan.training.to_dict(),
@@ -180,6 +199,7 @@ class _Run:
             "options": self.plan.options.to_dict(),
             "command": self.plan.command,
             "processes": self.world.size,
+            "inputs": self.plan.inputs,
         }
         best = self.request.output / WEIGHTS if progress.history else None
         averages = self.averages.tensors if self.averages else None
@@ -192,10 +212,11 @@ class _Run:
         command = f"{self._resume_command} --learning-rate X"
         return TrainingError(f"{error}. The checkpoint of step {steps[-1]} is good: {command}")
 
-    def _report(self, trainer: Trainer, test: dict[str, float]) -> None:
+    def _report(self, trainer: Trainer, test: dict[str, Any]) -> None:
         metrics = summary(self.plan.options.preset, trainer, test, self.plan.rows)
         metrics["seconds"] = time.perf_counter() - self.start.clock
         metrics["environment"] = environment() | {"command": self.plan.command}
         if self.world.is_first:
+            self.folder.require()
             write_json(self.request.output / METRICS, metrics)
         self.say(f"{describe_result(metrics)}; in {self.request.output}")

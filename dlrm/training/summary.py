@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dlrm.machine import peak_rss_bytes
+from dlrm.metrics import describe_auc
 from dlrm.model import DLRM
 from dlrm.training.trainer import Trainer
 
@@ -43,19 +44,19 @@ def describe_result(metrics: Mapping[str, Any]) -> str:
     reached = "not reached" if epoch is None else f"reached at epoch {epoch:.2f}"
     return (
         (f"AUC {target} {reached}\n" if target else "")
-        + f"test AUC {metrics['auc']:.4f}, log loss {metrics['log_loss']:.4f} (weights of epoch "
-        f"{metrics['best_epoch']:.2f}, validation AUC {metrics['validation_auc']:.4f}); "
+        + f"test AUC {describe_auc(metrics['auc'])}, log loss {metrics['log_loss']:.4f} (weights of epoch "
+        f"{metrics['best_epoch']:.2f}, validation AUC {describe_auc(metrics['validation_auc'])}); "
         f"{metrics['samples_per_second']:,.0f} samples/s"
     )
 
 
-def summary(preset: str, trainer: Trainer, test: Mapping[str, float], rows: Mapping[str, int]) -> dict[str, Any]:
+def summary(preset: str, trainer: Trainer, test: Mapping[str, Any], rows: Mapping[str, int]) -> dict[str, Any]:
     """Return the figures of a finished run.
 
     Args:
         preset: its name.
         trainer: after training.
-        test: scores on the test rows, with "auc" and "log_loss".
+        test: scores on the test rows, with "auc" (None where their labels are all the same) and "log_loss".
         rows: in the parts "train", "validation" and "test".
     """
     progress, config = trainer.progress, trainer.model.config

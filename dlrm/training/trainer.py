@@ -6,9 +6,10 @@ the rows and the learning rate are functions of the step. That is why a resumed 
 
 import math
 import time
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from tqdm import tqdm
 from dlrm.batch import Batch
 from dlrm.config import TrainingConfig
 from dlrm.distributed import World
+from dlrm.metrics import describe_auc
 from dlrm.model import DLRM
 from dlrm.training.averages import AveragedWeights
 from dlrm.training.journal import Journal
@@ -48,20 +50,26 @@ class Progress:
         step: steps done.
         loss_sum: of the losses of this epoch's steps.
         recent_sum: of the losses since the last line of the journal.
-        history: of each evaluation: step, epoch, train_loss, auc, log_loss.
+        history: of each evaluation: step, epoch, train_loss, auc, log_loss. auc is None where all labels are the same.
         seconds: spent in steps.
     """
 
     step: int = 0
     loss_sum: float = 0.0
     recent_sum: float = 0.0
-    history: list[dict[str, float]] = field(default_factory=list)
+    history: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
 
     @property
-    def best(self) -> dict[str, float]:
-        """The evaluation with the best AUC; the first of equal ones."""
-        return max(self.history, key=lambda point: point["auc"])
+    def best(self) -> dict[str, Any]:
+        """The evaluation with the best AUC, or the lowest log loss where no AUC is defined; the first of equal ones."""
+        return max(self.history, key=quality)
+
+
+def quality(scores: Mapping[str, Any]) -> tuple[bool, float]:
+    """Return what the best evaluation has most of: AUC, or where all labels are the same, less log loss."""
+    auc = scores["auc"]
+    return (False, -scores["log_loss"]) if auc is None else (True, auc)
 
 
 def train_step(
@@ -137,7 +145,7 @@ class Trainer:
     config: TrainingConfig
     make_batches: Callable[[int, int], Iterable[Batch]]
     rows: int
-    evaluate: Callable[[], dict[str, float]]
+    evaluate: Callable[[], dict[str, Any]]
     keep: Callable[[], None] = lambda: None
     save: Callable[[Progress], None] = lambda progress: None
     wants_to_stop: Callable[[], bool] = lambda: False
@@ -174,10 +182,11 @@ class Trainer:
         return self.progress.step / self.steps
 
     @property
-    def reached(self) -> dict[str, float] | None:
+    def reached(self) -> dict[str, Any] | None:
         """The first evaluation above the target; None where there is none."""
         target = self.config.target_auc
-        return next((p for p in self.progress.history if target is not None and p["auc"] > target), None)
+        evaluated = [] if target is None else [p for p in self.progress.history if p["auc"] is not None]
+        return next((p for p in evaluated if p["auc"] > target), None)
 
     @property
     def finished(self) -> bool:
@@ -307,7 +316,7 @@ class Trainer:
         try:
             with self.averages.in_the_model() if self.averages else nullcontext():
                 scores = self.evaluate()
-                is_best = not progress.history or scores["auc"] > progress.best["auc"]
+                is_best = not progress.history or quality(scores) > quality(progress.best)
                 if is_best and self.world.is_first:
                     self.keep()
         except Stopped:
@@ -316,7 +325,7 @@ class Trainer:
         self.model.train()
         point = {"step": progress.step, "epoch": self.epoch, "train_loss": progress.loss_sum / done}
         progress.history.append(point | {name: scores[name] for name in ("auc", "log_loss")})
-        self._shown["validation_auc"] = f"{scores['auc']:.4f}"
+        self._shown["validation_auc"] = describe_auc(scores["auc"])
         self._bar.set_postfix(self._shown)
         if self.journal:
             values = {f"validation/{name}": scores[name] for name in ("auc", "log_loss")}

@@ -101,3 +101,40 @@ def test_what_stdout_cannot_encode_is_escaped(encoding, monkeypatch):
     monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding=encoding))
     assert exit_code(lambda: print("tr\udce9in", flush=True)) == 0
     assert written.getvalue() == rb"tr\udce9in" + b"\n"
+CLOSED = """
+import sys
+from data.program import exit_code
+def program():
+    print("a", "x" * 100_000)
+    sys.stderr.write("b")
+sys.exit(exit_code(program))
+"""
+
+
+@pytest.mark.parametrize(
+    ("redirected", "code", "said"),
+    [
+        (">/dev/full", 2, "error: No space left on device\n"),
+        ("| true", 2, "error: Broken pipe\n"),
+        (">&-", 0, "b"),
+        ("2>&-", 0, ""),
+    ],
+)
+def test_streams_that_are_full_or_closed_end_in_one_line(redirected, code, said):
+    command = f"set -o pipefail; {sys.executable} -c '{CLOSED}' {redirected}"
+    if "pipe" in said:  # the reader leaves before anything is written
+        command = command.replace("import sys", "import sys, time; time.sleep(0.3)", 1)
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (code, said)
+
+
+def test_names_that_are_not_utf_8_are_printed_and_named(capsys):
+    name = "n\udcff"
+    assert exit_code(lambda: print(name)) == 0
+    assert capsys.readouterr().out == "n\\udcff\n"
+
+    def strict():
+        name.encode()
+
+    assert exit_code(strict) == 2
+    assert capsys.readouterr().err == "error: n\\udcff: expected a name in UTF-8\n"

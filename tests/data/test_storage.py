@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from data.schema import DataError
-from data.storage import ArrayFile, locked, natural_order, open_binary, read_at
+from data.storage import ArrayFile, natural_order, open_binary, read_at
 
 
 def test_numbers_in_names_are_numbers():
@@ -43,15 +43,3 @@ def test_files_that_are_too_short(tmp_path):
 
 def test_reading_into_nothing_reads_nothing(tmp_path):
     read_at(-1, tmp_path, np.empty(0, "<i4"), 0)
-
-
-def test_a_lock_keeps_others_out_until_it_is_released(tmp_path):
-    path = tmp_path / ".lock"
-    with locked(path, wait=True):
-        with pytest.raises(BlockingIOError), locked(path, wait=False):
-            pass
-        assert path.exists()
-    assert not path.exists()
-    with pytest.raises(KeyError), locked(path, wait=False):
-        raise KeyError
-    assert not path.exists()

@@ -2,7 +2,9 @@
 
 import json
 import os
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -116,3 +118,44 @@ def test_a_failed_save_keeps_the_checkpoint_in_place(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         checkpoint.save(tmp_path, build("hash"))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+WRONG = [None, True, -1, 0, 1.5, 10**30, 2**62, "a", [], [[]], {}, [1] * 5000, [2**40], {"a": 1}]
+
+
+def test_a_config_of_wrong_values_is_refused_in_one_line_or_is_another_config(tmp_path):
+    checkpoint.save(tmp_path, build("robe"))
+    path = tmp_path / "config.json"
+    good = json.loads(path.read_text())
+    accepted = 0  # others, such as True for sign, make another model of the same shapes
+    for name in [*good["model"], "other"]:
+        for wrong in WRONG:
+            path.write_text(json.dumps(good | {"model": good["model"] | {name: wrong}}))
+            with suppress(CheckpointError):
+                checkpoint.load(tmp_path)
+                accepted += 1
+    assert accepted < 0.3 * len(WRONG) * len(good["model"])
+    for text in ('{"model": ' * 100_000, "[" * 100_000, '{"model": NaN}', "1" * 5000):
+        path.write_text(text)
+        with pytest.raises(CheckpointError, match=r"config.json: not a model's config: "):
+            checkpoint.load(tmp_path)
+
+
+def test_weights_of_another_type_are_refused(tmp_path):
+    checkpoint.save(tmp_path, build("robe"))
+    state = load_file(tmp_path / "model.safetensors")
+    for dtype in (torch.int32, torch.float64):
+        save_file(state | {"top.0.bias": state["top.0.bias"].to(dtype)}, tmp_path / "model.safetensors")
+        with pytest.raises(CheckpointError, match=rf"top.0.bias has dtype {dtype}, config.json makes it torch.float32"):
+            checkpoint.load(tmp_path)
+
+
+def test_what_a_model_was_trained_on_is_kept_and_compared(tmp_path):
+    inputs = {"dense": "logarithms", "num_dense": 13}
+    checkpoint.save(tmp_path, build("robe"), inputs=inputs)
+    assert checkpoint.describe(tmp_path).inputs == inputs
+    checkpoint.require_inputs(inputs, inputs | {"more": 1}, Path("rows"))
+    with pytest.raises(ValueError, match="rows: num_dense: the rows have 12, the model was trained on 13"):
+        checkpoint.require_inputs(inputs, inputs | {"num_dense": 12}, Path("rows"))
+    checkpoint.save(tmp_path, build("robe"))
+    checkpoint.require_inputs(checkpoint.describe(tmp_path).inputs, inputs, Path("rows"))

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from data.rows import Batch
-from dlrm.metrics import Scores, evaluate, predict, score
+from dlrm.metrics import Scores, describe_auc, evaluate, predict, score
 
 
 class Linear(torch.nn.Module):
@@ -48,8 +48,6 @@ def test_predict_does_not_train():
 def test_what_has_no_score_is_refused():
     with pytest.raises(ValueError, match="no rows to evaluate"):
         evaluate(Linear(), [])
-    with pytest.raises(ValueError, match="all 3 rows to evaluate have label 1"):
-        score(np.ones(3), np.array([0.1, 0.2, 0.3]))
     with pytest.raises(ValueError, match="NaN"):
         score(np.array([0, 1]), np.array([0.5, np.nan]))
 
@@ -91,10 +89,14 @@ def test_scores_at_the_ends():
     assert got["log_loss"] == pytest.approx(want["log_loss"], rel=1e-9)
 
 
-def test_scores_of_one_label_have_no_auc():
-    scores = Scores()
-    scores.add(np.ones(3, np.float32), np.full(3, 0.5, np.float32))
-    assert scores.result() == {"auc": None, "log_loss": pytest.approx(np.log(2)), "rows": 3}
+@pytest.mark.parametrize("label", [0, 1])
+def test_rows_of_one_label_have_a_log_loss_and_no_auc(label):
+    probabilities = np.array([0.1, 0.2, 0.9], np.float32)
+    of_label = probabilities.astype(float) if label else 1 - probabilities.astype(float)
+    want = {"auc": None, "log_loss": pytest.approx(-np.log(of_label).mean(), rel=1e-12), "rows": 3}
+    assert score(np.full(3, float(label)), probabilities) == want
+    assert added(np.full(3, label, np.float32), probabilities) == want
+    assert (describe_auc(None), describe_auc(0.75)) == ("undefined", "0.7500")
 
 
 def test_scores_of_nothing_are_refused():

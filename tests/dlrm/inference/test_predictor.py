@@ -1,6 +1,8 @@
 """Predictors against the models they are made of."""
 
 import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -168,13 +170,107 @@ def test_results_stay_what_they_were():
     assert torch.equal(first, kept)
 
 
-def test_a_twin_shares_the_weights_and_no_buffer():
-    predictor = Predictor(make(CONFIG))
+@pytest.mark.parametrize("name", CONFIGS)
+def test_threads_that_share_a_predictor_get_their_own_answers(name):
+    predictor = Predictor(make(CONFIGS[name]))
+    requests = [rows_of(predictor.config, count, seed=count) for count in (700, 300, 511, 40)]
+    alone = [predictor(*request) for request in requests]
+
+    def serve(number):
+        return all(torch.equal(predictor(*requests[number]), alone[number]) for _ in range(10))
+
+    with ThreadPoolExecutor(len(requests)) as pool:
+        assert all(pool.map(serve, [*range(len(requests))] * 3))
     twin = predictor.twin()
-    assert twin.embeddings is predictor.embeddings
-    assert twin._buffer.data_ptr() != predictor._buffer.data_ptr()
-    dense, sparse = rows_of(CONFIG, 30)
-    assert torch.equal(twin(dense, sparse), predictor(dense, sparse))
+    assert torch.equal(twin(*requests[0]), alone[0])
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+@pytest.mark.parametrize("mlp_dtype", MLP_DTYPES)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_copy_predicts_the_same(name, mlp_dtype, copied):
+    model = make(CONFIGS[name])
+    for array_dtype in DTYPES if "robe" in name else ("float32",):
+        predictor = Predictor(model, array_dtype=array_dtype, mlp_dtype=mlp_dtype)
+        request = rows_of(model.config, 20)
+        want = predictor(*request)
+        other = copied(predictor)
+        assert torch.equal(other(*request), want)
+        assert (other.array_dtype, other.mlp_dtype, other.config) == (array_dtype, mlp_dtype, model.config)
+
+
+def test_a_predictor_is_pickled_without_the_array_it_was_converted_from():
+    model = make(replace(CONFIG, compression=1.01))
+    sizes = {dtype: len(pickle.dumps(Predictor(model, array_dtype=dtype))) for dtype in ("float32", "int8")}
+    assert sizes["float32"] - sizes["int8"] > 2 * model.embeddings.array.size
+
+
+def test_a_predictor_unpickled_on_a_cpu_without_the_instructions_says_so(monkeypatch):
+    state = Predictor(make(CONFIG)).__getstate__() | {"mlp_dtype": "int8"}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
+    with pytest.raises(ValueError, match="mlp_dtype: int8 needs VNNI instructions, which this CPU lacks"):
+        Predictor.__new__(Predictor).__setstate__(state)
+
+
+FINE_DENSE, FINE_SPARSE = torch.rand(4, 5), torch.zeros(4, 4, dtype=torch.long)
+
+
+@pytest.mark.parametrize("mlp_dtype", MLP_DTYPES)
+@pytest.mark.parametrize(
+    ("dense", "sparse", "message"),
+    [
+        (torch.rand(4, 6), FINE_SPARSE, r"dense: expected a tensor \(B, 5\) float32 on cpu, got \(4, 6\) float32"),
+        (torch.rand(5), FINE_SPARSE, r"dense: .*, got \(5,\) float32 on cpu"),
+        (torch.rand(4, 5, 1), FINE_SPARSE, r"dense: .*, got \(4, 5, 1\) float32 on cpu"),
+        (FINE_DENSE.double(), FINE_SPARSE, r"dense: .*, got \(4, 5\) float64 on cpu"),
+        (FINE_DENSE.bfloat16(), FINE_SPARSE, "dense: .*, got .* bfloat16"),
+        (FINE_DENSE.numpy(), FINE_SPARSE, "dense: .*, got ndarray"),
+        (FINE_DENSE.tolist(), FINE_SPARSE, "dense: .*, got list"),
+        (None, FINE_SPARSE, "dense: .*, got NoneType"),
+        (FINE_DENSE.to("meta"), FINE_SPARSE, "dense: .*, got .* on meta"),
+        (FINE_DENSE.to_sparse(), FINE_SPARSE, "dense: .*, got .* on cpu, sparse_coo"),
+        (FINE_DENSE, FINE_SPARSE[:, :3], r"sparse: expected a tensor \(B, 4\) int64 on cpu, got \(4, 3\) int64"),
+        (FINE_DENSE, FINE_SPARSE.numpy(), "sparse: .*, got ndarray"),
+        (FINE_DENSE, FINE_SPARSE.float(), "sparse: .*, got .* float32"),
+        (FINE_DENSE, FINE_SPARSE.to("meta"), "sparse: .*, got .* on meta"),
+        (FINE_DENSE, FINE_SPARSE[:3], "dense and sparse: expected as many rows, got 4 and 3"),
+        (torch.rand(600, 5), torch.zeros(512, 4, dtype=torch.long), "expected as many rows, got 600 and 512"),
+    ],
+)
+def test_what_is_no_batch_is_refused_by_the_name_of_the_argument(mlp_dtype, dense, sparse, message):
+    with pytest.raises(ValueError, match=message):
+        Predictor(make(CONFIG), mlp_dtype=mlp_dtype)(dense, sparse)
+
+
+@pytest.mark.parametrize("mlp_dtype", MLP_DTYPES)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_batches_of_any_layout_are_the_same_batch(name, mlp_dtype):
+    predictor = Predictor(make(CONFIGS[name]), mlp_dtype=mlp_dtype)
+    dense, sparse = rows_of(predictor.config, 30)
+    sparse %= 1000
+    want = predictor(dense, sparse)
+    wide = torch.zeros(60, 2 * dense.shape[1])
+    wide[::2, ::2] = dense
+    for same in (dense.t().contiguous().t(), wide[::2, ::2], dense.clone().requires_grad_()):
+        assert torch.equal(predictor(same, sparse), want)
+    for same in (sparse.t().contiguous().t(), sparse.int()):
+        assert torch.equal(predictor(dense, same), want)
+    assert predictor(dense[:0], sparse[:0]).shape == (0,)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_number_that_is_not_finite_never_becomes_a_probability(value):
+    dense, sparse = rows_of(CONFIG, 4)
+    want = Predictor(make(CONFIG))(dense, sparse)
+    dense[1, 2] = value
+    got = Predictor(make(CONFIG))(dense, sparse)
+    assert got.isnan().tolist() == [False, True, False, False]
+    assert torch.equal(got[[0, 2, 3]], want[[0, 2, 3]])
+    for mlp_dtype in set(MLP_DTYPES) - {"float32"}:
+        with pytest.raises(ValueError, match=f"dense: expected finite numbers, got {value:g} in row 1, column 2"):
+            Predictor(make(CONFIG), mlp_dtype=mlp_dtype)(dense, sparse)
+    with pytest.raises(ValueError, match=f"dense: expected finite numbers, got {value:g} in row 1, column 2"):
+        list(Predictor(make(CONFIG)).predict([Batch(dense.numpy(), sparse.numpy(), None)]))
 
 
 def test_the_clock_hears_of_every_stage():

@@ -149,6 +149,7 @@ def test_an_array_goes_on_with_the_other_kind_of_optimizer(tmp_path, dense_first
 def test_the_last_ones_are_kept(tmp_path):
     model = build("robe")
     for keep in (1, 2, 3):
+        (tmp_path / str(keep)).mkdir()
         checkpoints = TrainingCheckpoints(tmp_path / str(keep), keep)
         assert (checkpoints.steps(), checkpoints.load()) == ([], None)
         for step in (0, 4, 10, 200, 1000):
@@ -324,3 +325,20 @@ def test_the_best_weights_come_back(saved, tmp_path, monkeypatch, links):
     (checkpoints.path(7) / "best.safetensors").write_bytes(best[:-1])
     with pytest.raises(CheckpointError, match=r"step-000000007/best.safetensors: damaged"):
         checkpoints.load(7)
+
+
+def test_restored_tensors_are_copies_where_torch_puts_its_own(saved):
+    checkpoints, model, optimizers = saved
+    averages = {name: p.detach().clone() for name, p in model.named_parameters()}
+    checkpoints.save(9, model, optimizers, {}, averages=averages)
+    restored = checkpoints.load()
+    optimizers = OPTIMIZERS["robe Adagrad"][1](restored.model)
+    restored.restore(optimizers)
+    states = [
+        x for o in optimizers for state in o.state.values() for x in state.values() if isinstance(x, torch.Tensor)
+    ]
+    for tensor in [*restored.averages.values(), *restored.model.parameters(), *states]:
+        assert tensor.data_ptr() % 64 == 0
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes, "not a view into the file"
+    for name, average in restored.averages.items():
+        assert torch.equal(average, averages[name])

@@ -11,7 +11,7 @@ import torch
 import dlrm.training.plan
 from dlrm import PRESETS
 from dlrm.distributed import World
-from dlrm.training.plan import Builder, Request, require_memory
+from dlrm.training.plan import Builder, Request, require_memory, warn_of_labels
 from tests.dlrm.training.memory_rows import RANGES, MemoryRows
 
 GIVEN = {"data": Path("rows"), "robe_size": 500, "seed": 3, "batch_size": 20}
@@ -56,6 +56,14 @@ def test_a_plan_of_full_tables_has_the_vocabulary(tmp_path):
     model = one.build(plan).model
     assert len(model.embeddings.keys) == sum(map(len, plan.vocabulary))
     assert builder(tmp_path, table_rows="data").plan().vocabulary is None, "ROBE needs none"
+
+
+def test_a_target_that_is_never_reached_is_said(monkeypatch):
+    training = replace(PRESETS["kaggle"].training, target_auc=0.8)
+    assert warn_of_labels(MemoryRows(""), training) == ()
+    monkeypatch.setattr(MemoryRows, "one_label", {"validation": 1})
+    (warning,) = warn_of_labels(MemoryRows(""), training)
+    assert warning.endswith("The weights with the lowest validation log loss are kept, and AUC 0.8 is never reached")
 
 
 def test_an_admission_that_counts_is_not_chosen(tmp_path):
