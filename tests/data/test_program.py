@@ -101,6 +101,8 @@ def test_what_stdout_cannot_encode_is_escaped(encoding, monkeypatch):
     monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding=encoding))
     assert exit_code(lambda: print("tr\udce9in", flush=True)) == 0
     assert written.getvalue() == rb"tr\udce9in" + b"\n"
+
+
 CLOSED = """
 import sys
 from data.program import exit_code
