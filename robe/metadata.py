@@ -3,7 +3,7 @@
 It is JSON:
 
     {"version": 1,
-     "arrays": [{"size": m, "seed": 0, "init_std": 0.01, "dtype": "float32", "requires_grad": true,
+     "arrays": [{"size": m, "seed": 0, "init_mean": 0.0, "init_std": 0.01, "dtype": "float32", "requires_grad": true,
                  "group_size": null}],
      "admissions": [{"bytes": n, "threshold": null, "counter_bytes": null}],
      "layers": {"name of the module": {"class": "RobeEmbedding", "type": null, "array": 0, "admission": null,
@@ -53,6 +53,7 @@ class SavedArray:
     dtype: Literal["float16", "bfloat16", "float32", "float64", "int8"]
     requires_grad: bool
     group_size: int | None
+    init_mean: float = 0.0
 
     def __post_init__(self) -> None:
         if type(self.seed) is not int:
@@ -72,6 +73,7 @@ class SavedArray:
             dtype=str(array.weight.dtype).removeprefix("torch."),  # type: ignore[arg-type]
             requires_grad=array.weight.requires_grad,
             group_size=array.group_size if isinstance(array, Int8RobeArray) else None,
+            init_mean=array.init_mean if isinstance(array, RobeArray) else 0.0,
         )
 
     @property
@@ -82,7 +84,8 @@ class SavedArray:
     def make(self, device: torch.device) -> RobeArray | Int8RobeArray:
         """Make the array without initial values, which would take memory and advance torch's generator."""
         dtype = torch.float32 if self.group_size else _DTYPES[self.dtype]
-        array = RobeArray(self.size, seed=self.seed, init_std=self.init_std, dtype=dtype, device="meta")
+        options = {"seed": self.seed, "init_std": self.init_std, "init_mean": self.init_mean}
+        array = RobeArray(self.size, dtype=dtype, device="meta", **options)
         if self.group_size:
             int8 = array.quantized(self.group_size)
             int8.weight = torch.empty(self.size, dtype=torch.int8, device=device)
@@ -340,13 +343,14 @@ def _types_of_arguments(layer: type) -> tuple[dict[str, Any], list[str]]:
 
 
 def _as_list(kind: Any) -> Any:
-    """The type with each Sequence, which JSON writes as a list, as a list."""
+    """The type as JSON holds it: each Sequence as a list; of several types, the first that JSON can hold."""
     if get_origin(kind) is Sequence:
         return list[get_args(kind)[0]]  # type: ignore[misc]
     options = get_args(kind)
     if NoneType not in options:
         return kind
-    return next(_as_list(option) for option in options if option is not NoneType) | None
+    lists = [_as_list(option) for option in options if option is not NoneType]
+    return next((option for option in lists if _is_of_json(option)), lists[0]) | None
 
 
 def _is_of_json(kind: Any) -> bool:

@@ -116,6 +116,8 @@ struct Kernels {
   // Sum the records of a segment into the dense gradient, or sum them and apply the update.
   void (*gradient)(Dtype, const Segments&, int64_t segment, void* scratch, void* out);
   void (*update)(Dtype, const Segments&, int64_t segment, void* scratch, void* weight, const Update&);
+  // Write the slots that the records of a segment touch, and their sums (in double or float), and return how many.
+  int64_t (*sums)(Dtype, const Segments&, int64_t segment, void* scratch, int64_t* slots, void* values);
 };
 
 ROBE_INLINE bool admitted(const Job& job, uint64_t row) { return admitted(job.filter, job.filter_words, row); }

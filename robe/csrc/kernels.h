@@ -16,7 +16,7 @@ namespace robe {
 namespace ROBE_ISA {
 
 extern const Kernels kernels;
-const Kernels kernels = {ROBE_ISA_NAME, read, weights_gradient, collect, sort, prefetch, gradient, update};
+const Kernels kernels = {ROBE_ISA_NAME, read, weights_gradient, collect, sort, prefetch, gradient, update, sums};
 
 }  // namespace ROBE_ISA
 }  // namespace robe

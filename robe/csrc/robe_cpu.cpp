@@ -149,50 +149,40 @@ std::vector<LayoutCode> unpack_layouts(const std::vector<int64_t>& numbers, size
   return layouts;
 }
 
-// update_: the gradients of any number of lookups and bags on one array, and the rule applied to the slots they touch.
-void update(Value* stack, uint64_t, uint64_t) {
-  Arguments in{stack};
-  const Tensor weight = in.tensor();
-  const auto state = in.list<Tensor>();
-  const std::string rule = in.text();
-  const auto options = in.list<double>();
-  const auto grads = in.list<Tensor>(), ids = in.list<Tensor>(), offsets = in.list<Tensor>();
-  const auto per_sample_weights = in.list<Tensor>(), table_keys = in.list<Tensor>(), num_embeddings = in.list<Tensor>();
-  const auto filters = in.list<Tensor>();
-  const auto numbers = in.list<int64_t>();
+// The gradients of any number of lookups and bags on one array, as update_ and sum_gradients take them. All lists are taken
+// from the stack before any is checked, so that none leaks.
+struct Gradients {
+  std::vector<Tensor> grads, ids, offsets, per_sample_weights, table_keys, num_embeddings, filters;
+  std::vector<int64_t> layouts;
 
-  Update applied{};
-  applied.rule = static_cast<Rule>(place_of("rule", rule, kRules));
-  EXPECT(options.size() == 5, "options: expected 5, got " + str(options.size()));
-  for (const double option : options) EXPECT(std::isfinite(option), "options: expected finite numbers");
-  std::copy(options.begin(), options.end(), applied.options);
-  const Dtype dtype = dtype_of(weight);
-  EXPECT(dtype != Dtype::int8 && weight.dim() == 1,
-         "weight: expected a floating-point vector (m,), got " + type(weight) + " " + shape(weight));
-  EXPECT(weight.is_contiguous(), "weight: expected contiguous");
-  const size_t needed = applied.states();
-  EXPECT(state.size() >= needed && state.size() <= 2,
-         "state: expected " + str(needed) + " tensors for " + rule + ", got " + str(state.size()));
-  for (const Tensor& s : state) {
-    EXPECT(s.is_contiguous() && s.dim() == 1 && s.numel() == weight.numel() && s.scalar_type() == weight.scalar_type(),
-           "state: expected tensors like weight");
-    apart("state", extent(s), "weight", weight);
+  explicit Gradients(Arguments& in)
+      : grads(in.list<Tensor>()), ids(in.list<Tensor>()), offsets(in.list<Tensor>()),
+        per_sample_weights(in.list<Tensor>()), table_keys(in.list<Tensor>()), num_embeddings(in.list<Tensor>()),
+        filters(in.list<Tensor>()), layouts(in.list<int64_t>()) {}
+
+  // One call for each gradient of some ids.
+  std::vector<std::unique_ptr<Call>> calls(const Tensor& weight) const {
+    const std::pair<const char*, size_t> lengths[] = {
+        {"ids", ids.size()},
+        {"offsets", offsets.size()},
+        {"per_sample_weights", per_sample_weights.size()},
+        {"table_keys", table_keys.size()},
+        {"num_embeddings", num_embeddings.size()},
+        {"filters", filters.size()}};
+    for (const auto& [name, length] : lengths)
+      EXPECT(length == grads.size(),
+             std::string(name) + ": expected one for each gradient, " + str(grads.size()) + ", got " + str(length));
+    const auto codes = unpack_layouts(layouts, grads.size());
+    std::vector<std::unique_ptr<Call>> calls;
+    for (size_t k = 0; k < grads.size(); ++k) {
+      auto call = one(weight, codes[k], k);
+      if (call->values()) calls.push_back(std::move(call));
+    }
+    return calls;
   }
-  if (state.size() == 2) apart("state", extent(state[0]), "the other state", state[1]);
-  const std::pair<const char*, size_t> lengths[] = {
-      {"ids", ids.size()},
-      {"offsets", offsets.size()},
-      {"per_sample_weights", per_sample_weights.size()},
-      {"table_keys", table_keys.size()},
-      {"num_embeddings", num_embeddings.size()},
-      {"filters", filters.size()}};
-  for (const auto& [name, length] : lengths)
-    EXPECT(length == grads.size(),
-           std::string(name) + ": expected one for each gradient, " + str(grads.size()) + ", got " + str(length));
-  const auto layouts = unpack_layouts(numbers, grads.size());
-  std::vector<std::unique_ptr<Call>> calls;
-  for (size_t k = 0; k < grads.size(); ++k) {
-    const LayoutCode& layout = layouts[k];
+
+ private:
+  std::unique_ptr<Call> one(const Tensor& weight, const LayoutCode& layout, size_t k) const {
     auto call = std::make_unique<Call>();
     call->array(weight, std::nullopt);
     call->table_keys = table_keys[k];
@@ -213,9 +203,46 @@ void update(Value* stack, uint64_t, uint64_t) {
       call->bags(ids[k], offsets[k], std::move(weights), kPoolings[layout.pooling - 1]);
     }
     call->gradient(grads[k]);
-    apart("weight", extent(weight), "grads", grads[k]);
-    for (const Tensor& s : state) apart("state", extent(s), "grads", grads[k]);
-    if (call->values()) calls.push_back(std::move(call));
+    return call;
+  }
+};
+
+Dtype dtype_of_gradient(const Tensor& weight) {
+  const Dtype dtype = dtype_of(weight);
+  EXPECT(dtype != Dtype::int8 && weight.dim() == 1,
+         "weight: expected a floating-point vector (m,), got " + type(weight) + " " + shape(weight));
+  return dtype;
+}
+
+// update_: the rule applied to the slots that gradients touch.
+void update(Value* stack, uint64_t, uint64_t) {
+  Arguments in{stack};
+  const Tensor weight = in.tensor();
+  const auto state = in.list<Tensor>();
+  const std::string rule = in.text();
+  const auto options = in.list<double>();
+  const Gradients gradients(in);
+
+  Update applied{};
+  applied.rule = static_cast<Rule>(place_of("rule", rule, kRules));
+  EXPECT(options.size() == 5, "options: expected 5, got " + str(options.size()));
+  for (const double option : options) EXPECT(std::isfinite(option), "options: expected finite numbers");
+  std::copy(options.begin(), options.end(), applied.options);
+  const Dtype dtype = dtype_of_gradient(weight);
+  EXPECT(weight.is_contiguous(), "weight: expected contiguous");
+  const size_t needed = applied.states();
+  EXPECT(state.size() >= needed && state.size() <= 2,
+         "state: expected " + str(needed) + " tensors for " + rule + ", got " + str(state.size()));
+  for (const Tensor& s : state) {
+    EXPECT(s.is_contiguous() && s.dim() == 1 && s.numel() == weight.numel() && s.scalar_type() == weight.scalar_type(),
+           "state: expected tensors like weight");
+    apart("state", extent(s), "weight", weight);
+  }
+  if (state.size() == 2) apart("state", extent(state[0]), "the other state", state[1]);
+  const auto calls = gradients.calls(weight);
+  for (const Tensor& grad : gradients.grads) {
+    apart("weight", extent(weight), "grads", grad);
+    for (const Tensor& s : state) apart("state", extent(s), "grads", grad);
   }
   for (size_t i = 0; i < state.size(); ++i) applied.state[i] = state[i].mutable_data_ptr();
   void* const data = weight.mutable_data_ptr();
@@ -223,6 +250,51 @@ void update(Value* stack, uint64_t, uint64_t) {
   by_segment(calls, data, applied.state, [&](const Segments& segments, int64_t segment, void* scratch) {
     kernels->update(dtype, segments, segment, scratch, data, applied);
   });
+}
+
+// sum_gradients: the slots that gradients touch, rising, and the sum that each gets.
+void sum_gradients(Value* stack, uint64_t, uint64_t) {
+  Arguments in{stack};
+  const Tensor weight = in.tensor();
+  const Gradients gradients(in);
+  const Dtype dtype = dtype_of_gradient(weight);
+  const auto calls = gradients.calls(weight);
+  const bool wide = dtype == Dtype::float64;
+  const size_t item = wide ? sizeof(double) : sizeof(float);
+
+  struct Found {
+    std::vector<int64_t> slots;
+    std::vector<char> values;
+  };
+  std::vector<Found> found;
+  if (!calls.empty()) {
+    found.resize(segments_of(weight.numel()).count);
+    by_segment(calls, nullptr, nullptr, [&](const Segments& segments, int64_t segment, void* scratch) {
+      const size_t begin = segment ? segments.ends[segment - 1] : 0;
+      if (begin == static_cast<size_t>(segments.ends[segment])) return;
+      Found& here = found[segment];
+      here.slots.resize(size_t{1} << segments.shift);
+      here.values.resize(here.slots.size() * item);
+      const int64_t n = kernels->sums(dtype, segments, segment, scratch, here.slots.data(), here.values.data());
+      here.slots.resize(n);
+      here.slots.shrink_to_fit();
+      here.values.resize(n * item);
+      here.values.shrink_to_fit();
+    });
+  }
+  int64_t sizes[1] = {0};
+  for (const Found& f : found) sizes[0] += static_cast<int64_t>(f.slots.size());
+  Tensor slots = new_tensor(sizes, ScalarType::Long), values = new_tensor(sizes, wide ? ScalarType::Double : ScalarType::Float);
+  if (sizes[0]) {
+    int64_t* slot = static_cast<int64_t*>(slots.mutable_data_ptr());
+    char* value = static_cast<char*>(values.mutable_data_ptr());
+    for (const Found& f : found) {
+      slot = std::copy(f.slots.begin(), f.slots.end(), slot);
+      value = std::copy(f.values.begin(), f.values.end(), value);
+    }
+  }
+  stack[0] = value_of(slots);
+  stack[1] = value_of(values);
 }
 
 const Registration registration(
@@ -241,6 +313,7 @@ const Registration registration(
         {"bag_backward", &backward<bag_arguments>},
         {"bag_weights_backward", &bag_weights_backward},
         {"update_", &update},
+        {"sum_gradients", &sum_gradients},
     });
 
 }  // namespace

@@ -14,6 +14,19 @@ namespace {
 constexpr int64_t kAhead = 128;  // records to prefetch before their turn
 constexpr int64_t kWriteGrain = 16 << 10;  // bytes of gradients that are worth a thread
 
+// log2 of the slots in a segment, and the number of segments of an array.
+struct SegmentCount {
+  int shift;
+  int64_t count;
+};
+
+SegmentCount segments_of(int64_t slots) {
+  int shift = 12;  // 16 kB of float32: sums stay in the first cache
+  while (shift > 8 && slots >> shift < 64) --shift;
+  while (shift < 15 && slots >> shift > 16384) ++shift;
+  return {shift, (slots + (int64_t{1} << shift) - 1) >> shift};
+}
+
 // Sorts the gradients of calls by the segment of the array they go to, each segment's in the order of the calls and of
 // their ids; then use(segments, segment, scratch) once for each segment, on any thread. A slot's gradients are so summed
 // in the order of the ids, whatever the number of threads. weight and state are what use will write, or null.
@@ -21,10 +34,9 @@ template <class Use>
 void by_segment(const std::vector<std::unique_ptr<Call>>& calls, const void* weight, void* const* state, Use use) {
   const Call& front = *calls.front();
   const int64_t slots = front.weight.numel();
-  int shift = 12;  // 16 kB of float32: sums stay in the first cache
-  while (shift > 8 && slots >> shift < 64) --shift;
-  while (shift < 15 && slots >> shift > 16384) ++shift;
-  const int64_t segments = (slots + (int64_t{1} << shift) - 1) >> shift;
+  const SegmentCount all = segments_of(slots);
+  const int shift = all.shift;
+  const int64_t segments = all.count;
 
   struct Part {
     const Call* call;

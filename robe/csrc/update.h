@@ -72,53 +72,78 @@ ROBE_INLINE void apply(const Update& update, int64_t n, const Sum<T>* __restrict
   }
 }
 
+// Sums the records of a segment, and calls each(from, to) for each run of slots that they touch, in rising order. The
+// scratch holds sums and a bit for each slot; all are zero between calls.
+template <class T, class Each>
+ROBE_INLINE void each_touched_run(const Segments& segments, int64_t segment, void* scratch, Each each) {
+  int64_t n;
+  const auto* const records = records_of<T>(segments, segment, n);
+  if (!n) return;
+  const int64_t size = int64_t{1} << segments.shift, words = size / 64;
+  Sum<T>* const sums = static_cast<Sum<T>*>(scratch);
+  uint64_t* const touched = reinterpret_cast<uint64_t*>(sums + size);
+  sum_records<T>(records, n, sums);
+  int64_t first = words, last = 0;  // words of touched that hold bits
+  for (int64_t r = 0; r < n; ++r) {
+    int64_t bit = records[r].start;
+    first = bit >> 6 < first ? bit >> 6 : first;
+    last = (bit + records[r].length - 1) >> 6 > last ? (bit + records[r].length - 1) >> 6 : last;
+    for (const int64_t stop = bit + records[r].length; bit < stop;) {
+      const int64_t in_word = bit & 63, span = 64 - in_word < stop - bit ? 64 - in_word : stop - bit;
+      touched[bit >> 6] |= (~uint64_t{0} >> (64 - span)) << in_word;
+      bit += span;
+    }
+  }
+  const auto end_run = [&](int64_t from, int64_t to) {
+    each(from, to);
+    for (int64_t i = from; i < to; ++i) sums[i] = 0;
+  };
+  int64_t run = -1;  // where the current run of touched slots began
+  for (int64_t w = first; w <= last; ++w) {
+    uint64_t bits = touched[w];
+    touched[w] = 0;
+    if (run >= 0 ? bits == ~uint64_t{0} : bits == 0) continue;
+    for (int64_t bit = w * 64, stop = bit + 64; bit < stop;) {
+      const uint64_t rest = (run >= 0 ? ~bits : bits) >> (bit & 63);
+      if (!rest) break;
+      bit += __builtin_ctzll(rest);
+      if (run < 0) {
+        run = bit;
+      } else {
+        end_run(run, bit);
+        run = -1;
+      }
+    }
+  }
+  if (run >= 0) end_run(run, (last + 1) * 64);
+}
+
 void update(Dtype dtype, const Segments& segments, int64_t segment, void* scratch, void* weight, const Update& rule) {
   with_dtype(dtype, [&](auto t) {
     using T = typename decltype(t)::type;
-    int64_t n;
-    const auto* const records = records_of<T>(segments, segment, n);
-    if (!n) return;
-    // The scratch holds sums, all zero between calls, and a bit for each slot that a record touches.
-    const int64_t size = int64_t{1} << segments.shift, words = size / 64;
-    Sum<T>* const sums = static_cast<Sum<T>*>(scratch);
-    uint64_t* const touched = reinterpret_cast<uint64_t*>(sums + size);
-    sum_records<T>(records, n, sums);
-    int64_t first = words, last = 0;  // words of touched that hold bits
-    for (int64_t r = 0; r < n; ++r) {
-      int64_t bit = records[r].start;
-      first = bit >> 6 < first ? bit >> 6 : first;
-      last = (bit + records[r].length - 1) >> 6 > last ? (bit + records[r].length - 1) >> 6 : last;
-      for (const int64_t stop = bit + records[r].length; bit < stop;) {
-        const int64_t in_word = bit & 63, span = 64 - in_word < stop - bit ? 64 - in_word : stop - bit;
-        touched[bit >> 6] |= (~uint64_t{0} >> (64 - span)) << in_word;
-        bit += span;
-      }
-    }
-    const int64_t start = segment << segments.shift;
+    const Sum<T>* const sums = static_cast<const Sum<T>*>(scratch);
+    T* const weights = static_cast<T*>(weight) + (segment << segments.shift);
     T* state[2] = {static_cast<T*>(rule.state[0]), static_cast<T*>(rule.state[1])};
-    const auto apply_run = [&](int64_t from, int64_t to) {
-      apply<T>(rule, to - from, sums + from, static_cast<T*>(weight) + start + from,
-               state[0] ? state[0] + start + from : nullptr, state[1] ? state[1] + start + from : nullptr);
-      for (int64_t i = from; i < to; ++i) sums[i] = 0;
-    };
-    int64_t run = -1;  // where the current run of touched slots began
-    for (int64_t w = first; w <= last; ++w) {
-      uint64_t bits = touched[w];
-      touched[w] = 0;
-      if (run >= 0 ? bits == ~uint64_t{0} : bits == 0) continue;
-      for (int64_t bit = w * 64, stop = bit + 64; bit < stop;) {
-        const uint64_t rest = (run >= 0 ? ~bits : bits) >> (bit & 63);
-        if (!rest) break;
-        bit += __builtin_ctzll(rest);
-        if (run < 0) {
-          run = bit;
-        } else {
-          apply_run(run, bit);
-          run = -1;
-        }
+    for (T*& s : state)
+      if (s) s += segment << segments.shift;
+    each_touched_run<T>(segments, segment, scratch, [&](int64_t from, int64_t to) {
+      apply<T>(rule, to - from, sums + from, weights + from, state[0] ? state[0] + from : nullptr,
+               state[1] ? state[1] + from : nullptr);
+    });
+  });
+}
+
+int64_t sums(Dtype dtype, const Segments& segments, int64_t segment, void* scratch, int64_t* slots, void* values) {
+  return with_dtype(dtype, [&](auto t) {
+    using T = typename decltype(t)::type;
+    int64_t n = 0;
+    each_touched_run<T>(segments, segment, scratch, [&](int64_t from, int64_t to) {
+      for (int64_t i = from; i < to; ++i, ++n) {
+        slots[n] = (segment << segments.shift) + i;
+        static_cast<Sum<T>*>(values)[n] = static_cast<const Sum<T>*>(scratch)[i];
       }
-    }
-    if (run >= 0) apply_run(run, (last + 1) * 64);
+    });
+    return n;
   });
 }
 

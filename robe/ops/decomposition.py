@@ -17,7 +17,8 @@ from torch.overrides import TorchFunctionMode
 
 import robe.ops.schema  # noqa: F401  (registers the operators)
 from robe.hashing import TRAITS, signed, slots
-from robe.ops.layout import Bags, Call, accumulation_dtype, embedding_dtype, group_bits, unpack_bag, unpack_lookup
+from robe.ops.layout import Call, accumulation_dtype, embedding_dtype, group_bits, unpack_bag, unpack_lookup
+from robe.ops.reference import pool
 from robe.sketches import SHARED_ID, admits
 
 
@@ -52,7 +53,8 @@ def bag(weight: Tensor, *arguments: Any) -> Tensor:
         keys, bounds = tables.table_keys[feature], tables.num_embeddings[feature]
     embeddings = _read(weight, ids, keys, bounds, kept, call)
     dtype = embedding_dtype(weight)
-    pooled = _pool(embeddings.to(accumulation_dtype(dtype)), bag.where(kept, count), bags, count).to(dtype)
+    embeddings = embeddings.to(accumulation_dtype(dtype))
+    pooled = pool(embeddings, bag.where(kept, count), count + 1, bags.per_sample_weights, bags.pooling)[:-1].to(dtype)
     return pooled.view(features, -1, tables.embedding_dim).transpose(0, 1)
 
 
@@ -81,20 +83,6 @@ def _read(weight: Tensor, ids: Tensor, keys: Tensor, bounds: Tensor, kept: Tenso
         group = slot // (1 << group_bits(weight, call.scale))
         embeddings = embeddings * call.scale.index_select(0, group.flatten()).view(slot.shape)
     return embeddings if sign is None else embeddings * sign
-
-
-def _pool(embeddings: Tensor, bag: Tensor, bags: Bags, count: int) -> Tensor:
-    """(n, D) embeddings to (count, D); those in bag ``count`` are left out."""
-    place = bag.unsqueeze(-1).expand_as(embeddings)
-    start = embeddings.new_zeros(count + 1, embeddings.shape[1])
-    number = start[:, 0].scatter_add(0, bag, torch.ones_like(embeddings[:, 0]))[:-1].unsqueeze(-1)
-    if bags.pooling == "max":
-        pooled = (start - torch.inf).scatter_reduce(0, place, embeddings, "amax")[:-1]
-        return torch.where(number > 0, pooled, torch.zeros_like(pooled))
-    if bags.per_sample_weights is not None:
-        embeddings = embeddings * bags.per_sample_weights.unsqueeze(-1)
-    pooled = start.scatter_add(0, place, embeddings)[:-1]
-    return pooled / number.clamp(min=1) if bags.pooling == "mean" else pooled
 
 
 DECOMPOSITIONS = {"lookup": lookup, "lookup_forward": lookup, "bag": bag, "bag_forward": bag}

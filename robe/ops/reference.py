@@ -160,22 +160,18 @@ def _lookup(weight: Tensor, *arguments: Any) -> Tensor:
     return embeddings if places.kept is None else embeddings.where(places.kept.unsqueeze(-1), 0)
 
 
-def _pool(embeddings: Tensor, bag: Tensor, bags: int, per_sample_weights: Tensor | None, pooling: str) -> Tensor:
-    """(n, D) embeddings to (bags, D); an empty bag gives zeros."""
+def pool(embeddings: Tensor, bag: Tensor, bags: int, per_sample_weights: Tensor | None, pooling: str) -> Tensor:
+    """Pool embeddings (n, D), of bags ``bag`` (n,), to (bags, D); an empty bag gives zeros."""
+    place = bag.unsqueeze(-1).expand_as(embeddings)
+    start = embeddings.new_zeros(bags, embeddings.shape[1])
+    number = start[:, 0].scatter_add(0, bag, torch.ones_like(embeddings[:, 0])).unsqueeze(-1)
     if pooling == "max":
-        lowest = torch.full((bags, embeddings.shape[1]), -torch.inf, dtype=embeddings.dtype, device=embeddings.device)
-        pooled = lowest.scatter_reduce(0, bag.unsqueeze(-1).expand_as(embeddings), embeddings, "amax")
-        return pooled.where(_count(bag, bags).unsqueeze(-1) > 0, 0)
+        pooled = (start - torch.inf).scatter_reduce(0, place, embeddings, "amax")
+        return torch.where(number > 0, pooled, torch.zeros_like(pooled))
     if per_sample_weights is not None:
         embeddings = embeddings * per_sample_weights.unsqueeze(-1)
-    pooled = torch.zeros(bags, embeddings.shape[1], dtype=embeddings.dtype, device=embeddings.device).index_add_(
-        0, bag, embeddings
-    )
-    return pooled / _count(bag, bags).clamp(min=1).unsqueeze(-1) if pooling == "mean" else pooled
-
-
-def _count(bag: Tensor, bags: int) -> Tensor:
-    return torch.bincount(bag, minlength=bags)
+    pooled = start.scatter_add(0, place, embeddings)
+    return pooled / number.clamp(min=1) if pooling == "mean" else pooled
 
 
 def _bag(weight: Tensor, *arguments: Any) -> Tensor:
@@ -187,7 +183,7 @@ def _bag(weight: Tensor, *arguments: Any) -> Tensor:
     embeddings = _read(weight, opened.slots, opened.signs, call.scale).to(accumulation_dtype(dtype))
     factors = call.bags.per_sample_weights
     factors = None if factors is None else factors[opened.position]
-    pooled = _pool(embeddings, opened.bag, opened.bag_count, factors, call.bags.pooling).to(dtype)
+    pooled = pool(embeddings, opened.bag, opened.bag_count, factors, call.bags.pooling).to(dtype)
     features = call.tables.table_keys.shape[0]
     pooled = pooled.view(features, opened.bag_count // features, pooled.shape[1]).transpose(0, 1)
     return torch.ops.aten._unsafe_view(pooled.contiguous(), pooled.shape)
@@ -230,13 +226,13 @@ def _bag_gradients(grad: Tensor, weight: Tensor, call: Call, bags: Bags) -> tupl
         embeddings = _read(weight, slot, sign).to(value.dtype)
         n = bag.shape[0]
         order = torch.arange(n, device=bag.device).unsqueeze(-1).expand_as(embeddings)
-        equal = embeddings == _pool(embeddings, bag, count, None, "max")[bag]
+        equal = embeddings == pool(embeddings, bag, count, None, "max")[bag]
         first = torch.full_like(grad, n, dtype=torch.long)
         first = first.scatter_reduce(0, bag.unsqueeze(-1).expand_as(embeddings), order.where(equal, n), "amin")
         won = order == first[bag]
         return slot[won], value[won]
     if bags.pooling == "mean":
-        value = value / _count(bag, count)[bag].unsqueeze(-1)
+        value = value / torch.bincount(bag, minlength=count)[bag].unsqueeze(-1)
     elif bags.per_sample_weights is not None:
         value = value * bags.per_sample_weights[position].unsqueeze(-1)
     return slot, value

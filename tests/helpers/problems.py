@@ -157,6 +157,15 @@ def drawn_calls(draw, problem, batch):
     return calls
 
 
+def packed(calls):
+    """The lists of update_ and sum_gradients for calls as in ``updated``."""
+    unpacked = []
+    for grad, arguments, *filter in calls:
+        unpack = unpack_lookup_backward if len(arguments) == 1 + len(Tables._fields) else unpack_bag_backward
+        unpacked.append((grad, unpack((*arguments, *filter))))
+    return UpdateLists.pack(unpacked)
+
+
 def updated(update_, weight, rule, options, calls):
     """weight and state after update_ on copies of them.
 
@@ -166,9 +175,5 @@ def updated(update_, weight, rule, options, calls):
     """
     weight = weight.clone(memory_format=torch.contiguous_format)
     state = [torch.full_like(weight, 0.25 * k + 0.5) for k in range({"adam": 2}.get(rule, 1))]
-    packed = []
-    for grad, arguments, *filter in calls:
-        unpack = unpack_lookup_backward if len(arguments) == 1 + len(Tables._fields) else unpack_bag_backward
-        packed.append((grad, unpack((*arguments, *filter))))
-    update_(weight, state, rule, options, *UpdateLists.pack(packed))
+    update_(weight, state, rule, options, *packed(calls))
     return [weight, *state]

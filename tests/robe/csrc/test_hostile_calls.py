@@ -104,6 +104,7 @@ MAKERS = {
     "bag_backward": backward("bag"),
     "bag_weights_backward": backward("bag", weighted=True),
     "update_": update,
+    "sum_gradients": lambda rng: [(arguments := update(rng))[0], *arguments[4:]],
     "count_ids_": count,
     "id_counts": lambda rng: [_counting(rng)[0], torch.tensor([1, -5, 2**62])],
     "frequent_rows_": lambda rng: [*_counting(rng), rng.choice((0, 1, 2)), torch.zeros(5, dtype=torch.int64)],

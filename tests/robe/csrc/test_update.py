@@ -15,6 +15,7 @@ from tests.helpers.problems import (
     assert_close,
     batches,
     drawn_calls,
+    packed,
     problems,
     updated,
 )
@@ -40,6 +41,17 @@ def test_update_is_the_reference(problem, batch, rule, data, on):
 
 
 @needs_kernels
+@given(problems(), batches, st.data(), machines)
+def test_sums_of_gradients_are_the_reference(problem, batch, data, on):
+    calls = packed(drawn_calls(data.draw, problem, batch))
+    with on:
+        slots, sums = native("sum_gradients", problem.weight, *calls)
+    want_slots, want = REFERENCE["sum_gradients"](problem.weight, *calls)
+    assert torch.equal(slots, want_slots)
+    assert_close(sums, want, {torch.float64: 1e-12, torch.float32: 1e-4}.get(problem.dtype, 0.02))
+
+
+@needs_kernels
 @pytest.mark.parametrize("size", [701, 1000, 4095, 4096, 4097, 262_143, 300_000])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_the_number_of_threads_changes_no_bit(size, dtype):
@@ -51,9 +63,9 @@ def test_the_number_of_threads_changes_no_bit(size, dtype):
         bag = problem.bag(40, "mean", longest=3)
         with machine(threads=threads):
             result = [native("lookup_backward", grad, *lookup), native("bag_backward", grad, *bag)]
-            result += updated(
-                torch.ops.robe.update_, problem.weight, "adam", RULES["adam"], [(grad, lookup[1:]), (grad, bag[1:])]
-            )
+            calls = [(grad, lookup[1:]), (grad, bag[1:])]
+            result += updated(torch.ops.robe.update_, problem.weight, "adam", RULES["adam"], calls)
+            result += native("sum_gradients", problem.weight, *packed(calls))
         results.append(result)
     assert torch.equal(results[0][0], REFERENCE["lookup_backward"](grad, *lookup))
     for result in results[1:]:
