@@ -37,7 +37,7 @@ class Description:
     Attributes:
         model: hyperparameters, from which the model is built.
         training: how it was trained, for readers.
-        inputs: what it was trained on, as ``RunData.inputs`` says it; None: not known, as in models before 0.9.0.
+        inputs: what it was trained on, as ``RunData.inputs`` says it; None: not known, as in models before 0.10.0.
     """
 
     model: DLRMConfig

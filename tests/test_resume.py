@@ -388,7 +388,7 @@ def test_nothing_to_go_on_from(rows, tmp_path, finished, capsys):
     assert last_error(capsys).endswith("no checkpoint of step 7: there are 0, 34, 67, 101, 134")
 
 
-def test_an_unfinished_run_is_not_overwritten_a_finished_one_is(rows, tmp_path, finished, at_step, capsys):
+def test_a_run_is_overwritten_on_request_only(rows, tmp_path, finished, at_step, capsys):
     at_step(40, crash)
     with pytest.raises(Crash):
         run("--data", rows, "--output", tmp_path / "run", *OPTIONS, "--seed", 1)
@@ -396,11 +396,12 @@ def test_an_unfinished_run_is_not_overwritten_a_finished_one_is(rows, tmp_path, 
     assert run("--data", rows, "--output", tmp_path / "run", *OPTIONS) == 2
     assert last_error(capsys) == (
         f"error: --output: {tmp_path / 'run'} has an unfinished run with a checkpoint of step 34; resume it "
-        "(--resume), or choose another folder"
+        "(--resume), choose another folder, or replace that run with --overwrite"
     )
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
     assert run("--resume", "--output", tmp_path / "run") == 0
-    assert run("--data", rows, "--output", tmp_path / "run", *OPTIONS) == 0
+    assert run("--data", rows, "--output", tmp_path / "run", *OPTIONS) == 2
+    assert run("--data", rows, "--output", tmp_path / "run", *OPTIONS, "--overwrite") == 0
     assert outcome(tmp_path / "run") == outcome(finished)
     assert TrainingCheckpoints(tmp_path / "run").steps() == [101, 134]
 
@@ -455,7 +456,7 @@ def test_a_target_ends_the_run_early(rows, tmp_path, finished, capsys):
 def test_diverging_training_exits_3_and_names_what_is_good(rows, tmp_path, finished, capsys, rate):
     shutil.copytree(finished, tmp_path / "run")
     options = ["--data", rows, *OPTIONS, "--optimizer", "sgd", "--learning-rate", rate]
-    assert run("--output", tmp_path / "run", *options) == 3
+    assert run("--output", tmp_path / "run", "--overwrite", *options) == 3
     error = last_error(capsys)
     found = re.search(r"is .* at step (\d+) \(batch (\d+) of epoch 1\); a lower learning rate than (\S+) may", error)
     assert found, error

@@ -211,7 +211,7 @@ def test_from_the_command_line(rows, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "validation_auc=" in done.stderr
     assert "loss=" in done.stderr
-    bad = subprocess.run([*command, "--data", tmp_path / "nowhere"], capture_output=True, text=True, check=False)
+    bad = subprocess.run([*command, "--overwrite", "--data", tmp_path / "nowhere"], capture_output=True, text=True, check=False)
     assert (bad.returncode, bad.stdout) == (2, "")
     assert bad.stderr == f"error: {tmp_path / 'nowhere'}: No such file or directory\n"
 
@@ -231,7 +231,8 @@ def multi_hot(folder, rows, hots, seed=0):
 
 
 def metrics_of(tmp_path, data, *options):
-    assert run("--data", data, "--output", tmp_path / "run", *QUICK, "--robe-size", 500, *options) == 0
+    output = tmp_path / "run"
+    assert run("--data", data, "--output", output, "--overwrite", *QUICK, "--robe-size", 500, *options) == 0
     return json.loads((tmp_path / "run" / "metrics.json").read_text())
 
 

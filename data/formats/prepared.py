@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from data.files import printable
 from data.fingerprints import Fingerprint
 from data.formats.writer import Shard, Writer
 from data.schema import DataError, Layout
@@ -238,7 +239,7 @@ class Dataset(RandomAccess):
         if unfinished:
             raise DataError(
                 f"{self.path}: not complete: {len(unfinished)} of {len(self._names)} sources are still to be prepared "
-                f"({', '.join(unfinished[:3])}{', ...' if len(unfinished) > 3 else ''}); run data.prepare with --resume"
+                f"({printable(', '.join(unfinished[:3]))}{', ...' if len(unfinished) > 3 else ''}); run data.prepare with --resume"
             )
         return manifests
 

@@ -140,7 +140,7 @@ class RunState:
         options: of the run, as ``RunOptions.to_dict`` returns them.
         command: the command line that started it.
         processes: that trained.
-        inputs: what the model is trained on; None: not known, as before 0.9.0.
+        inputs: what the model is trained on; None: not known, as before 0.10.0.
     """
 
     progress: Progress

@@ -190,7 +190,7 @@ class UpdateLists(NamedTuple):
             lists.per_sample_weights.append(none if factors is None else factors)
             lists.table_keys.append(tables.table_keys)
             lists.num_embeddings.append(tables.num_embeddings)
-            lists.filters.append(tables.table_keys.new_empty(0) if filter is None else filter)
+            lists.filters.append(none.long() if filter is None else filter)
             lists.layouts.extend(
                 LayoutCode(
                     pooling=0 if bags is None else 1 + POOLINGS.index(bags.pooling),
@@ -267,6 +267,8 @@ def group_bits(weight: Tensor, scale: Tensor) -> int:
 
 def check_array(weight: Tensor, scale: Tensor | None = None) -> None:
     """Check the array, and its scale where it is int8."""
+    if not isinstance(weight, Tensor):
+        raise ValueError(f"weight: expected a tensor, got {weight!r}")
     if weight.dim() != 1 or not (weight.is_floating_point() or weight.dtype == torch.int8):
         raise ValueError(f"weight: expected a floating-point vector (m,), got {weight.dtype} {tuple(weight.shape)}")
     if (scale is not None) != (weight.dtype == torch.int8):

@@ -139,4 +139,4 @@ def test_names_that_are_not_utf_8_are_printed_and_named(capsys):
         name.encode()
 
     assert exit_code(strict) == 2
-    assert capsys.readouterr().err == "error: n\\udcff: expected a name in UTF-8\n"
+    assert capsys.readouterr().err == "error: n\\xff: expected a name in UTF-8\n"

@@ -263,6 +263,7 @@ class Run:
 
 
 def undisturbed(folder, *which):
+    folder.mkdir()
     run = Run(folder, *which)
     run.trainer.train()
     return run.state()
@@ -281,6 +282,7 @@ def test_a_run_that_was_stopped_anywhere_ends_the_same(tmp_path, embedding, opti
     places = [(step, False) for step in range(1, STEPS + 1)] + [(step, True) for step in (3, 5, 8, 10)]
     for step, in_evaluation in places:
         folder = tmp_path / f"{step}-{in_evaluation}"
+        folder.mkdir()
         stopped = Run(folder, embedding, optimizer, step, in_evaluation)
         with pytest.raises(Stopped):
             stopped.trainer.train()
@@ -294,6 +296,7 @@ def test_a_run_that_was_stopped_anywhere_ends_the_same(tmp_path, embedding, opti
 
 def test_a_run_stopped_at_every_step_ends_the_same(tmp_path):
     expected = undisturbed(tmp_path / "undisturbed", "robe", "adagrad")
+    (tmp_path / "run").mkdir()
     for step in range(1, STEPS + 1):
         with pytest.raises(Stopped):
             Run(tmp_path / "run", "robe", "adagrad", step).trainer.train()
