@@ -211,7 +211,9 @@ def test_from_the_command_line(rows, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "validation_auc=" in done.stderr
     assert "loss=" in done.stderr
-    bad = subprocess.run([*command, "--overwrite", "--data", tmp_path / "nowhere"], capture_output=True, text=True, check=False)
+    bad = subprocess.run(
+        [*command, "--overwrite", "--data", tmp_path / "nowhere"], capture_output=True, text=True, check=False
+    )
     assert (bad.returncode, bad.stdout) == (2, "")
     assert bad.stderr == f"error: {tmp_path / 'nowhere'}: No such file or directory\n"
 
