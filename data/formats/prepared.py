@@ -237,9 +237,10 @@ class Dataset(RandomAccess):
         manifests = [read_progress(self.path, name) for name in self._names]
         unfinished = [name for name, progress in zip(self._names, manifests) if not progress.complete]
         if unfinished:
+            some = printable(", ".join(unfinished[:3])) + ", ..." * (len(unfinished) > 3)
             raise DataError(
                 f"{self.path}: not complete: {len(unfinished)} of {len(self._names)} sources are still to be prepared "
-                f"({printable(', '.join(unfinished[:3]))}{', ...' if len(unfinished) > 3 else ''}); run data.prepare with --resume"
+                f"({some}); run data.prepare with --resume"
             )
         return manifests
 
