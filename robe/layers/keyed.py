@@ -95,22 +95,25 @@ class RobeKeyedEmbeddingBagCollection(nn.Module):
                 self._columns.append(_Column(name, feature, config.embedding_dim))
         # In a collection of robe's a feature is in one table.
         configs = [replace(c, feature_names=[f"{feature}@{c.name}" for feature in c.feature_names]) for c in configs]
-        self.collections = nn.ModuleList()
         shared: LayerOptions = {
             "array": array,
             "block_size": block_size,
             "sign": options.get("sign", False),
             "admission": options.get("admission"),
         }
-        for members, _ in groups.values():
-            of_group = [configs[k] for k in members]
-            if first_slot is not None:
-                shared["hash"] = "identity"
-            self.collections.append(
-                RobeEmbeddingBagCollection(of_group, table_ids=members, first_slot=first_slot or 0, **shared)
+        slots = dict.fromkeys(groups, 0)
+        if first_slot is not None:
+            shared["hash"] = "identity"
+            # Rows of 4, 8, 16 ... numbers first: wherever they end, the next are aligned.
+            for group in sorted(groups, key=lambda group: -(group[0] & -group[0])):
+                slots[group] = first_slot
+                first_slot += group[0] * sum(configs[k].num_embeddings or 0 for k in groups[group][0])
+        self.collections = nn.ModuleList(
+            RobeEmbeddingBagCollection(
+                [configs[k] for k in members], table_ids=members, first_slot=slots[group], **shared
             )
-            if first_slot is not None:
-                first_slot += sum((c.num_embeddings or 0) * c.embedding_dim for c in of_group)
+            for group, (members, _) in groups.items()
+        )
         self._columns_of_collection = [columns for _, columns in groups.values()]
 
     def arguments(self) -> dict[str, Any]:

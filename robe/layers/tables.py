@@ -82,6 +82,12 @@ class RobeTables(nn.Module):
             raise ValueError(
                 f"first_slot: expected 0 with hash={hash!r}, which has no order of slots, got {first_slot}"
             )
+        aligned = embedding_dim & -embedding_dim
+        if first_slot % aligned:
+            raise ValueError(
+                f"first_slot: expected a multiple of {aligned}, the power of two in embedding_dim={embedding_dim}, "
+                f"got {first_slot}"
+            )
         if TRAITS[hash].key == "table":
             keys = [table_key(array.seed, table_id) for table_id in table_ids]
         else:

@@ -106,8 +106,10 @@ def _load_tables(
     fits = exists
     if HASH == "identity":
         size = choices + (Z - 1)
-        fits = (bound > 0) & (key >= 0) & (key % D == 0) & (key + bound * D <= size)
-        tl.device_assert(fits | ~exists, "hash 'identity': a table does not lie within the array, at a multiple of D")
+        fits = (bound > 0) & (key >= 0) & (key % (D & -D) == 0) & (key + bound * D <= size)
+        tl.device_assert(
+            fits | ~exists, "hash 'identity': a table does not lie within the array, at a multiple of D & -D"
+        )
         fits = fits & exists
     return key, bound, fits
 

@@ -317,11 +317,22 @@ def test_an_array_with_room_for_every_weight_gives_each_a_slot(options):
 
 
 def test_keyed_collections_lie_one_behind_the_other_on_a_shared_array():
-    array = robe.RobeArray(2 * FLOATS)
-    layers = [robe.RobeKeyedEmbeddingBagCollection(FIT, array=array, first_slot=k * FLOATS) for k in range(2)]
-    assert torch.cat([slots_read(layer) for layer in layers]).sort().values.tolist() == list(range(2 * FLOATS))
+    array, second = robe.RobeArray(2 * FLOATS + 2), FLOATS + 2
+    layers = [robe.RobeKeyedEmbeddingBagCollection(FIT, array=array, first_slot=first) for first in (0, second)]
+    for layer, first in zip(layers, (0, second)):
+        assert slots_read(layer).sort().values.tolist() == list(range(first, first + FLOATS))
     with pytest.raises(ValueError, match="the array has"):
-        robe.RobeKeyedEmbeddingBagCollection(FIT, array=array, first_slot=FLOATS + 1)
+        robe.RobeKeyedEmbeddingBagCollection(FIT, array=array, first_slot=second + 4)
+    with pytest.raises(ValueError, match="first_slot: expected a multiple of 4, the power of two in embedding_dim=4"):
+        robe.RobeKeyedEmbeddingBagCollection(FIT, array=array, first_slot=1)
+
+
+def test_tables_of_odd_dimensions_lie_behind_those_that_have_to_be_aligned():
+    tables = [robe.EmbeddingBagConfig(f"t{dim}", 5, dim, [f"f{dim}"]) for dim in (3, 8, 6, 4)]
+    layer = robe.RobeKeyedEmbeddingBagCollection(tables, compression=1)
+    layer.array.weight.data.copy_(torch.arange(105))
+    begin = {c.embedding_dim: int(c.full_weight(c.feature_names[0])[0, 0]) for c in layer.collections}
+    assert begin == {8: 0, 4: 40, 6: 60, 3: 90}
 
 
 @pytest.mark.parametrize(

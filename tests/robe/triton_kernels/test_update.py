@@ -73,5 +73,5 @@ def test_gradients_and_states_of_other_shapes_are_refused():
         with pytest.raises(ValueError, match=r"grad: expected torch.float32 \(4, 1, 8\) on cpu, got "):
             updated(KERNELS["update_"], problem.weight, "adam", RULES["adam"], [(grad, lookup[1:])])
     for state in ([], [torch.ones(1000)], [torch.ones(1000), torch.ones(99)]):
-        with pytest.raises(ValueError, match=r"state: expected 2 tensors like the weights \(1000,\), got"):
+        with pytest.raises(ValueError, match=r"state: expected (2 tensors for adam, got|tensors like weight)"):
             KERNELS["update_"](problem.weight, state, "adam", RULES["adam"], [], [], [], [], [], [], [], [])
