@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from robe import backends
-from robe.ops.schema import refuse_second_derivative
+from robe.ops.layout import require_tensors
+from robe.ops.schema import refuse_second_derivative, register_fakes
 
 PANEL = 32  # outputs of a layer whose weights lie together
 
@@ -30,6 +31,7 @@ for _schema in (
 
 def _vectors(dense: Tensor, embeddings: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """All vectors (B, F + 1, D), and the two of each pair."""
+    require_tensors(dense=dense, embeddings=embeddings)
     if dense.dim() != 2 or embeddings.dim() != 3 or dense.shape != embeddings.shape[::2]:
         raise ValueError(
             "dense and embeddings: expected (B, D) and (B, F, D), "
@@ -82,6 +84,7 @@ def pack_linear(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def _check_mlp(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], width: int) -> None:
+    require_tensors(x=x)
     if x.dim() != 2 or x.dtype != torch.float32:
         raise ValueError(f"x: expected a float32 matrix (B, fan_in), got {x.dtype} {tuple(x.shape)}")
     if not weights or len(weights) != len(biases):
@@ -118,18 +121,18 @@ for _name, _body in REFERENCE.items():
     torch.library.impl(f"dlrm::{_name}", "CompositeExplicitAutograd", _body)
 
 
-@torch.library.register_fake("dlrm::dot_interaction")
+@register_fakes("dlrm::dot_interaction")
 def _(dense, embeddings):
     count = embeddings.shape[1] + 1
     return dense.new_empty(dense.shape[0], dense.shape[1] + count * (count - 1) // 2)
 
 
-@torch.library.register_fake("dlrm::dot_interaction_backward")
+@register_fakes("dlrm::dot_interaction_backward")
 def _(grad, dense, embeddings):
     return dense.new_empty(dense.shape), embeddings.new_empty(embeddings.shape)
 
 
-@torch.library.register_fake("dlrm::mlp")
+@register_fakes("dlrm::mlp")
 def _(x, weights, biases, width, relu_last):
     _check_mlp(x, weights, biases, width)
     return x.new_empty(x.shape[0], width)

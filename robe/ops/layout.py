@@ -236,7 +236,7 @@ class UpdateLists(NamedTuple):
                 pooling = POOLINGS[code.pooling - 1]
                 factors = self.per_sample_weights[k]
                 bags = Bags(self.offsets[k], factors if pooling == "sum" and len(factors) else None, pooling)
-            yield grad, Call(self.ids[k], bags, tables, self.filters[k] if len(self.filters[k]) else None)
+            yield grad, Call(self.ids[k], bags, tables, self.filters[k] if self.filters[k].numel() else None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -265,10 +265,16 @@ def group_bits(weight: Tensor, scale: Tensor) -> int:
 # Checks of types and shapes. Fakes and bodies run the same ones; all raise ValueError.
 
 
+def require_tensors(**given: Any) -> None:
+    """Check that arguments are tensors: torch's dispatcher takes None for one."""
+    for name, value in given.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name}: expected a tensor, got {value!r}")
+
+
 def check_array(weight: Tensor, scale: Tensor | None = None) -> None:
     """Check the array, and its scale where it is int8."""
-    if not isinstance(weight, Tensor):
-        raise ValueError(f"weight: expected a tensor, got {weight!r}")
+    require_tensors(weight=weight)
     if weight.dim() != 1 or not (weight.is_floating_point() or weight.dtype == torch.int8):
         raise ValueError(f"weight: expected a floating-point vector (m,), got {weight.dtype} {tuple(weight.shape)}")
     if (scale is not None) != (weight.dtype == torch.int8):
@@ -382,6 +388,7 @@ def check_step(
     weight: Tensor, state: Sequence[Tensor], rule: str, options: Sequence[float], grads: Sequence[Tensor]
 ) -> None:
     """Check what ``update_`` writes, its rule and its options."""
+    require_tensors(weight=weight)
     if rule not in RULES:
         raise ValueError(f"rule: expected one of {', '.join(RULES)}, got {rule!r}")
     if len(options) != 5:

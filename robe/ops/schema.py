@@ -77,26 +77,35 @@ for _name, _body in REFERENCE.items():
 # Fakes: the shapes alone, for torch.compile and torch.export
 
 
-def _register_fakes(*names: str) -> Callable[[Callable[..., Any]], None]:
-    """Register a fake for some operators, which refuses meta tensors beside real ones.
+def register_fakes(*names: str) -> Callable[[Callable[..., Any]], None]:
+    """Register a fake for operators such as "robe::lookup", which refuses meta tensors beside real ones, and None.
 
     torch calls the fake as soon as one argument is a meta tensor. What it returns holds no values, or has the device of
     a real argument and unset memory. The tables alone may be real: a layer keeps them so while its array is on meta.
+
+    Raises:
+        ValueError: by the fake: its arguments are mixed, or there is none for a tensor; names the argument.
     """
 
     def register(fake: Callable[..., Any]) -> None:
         for name in names:
-            torch.library.register_fake(f"robe::{name}", _without_mixtures(name, fake))
+            torch.library.register_fake(name, _whole(name, fake))
 
     return register
 
 
-def _without_mixtures(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
-    parameters = [parameter.name for parameter in getattr(torch.ops.robe, name).default._schema.arguments]
+def _whole(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    namespace, operator = name.split("::")
+    arguments_of = getattr(getattr(torch.ops, namespace), operator).default._schema.arguments
+    parameters = [argument.name for argument in arguments_of]
+    needed = {argument.name for argument in arguments_of if str(argument.type) == "Tensor"}
 
     def checked(*arguments: Any, **named: Any) -> Any:
-        result = fake(*arguments, **named)  # which may have more to say of the arguments
         given = {**dict(zip(parameters, arguments)), **named}
+        for parameter in needed:
+            if given.get(parameter) is None:
+                raise ValueError(f"{parameter}: expected a tensor, got None")
+        result = fake(*arguments, **named)  # which may have more to say of the arguments
         real, meta = [], []
         for parameter, value in given.items():
             tensors = [x for x in (value if isinstance(value, list) else [value]) if isinstance(x, Tensor)]
@@ -118,13 +127,13 @@ def _checked(weight: Tensor, call: Call) -> Call:
     return call
 
 
-@_register_fakes("lookup", "lookup_forward")
+@register_fakes("robe::lookup", "robe::lookup_forward")
 def _(weight, *arguments):
     call = _checked(weight, unpack_lookup(arguments))
     return weight.new_empty(*call.ids.shape, call.tables.embedding_dim, dtype=embedding_dtype(weight))
 
 
-@_register_fakes("bag", "bag_forward")
+@register_fakes("robe::bag", "robe::bag_forward")
 def _(weight, *arguments):
     call = _checked(weight, unpack_bag(arguments))
     assert call.bags is not None
@@ -133,33 +142,33 @@ def _(weight, *arguments):
     return weight.new_empty(shape, dtype=embedding_dtype(weight))
 
 
-@_register_fakes("lookup_backward", "bag_backward")
+@register_fakes("robe::lookup_backward", "robe::bag_backward")
 def _(grad, weight, *_):
     return torch.empty_like(weight)
 
 
-@_register_fakes("bag_weights_backward")
+@register_fakes("robe::bag_weights_backward")
 def _(grad, weight, values, offsets, per_sample_weights, *_):
     return torch.empty_like(per_sample_weights)
 
 
-@_register_fakes("id_counts")
+@register_fakes("robe::id_counts")
 def _(counters, row_hashes):
     return torch.empty_like(row_hashes)
 
 
-@_register_fakes("frequent_rows_", "observe_ids_")
+@register_fakes("robe::frequent_rows_", "robe::observe_ids_")
 def _(counters, ids, *_):
     return ids.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64)
 
 
-@_register_fakes("sum_gradients")
+@register_fakes("robe::sum_gradients")
 def _(weight, *_):
     sums = weight.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=accumulation_dtype(weight.dtype))
     return torch.empty_like(sums, dtype=torch.int64), sums
 
 
-@_register_fakes("count_ids_", "lookup_out", "bag_out", "update_")
+@register_fakes("robe::count_ids_", "robe::lookup_out", "robe::bag_out", "robe::update_")
 def _(*_, **__):
     return None
 
