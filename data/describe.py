@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from data.counts import TOP_IDS, IdCounts
-from data.files import printable
-from data.schema import DENSE_NAMES, MISSING, NUM_DENSE, NUM_SPARSE, SPARSE_NAMES
+from data.schema import DENSE_NAMES, MISSING, NUM_DENSE, NUM_SPARSE, SPARSE_NAMES, printable
 from data.sources import Source
 
 # Distinct ids of each feature that are counted. The number of distinct ids is exact up to this, above it is estimated

@@ -88,17 +88,6 @@ def _without_numbers(path: Path) -> str:
     return re.sub(r"[0-9]+", "0", stem(path))
 
 
-def printable(text: str | Path) -> str:
-    r"""Return text as one line that can be printed: a newline as \n, a byte of a name that is not UTF-8 as \xe9."""
-    text = str(text)
-    return text if text.isprintable() else "".join(c if c.isprintable() else _escaped(c) for c in text)
-
-
-def _escaped(character: str) -> str:
-    code = ord(character)
-    return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else repr(character)[1:-1]
-
-
 def _entries(folder: Path) -> list[Path]:
     try:
         return [entry for entry in folder.iterdir() if not _NOT_DATA.fullmatch(entry.name)]

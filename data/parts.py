@@ -6,9 +6,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data.batches import split_rows
-from data.files import printable
 from data.formats.prepared import PARTS, Dataset
-from data.schema import DataError
+from data.schema import DataError, printable
 from data.sources import Source, require_one_layout
 
 

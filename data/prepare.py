@@ -26,11 +26,12 @@ from typing import Any
 from tqdm import tqdm
 
 from data.describe import describe, plot_frequencies, table
-from data.files import in_order, printable
+from data.files import in_order
 from data.formats.opening import WRITERS, open_source, open_sources
 from data.formats.prepared import Dataset, SourceProgress
 from data.preparation import Preparation, PrepareOptions, Share, quarantine_file
 from data.program import exit_code
+from data.schema import printable
 from data.sources import Source, files_read
 from robe_files import whole_file
 

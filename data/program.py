@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from data.files import printable
+from data.schema import printable
 
 # What Python, the loader of libraries, torch, CUDA, C++ and polars say where memory or threads run out. They raise
 # RuntimeError, ImportError or an exception of their own.

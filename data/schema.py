@@ -3,6 +3,7 @@
 import reprlib
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,26 @@ DENSE_NAMES = [f"int_{i}" for i in range(NUM_DENSE)]
 SPARSE_NAMES = [f"cat_{i}" for i in range(NUM_SPARSE)]
 
 
+def printable(text: str | Path) -> str:
+    r"""Return text as one line that can be printed: a newline as \n, a byte of a name that is not UTF-8 as \xe9."""
+    text = str(text)
+    return text if text.isprintable() else "".join(c if c.isprintable() else _escaped(c) for c in text)
+
+
+def _escaped(character: str) -> str:
+    code = ord(character)
+    return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else repr(character)[1:-1]
+
+
 class DataError(ValueError):
-    """Data that can't be read. The message names the file and the place, and says what was expected and found."""
+    """Data that can't be read. The message names the file and the place, and says what was expected and found.
+
+    Args:
+        message: shown as one line, whatever characters names and values in it have.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(printable(message))
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.files import printable
 from data.rows import Batch, to_batch
-from data.schema import DataError, Layout
+from data.schema import DataError, Layout, printable
 
 PIECE_ROWS = 1 << 14  # of sources with random access, which could be read in pieces of any size
 

@@ -19,10 +19,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from data.files import printable
 from data.fingerprints import Fingerprint
 from data.formats.writer import Shard, Writer
-from data.schema import DataError, Layout
+from data.schema import DataError, Layout, printable
 from data.sources import RandomAccess, Source, sections
 from data.storage import check_name, read_at
 from robe_json import read_json

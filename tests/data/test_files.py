@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from data.files import data_files, in_order, printable, require_regular, stem
+from data.files import data_files, in_order, require_regular, stem
 from data.schema import DataError
 
 
@@ -129,20 +129,3 @@ def test_other_names_keep_the_order_they_are_given_in():
 )
 def test_stem(name, expected):
     assert stem(Path("folder.gz", name)) == expected
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("plain name é 日", "plain name é 日"),
-        ("a\nb\tc", r"a\nb\tc"),
-        (os.fsdecode(b"tr\xe9in"), r"tr\xe9in"),
-        ("\x1b[31m", r"\x1b[31m"),
-        ("\u2028", r"\u2028"),
-        ("\ud800", r"\ud800"),
-    ],
-)
-def test_names_are_printed_on_one_line(text, expected):
-    assert printable(text) == expected
-    assert printable(Path(text)) == expected
-    printable(text).encode()

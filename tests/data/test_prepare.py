@@ -12,8 +12,8 @@ import pytest
 import data.formats.criteo_tsv
 import data.preparation
 from data import prepare
-from data.files import printable
 from data.formats.opening import open_source
+from data.schema import printable
 from tests.helpers.criteo import make_rows, together, write_log, write_npz, write_parquet
 from tests.helpers.preparing import ALL, DAYS, error_of, left_over, write_days
 from tests.helpers.sources import read, run

@@ -1,10 +1,13 @@
 """Layouts of records: fields without gaps, words and JSON."""
 
 import json
+import os
+import pickle
+from pathlib import Path
 
 import pytest
 
-from data.schema import Layout
+from data.schema import DataError, Layout, printable
 from tests.helpers.sources import HOTS, LAYOUTS, fill
 
 
@@ -48,3 +51,26 @@ def test_layouts_are_told_apart_in_words():
 def test_impossible_layouts(values):
     with pytest.raises(ValueError, match="expected"):
         Layout(**values)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("plain name é 日", "plain name é 日"),
+        ("a\nb\tc", r"a\nb\tc"),
+        (os.fsdecode(b"tr\xe9in"), r"tr\xe9in"),
+        ("\x1b[31m", r"\x1b[31m"),
+        ("\u2028", r"\u2028"),
+        ("\ud800", r"\ud800"),
+    ],
+)
+def test_names_are_printed_on_one_line(text, expected):
+    assert printable(text) == expected
+    assert printable(Path(text)) == expected
+    printable(text).encode()
+
+
+def test_an_error_is_one_line_whatever_names_are_in_it():
+    error = DataError("day\n0: expected a number, got \x1b[2J")
+    assert str(error) == r"day\n0: expected a number, got \x1b[2J"
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
