@@ -3,20 +3,24 @@
     dot_interaction(dense (B, D), embeddings (B, F, D)) -> (B, D + (F + 1) * F / 2)    dot products of all pairs
     dot_interaction_backward                                                           its gradients
     mlp(x (B, fan_in)) -> (B, width)                           linear layers with ReLU between them, without autograd
+    make_plan(weight, ...) -> (1,) int64                       the number of a whole model, ready to predict
+    run_plan(plan, dense (B, num_dense), ids (B, F) or embeddings (B, F, D)) -> (B,)     its probabilities
+    drop_plan(plan)                                            frees it
 
 B examples, F features, D = embedding_dim. The kernels for CPUs are in dlrm/csrc; ``robe.backends`` loads them.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from robe import backends
 from robe.ops.layout import require_tensors
-from robe.ops.schema import refuse_second_derivative, register_fakes
+from robe.ops.schema import TABLES_SCHEMA, refuse_second_derivative, register_fakes
 
 PANEL = 32  # outputs of a layer whose weights lie together
 
@@ -24,6 +28,10 @@ for _schema in (
     "dot_interaction(Tensor dense, Tensor embeddings) -> Tensor",
     "dot_interaction_backward(Tensor grad, Tensor dense, Tensor embeddings) -> (Tensor, Tensor)",
     "mlp(Tensor x, Tensor[] weights, Tensor[] biases, int width, bool relu_last) -> Tensor",
+    f"make_plan(Tensor weight, {TABLES_SCHEMA}, Tensor? scale, Tensor? filter, "
+    "Tensor[] weights, Tensor[] biases, int[] widths, int[] layers) -> Tensor",
+    "run_plan(Tensor plan, Tensor dense, Tensor? ids, Tensor? embeddings=None) -> Tensor",
+    "drop_plan(Tensor plan) -> ()",
 ):
     _name, _signature = _schema.split("(", 1)
     torch.library.define(f"dlrm::{_name}", f"({_signature}", tags=torch.Tag.pt2_compliant_tag)
@@ -89,18 +97,20 @@ def _check_mlp(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], w
         raise ValueError(f"x: expected a float32 matrix (B, fan_in), got {x.dtype} {tuple(x.shape)}")
     if not weights or len(weights) != len(biases):
         raise ValueError("weights and biases: expected one of each for each layer")
-    before = x.shape[1]
+    before = 0
     for i, (w, b) in enumerate(zip(weights, biases)):
-        fits = w.dim() == 3 and (w.shape[1] <= before if i else w.shape[1] == before)
+        fits = w.dim() == 3 and (i == 0 or w.shape[1] <= before)
         if not fits or w.shape[2] != PANEL or w.dtype != torch.float32 or not w.is_contiguous():
-            raise ValueError(
-                f"weights: expected contiguous float32 (panels, {before}, {PANEL}), got {w.dtype} {tuple(w.shape)}"
-            )
+            fan_in = before if i else "fan_in"
+            got = f"{w.dtype} {tuple(w.shape)}"
+            raise ValueError(f"weights: expected contiguous float32 (panels, {fan_in}, {PANEL}), got {got}")
         before = w.shape[0] * PANEL
         if b.shape != (before,) or b.dtype != torch.float32 or not b.is_contiguous():
             raise ValueError(f"biases: expected contiguous float32 ({before},), got {b.dtype} {tuple(b.shape)}")
     if not 1 <= width <= before:
         raise ValueError(f"width: expected 1 to {before}, got {width}")
+    if x.shape[1] != weights[0].shape[1]:
+        raise ValueError(f"x: expected (B, {weights[0].shape[1]}), got {tuple(x.shape)}")
 
 
 def _mlp(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], width: int, relu_last: bool) -> Tensor:
@@ -112,10 +122,79 @@ def _mlp(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], width: 
     return x[:, :width].contiguous()
 
 
+class _Plan(NamedTuple):
+    """What make_plan was given: a lookup without its ids, and chains as arguments of mlp: bottom, top, cross net."""
+
+    weight: Tensor
+    tables: tuple[Any, ...]
+    rest: tuple[Tensor | None, Tensor | None]
+    chains: list[tuple[Any, ...]]
+
+
+_plans: dict[int, _Plan] = {}
+_numbers = itertools.count(1)
+
+
+def _make_plan(weight: Tensor, *arguments: Any) -> Tensor:
+    *tables, scale, filter, weights, biases, widths, layers = arguments
+    if len(layers) < 2 or len(layers) % 2 or len(widths) != len(layers):
+        raise ValueError("widths and layers: expected entries for bottom, top, and V and W of each layer of a cross")
+    if min(layers) < 1 or not sum(layers) == len(weights) == len(biases):
+        raise ValueError(f"weights and biases: expected {sum(layers)} of each, as layers says")
+    ends = list(itertools.accumulate(layers))
+    chains = [
+        (weights[end - count : end], biases[end - count : end], width, i == 0)
+        for i, (end, count, width) in enumerate(zip(ends, layers, widths))
+    ]
+    plan = _Plan(weight, tuple(tables), (scale, filter), chains)
+    features = len(tables[0])
+    _run(plan, torch.zeros(0, chains[0][0][0].shape[1]), tables[0].new_zeros(0, features), None)
+    number = next(_numbers)
+    _plans[number] = plan
+    return torch.tensor([number])
+
+
+def _run(plan: _Plan, dense: Tensor, ids: Tensor | None, embeddings: Tensor | None) -> Tensor:
+    if embeddings is None:
+        embeddings = torch.ops.robe.lookup_forward(plan.weight, ids, *plan.tables, *plan.rest).float()
+    bottom, top, *cross = plan.chains
+    x = torch.ops.dlrm.mlp(dense, *bottom)
+    if cross:
+        x = x0 = torch.cat([x, embeddings.flatten(1)], dim=1)
+        for v, w in zip(cross[::2], cross[1::2]):
+            x = torch.addcmul(x, x0, torch.ops.dlrm.mlp(torch.ops.dlrm.mlp(x, *v), *w))
+    else:
+        x = torch.ops.dlrm.dot_interaction(x, embeddings)
+    return torch.ops.dlrm.mlp(x, *top).sigmoid().squeeze(1)
+
+
+def _number(plan: Tensor) -> int:
+    require_tensors(plan=plan)
+    if plan.dtype != torch.int64 or plan.shape != (1,):
+        raise ValueError(f"plan: expected int64 (1,), got {plan.dtype} {tuple(plan.shape)}")
+    return int(plan)
+
+
+def _run_plan(plan: Tensor, dense: Tensor, ids: Tensor | None, embeddings: Tensor | None = None) -> Tensor:
+    require_tensors(dense=dense)
+    if _number(plan) not in _plans:
+        raise ValueError(f"plan: expected one that make_plan returned, got {_number(plan)}")
+    if (ids is None) == (embeddings is None):
+        raise ValueError("ids and embeddings: expected one of them")
+    return _run(_plans[_number(plan)], dense, ids, embeddings)
+
+
+def _drop_plan(plan: Tensor) -> None:
+    _plans.pop(_number(plan), None)
+
+
 REFERENCE: dict[str, Callable[..., Any]] = {
     "dot_interaction": _dot_interaction,
     "dot_interaction_backward": _dot_interaction_backward,
     "mlp": _mlp,
+    "make_plan": _make_plan,
+    "run_plan": _run_plan,
+    "drop_plan": _drop_plan,
 }
 for _name, _body in REFERENCE.items():
     torch.library.impl(f"dlrm::{_name}", "CompositeExplicitAutograd", _body)
@@ -130,6 +209,21 @@ def _(dense, embeddings):
 @register_fakes("dlrm::dot_interaction_backward")
 def _(grad, dense, embeddings):
     return dense.new_empty(dense.shape), embeddings.new_empty(embeddings.shape)
+
+
+@register_fakes("dlrm::make_plan")
+def _(weight, *_):
+    return weight.new_empty(1, dtype=torch.int64)
+
+
+@register_fakes("dlrm::drop_plan")
+def _(plan):
+    return None
+
+
+@register_fakes("dlrm::run_plan")
+def _(plan, dense, ids, embeddings=None):
+    return dense.new_empty(dense.shape[0])
 
 
 @register_fakes("dlrm::mlp")

@@ -102,6 +102,8 @@ def load_library(package: Path) -> str:
         return f"{file.name} can't be loaded: {error}"
     library.robe_isa.restype = ctypes.c_char_p
     library.robe_set_isa.argtypes, library.robe_set_isa.restype = [ctypes.c_char_p], ctypes.c_bool
+    if hasattr(library, "robe_connect") and _libraries:  # it reads embeddings as robe's own operators do
+        library.robe_connect(ctypes.cast(_libraries[0].robe_read, ctypes.c_void_p))
     _libraries.append(library)
     return ""
 

@@ -14,6 +14,7 @@
 #include "instruction_sets.h"
 
 #include "arguments.h"
+#include "plan.h"
 
 namespace robe {
 namespace {
@@ -93,41 +94,21 @@ void dot_interaction_backward(Value* stack, uint64_t, uint64_t) {
 void mlp(Value* stack, uint64_t, uint64_t) {
   Arguments in{stack};
   const Tensor given = in.tensor();
-  const auto weights = in.list<Tensor>(), biases = in.list<Tensor>();
-  Mlp x{};
-  x.width = in.integer();
+  auto weights = in.list<Tensor>(), biases = in.list<Tensor>();
+  const int64_t width = in.integer();
   const bool relu_last = in.boolean();
   EXPECT(given.dim() == 2 && given.scalar_type() == ScalarType::Float,
          "x: expected a float32 matrix (B, fan_in), got " + type(given) + " " + shape(given));
+  const Chain chain(std::move(weights), std::move(biases), width, relu_last);
+  EXPECT(given.size(1) == chain.fan_in(), "x: expected (B, " + str(chain.fan_in()) + "), got " + shape(given));
   const Tensor input = dense_rows("x", given);
-  EXPECT(!weights.empty() && weights.size() == biases.size(), "weights and biases: expected one of each for each layer");
-  std::vector<Layer> layers(weights.size());
-  int64_t before = input.size(1), products = 0;  // outputs of the layer before
-  for (size_t i = 0; i < weights.size(); ++i) {
-    const Tensor &w = weights[i], &b = biases[i];
-    EXPECT(w.dim() == 3 && w.size(2) == kPanel && w.scalar_type() == ScalarType::Float && w.is_contiguous() &&
-               (i ? w.size(1) <= before : w.size(1) == before),
-           "weights: expected contiguous float32 (panels, " + str(before) + ", " + str(kPanel) + "), got " + type(w) + " " +
-               shape(w));
-    EXPECT(b.dim() == 1 && b.numel() == product(w.size(0), kPanel) && b.scalar_type() == ScalarType::Float && b.is_contiguous(),
-           "biases: expected contiguous float32 (" + str(product(w.size(0), kPanel)) + ",), got " + type(b) + " " + shape(b));
-    layers[i] = {static_cast<const float*>(w.const_data_ptr()), static_cast<const float*>(b.const_data_ptr()), w.size(1),
-                 w.size(0), i + 1 < weights.size() || relu_last};
-    before = b.numel();
-    products += w.numel();
-  }
-  EXPECT(x.width >= 1 && x.width <= before, "width: expected 1 to " + str(before) + ", got " + str(x.width));
-  x.layer = layers.data();
-  x.layers = static_cast<int64_t>(layers.size());
-  x.batch = input.size(0);
-  x.in = static_cast<const float*>(input.const_data_ptr());
-  x.in_stride = stride_of(input, 0);
-  const int64_t sizes[2] = {x.batch, x.width};
+  const int64_t sizes[2] = {input.size(0), chain.width}, stride = stride_of(input, 0);
   Tensor out = new_tensor(sizes, ScalarType::Float);
-  x.out = static_cast<float*>(out.mutable_data_ptr());
-  constexpr int64_t worth = 1 << 20;  // multiplications that are worth a thread
-  parallel_for(0, x.batch, std::max<int64_t>(1, worth / std::max<int64_t>(1, products)),
-                              [&](int64_t begin, int64_t end) { kernels->mlp(x, begin, end); });
+  const float* const from = static_cast<const float*>(input.const_data_ptr());
+  float* const to = static_cast<float*>(out.mutable_data_ptr());
+  parallel_for(0, sizes[0], rows_worth_a_thread(chain.products), [&](int64_t begin, int64_t end) {
+    chain.run(from + begin * stride, stride, to + begin * chain.width, end - begin);
+  });
   stack[0] = value_of(out);
 }
 
@@ -136,7 +117,13 @@ const Registration registration(
         {"dot_interaction", &dot_interaction},
         {"dot_interaction_backward", &dot_interaction_backward},
         {"mlp", &mlp},
+        {"make_plan", &make_plan},
+        {"run_plan", &run_plan},
+        {"drop_plan", &drop_plan},
     });
 
 }  // namespace
 }  // namespace robe
+
+// Take the reader of embeddings from the other library of kernels.
+extern "C" ROBE_EXPORT void robe_connect(bool (*read)(const robe::Job*, int64_t, int64_t)) { robe::read_embeddings = read; }

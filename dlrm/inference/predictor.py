@@ -1,8 +1,7 @@
 """A trained DLRM made ready to predict: precision chosen, and weights laid out for the CPU."""
 
 import copy
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -11,13 +10,12 @@ from torch import Tensor, nn
 
 from dlrm.batch import Batch
 from dlrm.embeddings import bags, synthetic_ids
-from dlrm.model import DLRM, MLP, CrossInteraction
-from dlrm.ops import pack_linear
-from robe import RobeEmbeddingBagCollection, backend
+from dlrm.inference.packing import Cross, Panels, packed
+from dlrm.inference.plan import Plan
+from dlrm.model import DLRM, CrossInteraction
+from robe import RobeEmbeddingBagCollection
 
 DTYPES = ("float32", "bfloat16", "int8")
-
-LinearFunction = Callable[[Tensor], Tensor]  # (B, fan_in), float32 or the dtype of the layer before -> (B, fan_out)
 
 _ROWS_AT_ONCE = 512  # so that activations and embeddings of a larger batch stay in the second-level cache
 
@@ -56,11 +54,14 @@ class Predictor:
 
     def _lay_out(self) -> None:
         bottom, interaction, top = self._layers
-        self._interaction = interaction
-        if isinstance(interaction, CrossInteraction):
-            self._interaction = _packed_cross(interaction, self.mlp_dtype)
         self._widths = self.config.num_dense, self.config.num_ids
-        self._bottom, self._top = _packed(bottom, self.mlp_dtype), _packed(top, self.mlp_dtype)
+        self._bottom, self._top = packed(bottom, self.mlp_dtype), packed(top, self.mlp_dtype)
+        self._interaction: Callable[[Tensor, Tensor], Tensor] = (
+            Cross(interaction, self.mlp_dtype) if isinstance(interaction, CrossInteraction) else interaction
+        )
+        self._plan = None
+        if isinstance(self._bottom, Panels) and isinstance(self._top, Panels):
+            self._plan = Plan(self.config, self.embeddings, self._bottom, self._interaction, self._top)
 
     def __getstate__(self) -> dict[str, Any]:
         # Without what _lay_out has made: it is for this CPU, and torch can't pickle all of it.
@@ -90,10 +91,12 @@ class Predictor:
             ValueError: dense or sparse is something else; the message says which, and what was expected. With MLPs in
                 low precision also for NaN and infinity in dense, which would change into some number there.
         """
+        self._check(dense, sparse)
+        if self._plan is not None and clock is None and self._plan.reads_ids:
+            return self._plan(dense, sparse)
         with torch.inference_mode():
-            if isinstance(sparse, Tensor) and sparse.dtype is torch.int32:
+            if sparse.dtype is torch.int32:
                 sparse = sparse.long()
-            self._check(dense, sparse)
             if len(dense) <= _ROWS_AT_ONCE:
                 return self._predict_piece(dense, sparse, clock)
             pieces = zip(dense.split(_ROWS_AT_ONCE), sparse.split(_ROWS_AT_ONCE))
@@ -103,7 +106,7 @@ class Predictor:
         """Check the arguments of a call, without an operator of torch where it can be: each takes 10 us."""
         dense_width, sparse_width = self._widths
         _require_matrix("dense", dense, dense_width, torch.float32)
-        _require_matrix("sparse", sparse, sparse_width, torch.int64)
+        _require_matrix("sparse", sparse, sparse_width, torch.int64, torch.int32)
         if len(dense) != len(sparse):
             raise ValueError(f"dense and sparse: expected as many rows, got {len(dense)} and {len(sparse)}")
         if self.mlp_dtype != "float32":
@@ -126,6 +129,8 @@ class Predictor:
             yield probabilities
 
     def _predict_piece(self, dense: Tensor, sparse: Tensor, clock: Callable[[str], None] | None) -> Tensor:
+        if self._plan is not None and clock is None:
+            return self._plan(dense, embeddings=self._embed(sparse))
         x = self._bottom(dense).float()
         if clock:
             clock("mlp")
@@ -151,10 +156,10 @@ class Predictor:
         return self.embeddings(*ids).float()
 
 
-def _require_matrix(name: str, x: Tensor, width: int, dtype: torch.dtype) -> None:
+def _require_matrix(name: str, x: Tensor, width: int, *dtypes: torch.dtype) -> None:
     if (
         isinstance(x, Tensor)
-        and x.dtype is dtype
+        and x.dtype in dtypes
         and x.dim() == 2
         and x.shape[1] == width
         and x.is_cpu
@@ -164,7 +169,7 @@ def _require_matrix(name: str, x: Tensor, width: int, dtype: torch.dtype) -> Non
     got = type(x).__name__
     if isinstance(x, Tensor):
         got = f"{tuple(x.shape)} {x.dtype} on {x.device}" + f", {x.layout}" * (x.layout is not torch.strided)
-    raise ValueError(f"{name}: expected a tensor (B, {width}) {dtype} on cpu, got {got}".replace("torch.", ""))
+    raise ValueError(f"{name}: expected a tensor (B, {width}) {dtypes[0]} on cpu, got {got}".replace("torch.", ""))
 
 
 def _require_finite(dense: Tensor) -> None:
@@ -232,75 +237,3 @@ def array_bytes(embeddings: nn.Module) -> int:
     else:
         tensors = [*embeddings.parameters(), *embeddings.buffers()]
     return sum(x.numel() * x.element_size() for x in tensors)
-
-
-def _packed(mlp: MLP, dtype: str) -> LinearFunction:
-    linears = [x for x in mlp if isinstance(x, nn.Linear)]
-    return _chain(linears, dtype, relu_last=isinstance(mlp[-1], nn.ReLU))
-
-
-def _packed_cross(cross: CrossInteraction, dtype: str):
-    layers = [
-        (_chain([v], dtype, relu_last=False), _chain([w], dtype, relu_last=False))
-        for v, w in zip(cross.net.v, cross.net.w)
-    ]
-
-    def run(dense: Tensor, embeddings: Tensor) -> Tensor:
-        x = x0 = torch.cat([dense, embeddings.flatten(1)], dim=1)
-        for v, w in layers:
-            x = torch.addcmul(x, x0, w(v(x)).float())
-        return x
-
-    return run
-
-
-def _chain(linears: Sequence[nn.Module], dtype: str, relu_last: bool) -> LinearFunction:
-    """Return linear layers with ReLU between them as one function, its weights laid out for this CPU."""
-    weights: list[tuple[Tensor, Tensor | None]] = []
-    for linear in linears:
-        assert isinstance(linear, nn.Linear)
-        weights.append((linear.weight.detach(), None if linear.bias is None else linear.bias.detach()))
-    if dtype == "float32" and "avx" in backend()["cpu"]:  # elsewhere torch's own BLAS is faster
-        packed, biases = map(list, zip(*(pack_linear(*layer) for layer in weights)))
-        width = len(weights[-1][0])
-        return lambda x: torch.ops.dlrm.mlp(x, packed, biases, width, relu_last)
-    pack = {"float32": _float32_linear, "bfloat16": _bfloat16_linear, "int8": _int8_linear}[dtype]
-    layers = [pack(*layer, relu=relu_last or i + 1 < len(weights)) for i, layer in enumerate(weights)]
-
-    def run(x: Tensor) -> Tensor:
-        for layer in layers:
-            x = layer(x)
-        return x
-
-    return run
-
-
-def _float32_linear(weight: Tensor, bias: Tensor | None, relu: bool) -> LinearFunction:
-    transposed = weight.t()
-    bias = weight.new_zeros(len(weight)) if bias is None else bias
-
-    def run(x: Tensor) -> Tensor:
-        x = torch.addmm(bias, x, transposed)
-        return x.relu_() if relu else x
-
-    return run
-
-
-def _bfloat16_linear(weight: Tensor, bias: Tensor | None, relu: bool) -> LinearFunction:
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight.bfloat16(), None)
-    bias = None if bias is None else bias.bfloat16()
-    after = "relu" if relu else "none"
-    return lambda x: torch.ops.mkldnn._linear_pointwise(x.bfloat16(), packed, bias, after, [], "")
-
-
-def _int8_linear(weight: Tensor, bias: Tensor | None, relu: bool) -> LinearFunction:
-    scale = weight.abs().amax(1).clamp(min=1e-12) / 127
-    with warnings.catch_warnings():
-        # torch deprecates quantized tensors, but its kernels take the weights in no other form.
-        warnings.filterwarnings("ignore", message=".*quantized tensor creation functions", category=UserWarning)
-        rounded = torch.quantize_per_channel(
-            weight, scale.double(), torch.zeros(len(weight), dtype=torch.long), 0, torch.qint8
-        )
-    packed = torch.ops.quantized.linear_prepack(rounded, bias)
-    operator = torch.ops.quantized.linear_relu_dynamic if relu else torch.ops.quantized.linear_dynamic
-    return lambda x: operator(x.float(), packed)

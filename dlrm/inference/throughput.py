@@ -27,7 +27,7 @@ _TURN = 0.1  # seconds of calls of one candidate before the next one's turn
 _PAUSE = 0.06  # seconds before a turn: ONNX Runtime's threads keep cores busy for 40 ms after their last work
 _SHARE_OF_MEMORY = 0.6  # most of the available memory that full tables take
 
-Clock = Callable[[str], None]
+Clock = Callable[[str], None] | None
 
 
 class TensorBatch(NamedTuple):
@@ -49,7 +49,8 @@ class Candidate:
     """A model to time.
 
     Attributes:
-        run: (dense, sparse, clock) -> probabilities (B,). The clock is that of Predictor, and need not be called.
+        run: (dense, sparse, clock) -> probabilities (B,). The clock is that of Predictor, or None, and
+            need not be called.
         note: a remark for the report.
         num_embeddings: (H,), the size of each id's table, for models that take only ids below it; None: any id.
         scores: auc, log_loss and rows, once known.
@@ -154,14 +155,10 @@ def score_all(candidates: Mapping[str, Candidate], batches: Iterable[Batch], pro
             raise ValueError("labels: expected to score models, got none")
         for candidate, scores in trained:
             inputs = torch.from_numpy(batch.dense), torch.from_numpy(batch.sparse)
-            scores.add(batch.labels, candidate.run(*inputs, _no_clock).numpy())
+            scores.add(batch.labels, candidate.run(*inputs, None).numpy())
         progress(len(batch.dense))
     for candidate, scores in trained:
         candidate.scores = scores.result()
-
-
-def _no_clock(stage: str) -> None:
-    pass
 
 
 def measure_all(
@@ -198,41 +195,49 @@ def measure(
 
     Returns:
         For each candidate: rows_per_second (from the median), milliseconds {p50, p90, p99, mean} of a call, calls, and
-        stages, the mean milliseconds of each of STAGES in a call; None for candidates that do not use the clock.
+        stages, the mean milliseconds of each of STAGES, from calls of their own, in which the stages run one after the
+        other; None for candidates that do not use the clock.
     """
     inputs = {name: candidate.inputs(batches) for name, candidate in candidates.items()}
     times: dict[str, list[float]] = {name: [] for name in candidates}
-    stages: dict[str, dict[str, float]] = {name: {} for name in candidates}
+    stages: dict[str, list[dict[str, float]]] = {name: [] for name in candidates}
     for name, candidate in candidates.items():
         for batch in inputs[name][:3]:
-            _timed_call(candidate, batch, {})
+            candidate.run(*batch, None)
     begin = time.perf_counter()
     while time.perf_counter() - begin < seconds or len(next(iter(times.values()))) < least_calls:
         for name, own in inputs.items():
             time.sleep(_PAUSE)
-            candidates[name].run(*own[len(times[name]) % len(own)], _no_clock)  # refills the caches
+            run = candidates[name].run
+            run(*own[len(times[name]) % len(own)], None)  # refills the caches
             turn = time.perf_counter()
             while time.perf_counter() - turn < _TURN:
                 batch = own[len(times[name]) % len(own)]
-                times[name].append(_timed_call(candidates[name], batch, stages[name]))
+                start = time.perf_counter()
+                run(*batch, None)
+                times[name].append(time.perf_counter() - start)
+            turn = time.perf_counter()
+            while time.perf_counter() - turn < _TURN / 5 and {} not in stages[name]:
+                stages[name].append(_stages_of(run, own[len(stages[name]) % len(own)]))
     return {name: _summary(times[name], stages[name], len(batches[0].dense)) for name in candidates}
 
 
-def _timed_call(candidate: Candidate, batch: TensorBatch, stages: dict[str, float]) -> float:
-    """Return the seconds of a call, and add those of its stages to ``stages``."""
-    start = last = time.perf_counter()
+def _stages_of(run: Callable[[Tensor, Tensor, Clock], Tensor], batch: TensorBatch) -> dict[str, float]:
+    """Return the seconds of each stage of a call; {} if it does not use the clock."""
+    seconds: dict[str, float] = {}
+    last = time.perf_counter()
 
     def clock(stage: str) -> None:
         nonlocal last
         now = time.perf_counter()
-        stages[stage] = stages.get(stage, 0) + now - last
+        seconds[stage] = seconds.get(stage, 0) + now - last
         last = now
 
-    candidate.run(*batch, clock)
-    return time.perf_counter() - start
+    run(*batch, clock)
+    return seconds
 
 
-def _summary(seconds: list[float], stages: dict[str, float], batch_size: int) -> dict[str, Any]:
+def _summary(seconds: list[float], stages: list[dict[str, float]], batch_size: int) -> dict[str, Any]:
     p50, p90, p99 = np.percentile(seconds, [50, 90, 99]).tolist()
     return {
         "rows_per_second": batch_size / p50,
@@ -243,7 +248,9 @@ def _summary(seconds: list[float], stages: dict[str, float], batch_size: int) ->
             "mean": sum(seconds) / len(seconds) * 1e3,
         },
         "calls": len(seconds),
-        "stages": {stage: stages[stage] / len(seconds) * 1e3 for stage in STAGES} if stages else None,
+        "stages": None
+        if {} in stages
+        else {stage: sum(x[stage] for x in stages) / len(stages) * 1e3 for stage in STAGES},
     }
 
 

@@ -23,7 +23,7 @@ Dtype dtype_of(const Tensor& t) {
   }
 }
 
-size_t item_size(Dtype dtype) {
+inline size_t item_size(Dtype dtype) {
   return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : dtype == Dtype::int8 ? 1 : 2;
 }
 

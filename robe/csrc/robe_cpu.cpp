@@ -11,7 +11,7 @@
 #include <immintrin.h>
 #endif
 
-#include "job.h"
+#include "kernel_set.h"
 #define ROBE_KERNELS_OF_A_SET "kernels.h"
 #include "instruction_sets.h"
 
@@ -318,3 +318,8 @@ const Registration registration(
 
 }  // namespace
 }  // namespace robe
+
+// What kernels->read is, for other libraries of kernels: they are built with this one, from the same headers.
+extern "C" ROBE_EXPORT bool robe_read(const robe::Job* job, int64_t begin, int64_t end) {
+  return robe::kernels->read(*job, begin, end);
+}

@@ -45,20 +45,20 @@ from robe.ops.layout import (
 REFERENCE = {**reference.BODIES, **counting.BODIES}
 
 _LAYOUT = "int embedding_dim, int block_size, str hash, bool sign, int? padding_idx"
-_TABLES = f"Tensor table_keys, Tensor num_embeddings, {_LAYOUT}"
+TABLES_SCHEMA = f"Tensor table_keys, Tensor num_embeddings, {_LAYOUT}"
 _BAGS = "Tensor values, Tensor offsets, Tensor? per_sample_weights, str pooling"
 _FILTER = "Tensor? filter=None"
 _LISTS = ", ".join(f"Tensor[] {name}" for name in UpdateLists._fields if name != "layouts")
 SCHEMAS = (
-    f"lookup(Tensor weight, Tensor ids, {_TABLES}, Tensor? scale=None, {_FILTER}) -> Tensor",
-    f"lookup_forward(Tensor weight, Tensor ids, {_TABLES}, Tensor? scale=None, {_FILTER}) -> Tensor",
-    f"lookup_out(Tensor weight, Tensor ids, {_TABLES}, Tensor? scale, Tensor(a!) out, {_FILTER}) -> ()",
-    f"lookup_backward(Tensor grad, Tensor weight, Tensor ids, {_TABLES}, {_FILTER}) -> Tensor",
-    f"bag(Tensor weight, {_BAGS}, {_TABLES}, Tensor? scale=None, {_FILTER}) -> Tensor",
-    f"bag_forward(Tensor weight, {_BAGS}, {_TABLES}, Tensor? scale=None, {_FILTER}) -> Tensor",
-    f"bag_out(Tensor weight, {_BAGS}, {_TABLES}, Tensor? scale, Tensor(a!) out, {_FILTER}) -> ()",
-    f"bag_backward(Tensor grad, Tensor weight, {_BAGS}, {_TABLES}, {_FILTER}) -> Tensor",
-    f"bag_weights_backward(Tensor grad, Tensor weight, {_BAGS}, {_TABLES}, {_FILTER}) -> Tensor",
+    f"lookup(Tensor weight, Tensor ids, {TABLES_SCHEMA}, Tensor? scale=None, {_FILTER}) -> Tensor",
+    f"lookup_forward(Tensor weight, Tensor ids, {TABLES_SCHEMA}, Tensor? scale=None, {_FILTER}) -> Tensor",
+    f"lookup_out(Tensor weight, Tensor ids, {TABLES_SCHEMA}, Tensor? scale, Tensor(a!) out, {_FILTER}) -> ()",
+    f"lookup_backward(Tensor grad, Tensor weight, Tensor ids, {TABLES_SCHEMA}, {_FILTER}) -> Tensor",
+    f"bag(Tensor weight, {_BAGS}, {TABLES_SCHEMA}, Tensor? scale=None, {_FILTER}) -> Tensor",
+    f"bag_forward(Tensor weight, {_BAGS}, {TABLES_SCHEMA}, Tensor? scale=None, {_FILTER}) -> Tensor",
+    f"bag_out(Tensor weight, {_BAGS}, {TABLES_SCHEMA}, Tensor? scale, Tensor(a!) out, {_FILTER}) -> ()",
+    f"bag_backward(Tensor grad, Tensor weight, {_BAGS}, {TABLES_SCHEMA}, {_FILTER}) -> Tensor",
+    f"bag_weights_backward(Tensor grad, Tensor weight, {_BAGS}, {TABLES_SCHEMA}, {_FILTER}) -> Tensor",
     "count_ids_(Tensor(a!) counters, Tensor ids, Tensor keys, Tensor(b!)? clicks=None, Tensor? labels=None) -> ()",
     "id_counts(Tensor counters, Tensor row_hashes) -> Tensor",
     "frequent_rows_(Tensor counters, Tensor ids, Tensor keys, int times, Tensor(a!) recent) -> Tensor",

@@ -43,12 +43,13 @@ class Clock:
         turn = itertools.cycle(seconds)
 
         def run(dense, sparse, clock):
-            took = next(turn)
+            took = next(turn) if clock is None else seconds[0]
             self.now += took / 3
-            clock("embedding")
-            clock("interaction")
+            heard = clock or (lambda stage: None)
+            heard("embedding")
+            heard("interaction")
             self.now += took * 2 / 3
-            clock("mlp")
+            heard("mlp")
 
         return Candidate(run, "")
 

@@ -30,7 +30,8 @@ def test_aoti_as_its_user_runs_it(tmp_path):
     dense, sparse = inputs(model, 200)
     probability = run_as_stranger(tmp_path, "model.pt2", dense, sparse)
     predicted = Predictor(model, array_dtype="int8")(torch.from_numpy(dense), torch.from_numpy(sparse))
-    np.testing.assert_allclose(probability, predicted, atol=1e-6)
+    # Intermediate values are large here: each of the two is within 7e-7 of the result in float64.
+    np.testing.assert_allclose(probability, predicted, atol=1.5e-6)
 
 
 @pytest.mark.slow
