@@ -22,14 +22,17 @@ from robe import backends
 from robe.ops.layout import require_tensors
 from robe.ops.schema import TABLES_SCHEMA, refuse_second_derivative, register_fakes
 
-PANEL = 32  # outputs of a layer whose weights lie together
+PANEL = 32  # outputs of a dense layer whose weights lie together
+BLOCKS = (32, 16)  # outputs of a block of a sparse layer
+
+_LAYERS = "Tensor[] weights, Tensor[] biases, Tensor[] inputs, Tensor[] starts"
 
 for _schema in (
     "dot_interaction(Tensor dense, Tensor embeddings) -> Tensor",
     "dot_interaction_backward(Tensor grad, Tensor dense, Tensor embeddings) -> (Tensor, Tensor)",
-    "mlp(Tensor x, Tensor[] weights, Tensor[] biases, int width, bool relu_last) -> Tensor",
+    f"mlp(Tensor x, {_LAYERS}, int width, bool relu_last) -> Tensor",
     f"make_plan(Tensor weight, {TABLES_SCHEMA}, Tensor? scale, Tensor? filter, "
-    "Tensor[] weights, Tensor[] biases, int[] widths, int[] layers) -> Tensor",
+    f"{_LAYERS}, int[] widths, int[] layers) -> Tensor",
     "run_plan(Tensor plan, Tensor dense, Tensor? ids, Tensor? embeddings=None) -> Tensor",
     "drop_plan(Tensor plan) -> ()",
 ):
@@ -74,50 +77,118 @@ def _dot_interaction_backward(grad: Tensor, dense: Tensor, embeddings: Tensor) -
     return grad_vectors[:, 0] + grad[:, : dense.shape[1]], grad_vectors[:, 1:].contiguous()
 
 
-def pack_linear(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+class PackedLinear(NamedTuple):
+    """A linear layer as ``mlp`` takes it. Its outputs come in blocks; those past its end have zeros.
+
+    Attributes:
+        weights: dense: (panels, fan_in, PANEL); sparse: (n, block), for one input and the outputs of a block each.
+        bias: (blocks * block,).
+        inputs: sparse: (n,) int32, the input of each; dense: empty.
+        starts: sparse: (blocks + 2,) int64, where the weights of each block start; then n; then fan_in. Dense: empty.
+    """
+
+    weights: Tensor
+    bias: Tensor
+    inputs: Tensor
+    starts: Tensor
+
+
+def pack_linear(weight: Tensor, bias: Tensor | None, block: int | None = None) -> PackedLinear:
     """Lay out the weights of a linear layer as ``mlp`` takes them.
 
     Args:
         weight: (fan_out, fan_in) float32.
         bias: (fan_out,) or None.
-
-    Returns:
-        (weights, bias): (panels, fan_in, PANEL) and (panels * PANEL,); outputs past fan_out have zeros.
+        block: one of BLOCKS, to leave out the weights of this many outputs that begin at a multiple of it for an input,
+            where all are zero; None: leave out none.
     """
     fan_out, fan_in = weight.shape
-    more = -fan_out % PANEL
-    panels = torch.nn.functional.pad(weight, (0, 0, 0, more)).view(-1, PANEL, fan_in).transpose(1, 2).contiguous()
+    size = PANEL if block is None else block
+    more = -fan_out % size
+    panels = torch.nn.functional.pad(weight, (0, 0, 0, more)).view(-1, size, fan_in).transpose(1, 2).contiguous()
     bias = weight.new_zeros(fan_out) if bias is None else bias
-    return panels, torch.nn.functional.pad(bias, (0, more)).contiguous()
+    bias = torch.nn.functional.pad(bias, (0, more)).contiguous()
+    if block is None:
+        return PackedLinear(panels, bias, torch.empty(0, dtype=torch.int32), torch.empty(0, dtype=torch.int64))
+    kept = (panels != 0).any(2)  # (blocks, fan_in)
+    ends = kept.sum(1).cumsum(0)
+    starts = torch.cat([ends.new_zeros(1), ends, ends.new_tensor([fan_in])])
+    return PackedLinear(panels[kept], bias, kept.nonzero()[:, 1].int(), starts)
 
 
-def _check_mlp(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], width: int) -> None:
+def _check_layers(weights: Sequence[Tensor], biases: Sequence[Tensor], inputs: Sequence[Tensor], starts) -> None:
+    if not weights or not len(weights) == len(biases) == len(inputs) == len(starts):
+        raise ValueError("weights, biases, inputs and starts: expected one of each for each layer")
+
+
+def _fan_in(w: Tensor, starts: Tensor) -> int:
+    return int(starts[-1]) if w.dim() == 2 else w.shape[1]
+
+
+def _check_layer(w: Tensor, b: Tensor, inputs: Tensor, starts: Tensor, most: int | None) -> int:
+    """Check a layer; most: the inputs that it may have, None: any number. Returns its outputs, rounded up to blocks."""
+    got = f"{w.dtype} {tuple(w.shape)}"
+    fits = w.dtype == torch.float32 and w.is_contiguous()
+    if w.dim() == 2 or inputs.numel():
+        if not fits or w.dim() != 2 or w.shape[1] not in BLOCKS:
+            raise ValueError(f"weights: expected contiguous float32 (n, 16) or (n, 32), got {got}")
+        if inputs.shape != w.shape[:1] or inputs.dtype != torch.int32 or not inputs.is_contiguous():
+            raise ValueError(f"inputs: expected contiguous int32 ({len(w)},), got {inputs.dtype} {tuple(inputs.shape)}")
+        if starts.dim() != 1 or len(starts) < 2 or starts.dtype != torch.int64 or not starts.is_contiguous():
+            raise ValueError(
+                f"starts: expected contiguous int64 (blocks + 2,), got {starts.dtype} {tuple(starts.shape)}"
+            )
+        fan_in, bounds = int(starts[-1]), starts[:-1]
+        if not 0 <= fan_in < 2**31 or (most is not None and fan_in > most):
+            raise ValueError(f"starts: expected at most {most} inputs, got {fan_in}")
+        if bounds[0] != 0 or bounds[-1] != len(w) or (bounds.diff() < 0).any():
+            raise ValueError(f"starts: expected to rise from 0 to {len(w)}, the number of weights")
+        if ((inputs < 0) | (inputs >= fan_in)).any():
+            raise ValueError(f"inputs: expected 0 to {fan_in - 1}")
+        outputs = (len(starts) - 2) * w.shape[1]
+    else:
+        if not fits or w.dim() != 3 or w.shape[2] != PANEL or (most is not None and w.shape[1] > most):
+            fan_in_text = "fan_in" if most is None else most
+            raise ValueError(f"weights: expected contiguous float32 (panels, {fan_in_text}, {PANEL}), got {got}")
+        outputs = w.shape[0] * PANEL
+    if b.shape != (outputs,) or b.dtype != torch.float32 or not b.is_contiguous():
+        raise ValueError(f"biases: expected contiguous float32 ({outputs},), got {b.dtype} {tuple(b.shape)}")
+    return outputs
+
+
+def _check_mlp(x: Tensor, layers: Sequence[Sequence[Tensor]], width: int) -> None:
     require_tensors(x=x)
     if x.dim() != 2 or x.dtype != torch.float32:
         raise ValueError(f"x: expected a float32 matrix (B, fan_in), got {x.dtype} {tuple(x.shape)}")
-    if not weights or len(weights) != len(biases):
-        raise ValueError("weights and biases: expected one of each for each layer")
-    before = 0
-    for i, (w, b) in enumerate(zip(weights, biases)):
-        fits = w.dim() == 3 and (i == 0 or w.shape[1] <= before)
-        if not fits or w.shape[2] != PANEL or w.dtype != torch.float32 or not w.is_contiguous():
-            fan_in = before if i else "fan_in"
-            got = f"{w.dtype} {tuple(w.shape)}"
-            raise ValueError(f"weights: expected contiguous float32 (panels, {fan_in}, {PANEL}), got {got}")
-        before = w.shape[0] * PANEL
-        if b.shape != (before,) or b.dtype != torch.float32 or not b.is_contiguous():
-            raise ValueError(f"biases: expected contiguous float32 ({before},), got {b.dtype} {tuple(b.shape)}")
+    _check_layers(*layers)
+    before = None
+    for w, b, inputs, starts in zip(*layers):
+        before = _check_layer(w, b, inputs, starts, before)
+    assert before is not None
     if not 1 <= width <= before:
         raise ValueError(f"width: expected 1 to {before}, got {width}")
-    if x.shape[1] != weights[0].shape[1]:
-        raise ValueError(f"x: expected (B, {weights[0].shape[1]}), got {tuple(x.shape)}")
+    fan_in = _fan_in(layers[0][0], layers[3][0])
+    if x.shape[1] != fan_in:
+        raise ValueError(f"x: expected (B, {fan_in}), got {tuple(x.shape)}")
 
 
-def _mlp(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], width: int, relu_last: bool) -> Tensor:
-    _check_mlp(x, weights, biases, width)
-    for i, (w, b) in enumerate(zip(weights, biases)):
-        x = torch.addmm(b, x[:, : w.shape[1]], w.transpose(0, 1).reshape(w.shape[1], -1))
-        if i + 1 < len(weights) or relu_last:
+def _matrix(w: Tensor, inputs: Tensor, starts: Tensor) -> Tensor:
+    """The weights of a layer, (fan_in, outputs)."""
+    if w.dim() == 3:
+        return w.transpose(0, 1).reshape(w.shape[1], -1)
+    bounds, fan_in = starts[:-1], int(starts[-1])
+    block_of = torch.arange(len(bounds) - 1).repeat_interleave(bounds.diff())
+    panels = w.new_zeros(fan_in, len(bounds) - 1, w.shape[1])
+    return panels.index_put_((inputs.long(), block_of), w, accumulate=True).flatten(1)
+
+
+def _mlp(x: Tensor, *arguments: Any) -> Tensor:
+    *layers, width, relu_last = arguments
+    _check_mlp(x, layers, width)
+    for i, (w, b, inputs, starts) in enumerate(zip(*layers)):
+        matrix = _matrix(w, inputs, starts)
+        x = torch.addmm(b, x[:, : len(matrix)], matrix)
+        if i + 1 < len(layers[0]) or relu_last:
             x = x.relu()
     return x[:, :width].contiguous()
 
@@ -136,19 +207,20 @@ _numbers = itertools.count(1)
 
 
 def _make_plan(weight: Tensor, *arguments: Any) -> Tensor:
-    *tables, scale, filter, weights, biases, widths, layers = arguments
+    *tables, scale, filter, weights, biases, inputs, starts, widths, layers = arguments
+    _check_layers(weights, biases, inputs, starts)
     if len(layers) < 2 or len(layers) % 2 or len(widths) != len(layers):
         raise ValueError("widths and layers: expected entries for bottom, top, and V and W of each layer of a cross")
-    if min(layers) < 1 or not sum(layers) == len(weights) == len(biases):
-        raise ValueError(f"weights and biases: expected {sum(layers)} of each, as layers says")
+    if min(layers) < 1 or sum(layers) != len(weights):
+        raise ValueError(f"weights: expected {sum(layers)}, as layers says")
     ends = list(itertools.accumulate(layers))
     chains = [
-        (weights[end - count : end], biases[end - count : end], width, i == 0)
+        (*(x[end - count : end] for x in (weights, biases, inputs, starts)), width, i == 0)
         for i, (end, count, width) in enumerate(zip(ends, layers, widths))
     ]
     plan = _Plan(weight, tuple(tables), (scale, filter), chains)
     features = len(tables[0])
-    _run(plan, torch.zeros(0, chains[0][0][0].shape[1]), tables[0].new_zeros(0, features), None)
+    _run(plan, torch.zeros(0, _fan_in(weights[0], starts[0])), tables[0].new_zeros(0, features), None)
     number = next(_numbers)
     _plans[number] = plan
     return torch.tensor([number])
@@ -227,8 +299,7 @@ def _(plan, dense, ids, embeddings=None):
 
 
 @register_fakes("dlrm::mlp")
-def _(x, weights, biases, width, relu_last):
-    _check_mlp(x, weights, biases, width)
+def _(x, weights, biases, inputs, starts, width, relu_last):
     return x.new_empty(x.shape[0], width)
 
 

@@ -20,23 +20,30 @@ struct Interaction {
   void *dense_grad, *embeddings_grad;
 };
 
-constexpr int64_t kPanel = 32;  // outputs of a layer whose weights lie together
+constexpr int64_t kPanel = 32;  // outputs of a dense layer whose weights lie together
 
-// Weights (panels, in, kPanel) and bias (panels * kPanel,); outputs past the layer's end have zeros.
+// A linear layer. Its outputs come in blocks; those past its end have weights and biases of zero. Dense: weights
+// (blocks, in, kPanel). Sparse: weights (n, block), an input each, and where those of each block start.
 struct Layer {
   const float *weights, *bias;
-  int64_t in, panels;
-  bool relu;
+  const void* inputs;     // (n,) uint16, or uint32 if wide; null: dense
+  const int64_t* starts;  // (blocks + 1,)
+  int64_t in, blocks, block;
+  bool wide, relu;
 };
 
 struct Mlp {
   const Layer* layer;
-  int64_t layers, batch;
+  int64_t layers;
   const float* in;
   int64_t in_stride;
-  float* out;     // (batch, width)
+  float* out;     // (rows, width)
   int64_t width;  // of the last layer
+  float* scratch;            // two halves, each with rows_at_once times the widest layer's inputs or outputs
+  int64_t scratch_half, rows_at_once;  // a multiple of kRowsTogether
 };
+
+constexpr int64_t kRowsTogether = 48;  // rows that fill registers, with any instruction set
 
 // The kernels of one instruction set.
 struct Kernels {
@@ -44,7 +51,7 @@ struct Kernels {
   // Examples begin .. end of an interaction, and of its gradient.
   void (*interact)(const Interaction&, int64_t begin, int64_t end);
   void (*interact_grad)(const Interaction&, int64_t begin, int64_t end);
-  // Examples begin .. end of an MLP.
+  // Rows begin .. end of an MLP.
   void (*mlp)(const Mlp&, int64_t begin, int64_t end);
 };
 

@@ -90,16 +90,16 @@ void dot_interaction_backward(Value* stack, uint64_t, uint64_t) {
   stack[1] = value_of(call.narrow(embeddings_grad));
 }
 
-// mlp(x, weights, biases, width, relu_last): see dlrm/ops.py.
+// mlp(x, <layers>, width, relu_last): see dlrm/ops.py.
 void mlp(Value* stack, uint64_t, uint64_t) {
   Arguments in{stack};
   const Tensor given = in.tensor();
-  auto weights = in.list<Tensor>(), biases = in.list<Tensor>();
+  const Layers layers(in);
   const int64_t width = in.integer();
   const bool relu_last = in.boolean();
   EXPECT(given.dim() == 2 && given.scalar_type() == ScalarType::Float,
          "x: expected a float32 matrix (B, fan_in), got " + type(given) + " " + shape(given));
-  const Chain chain(std::move(weights), std::move(biases), width, relu_last);
+  const Chain chain(layers, 0, layers.count(), width, relu_last, "width");
   EXPECT(given.size(1) == chain.fan_in(), "x: expected (B, " + str(chain.fan_in()) + "), got " + shape(given));
   const Tensor input = dense_rows("x", given);
   const int64_t sizes[2] = {input.size(0), chain.width}, stride = stride_of(input, 0);

@@ -18,7 +18,7 @@ namespace {
 
 bool (*read_embeddings)(const Job*, int64_t begin, int64_t end) = nullptr;  // of the other library
 
-constexpr int64_t kRowsAtOnce = 64;
+constexpr int64_t kRowsAtOnce = 2 * kRowsTogether;
 
 // The rows of a call: dense features, and ids (in a Job) or embeddings.
 struct Input {
@@ -41,23 +41,20 @@ struct Plan {
     return is_crossed() ? (features() + 1) * dim() : dim() + (features() + 1) * features() / 2;
   }
 
-  // weights and biases of all chains, one after the other; of each chain its width and the number of its layers.
-  void take_chains(const std::vector<Tensor>& weights, const std::vector<Tensor>& biases, const std::vector<int64_t>& widths,
-                   const std::vector<int64_t>& layers) {
+  // The layers of all chains, one after the other; of each chain its width and the number of its layers.
+  void take_chains(const Layers& all, const std::vector<int64_t>& widths, const std::vector<int64_t>& layers) {
     EXPECT(layers.size() >= 2 && layers.size() % 2 == 0 && widths.size() == layers.size(),
            "widths and layers: expected entries for bottom, top, and V and W of each layer of a cross");
     size_t begin = 0;
+    const size_t count = all.count();
     for (size_t c = 0; c < layers.size(); ++c) {
-      const size_t count = static_cast<size_t>(layers[c]), left = std::min(weights.size(), biases.size()) - begin;
-      EXPECT(layers[c] >= 1 && count <= left, "layers: expected 1 to " + str(static_cast<int64_t>(left)) + ", got " + str(layers[c]));
-      const auto part = [&](const std::vector<Tensor>& all) {
-        return std::vector<Tensor>(all.begin() + static_cast<int64_t>(begin), all.begin() + static_cast<int64_t>(begin + count));
-      };
-      chains.emplace_back(part(weights), part(biases), widths[c], c == 0, "widths");
-      begin += count;
+      const int64_t left = static_cast<int64_t>(count - begin);
+      EXPECT(layers[c] >= 1 && layers[c] <= left, "layers: expected 1 to " + str(left) + ", got " + str(layers[c]));
+      const size_t end = begin + static_cast<size_t>(layers[c]);
+      chains.emplace_back(all, begin, end, widths[c], c == 0, "widths");
+      begin = end;
     }
-    EXPECT(begin == weights.size() && begin == biases.size(), "weights and biases: expected " + str(static_cast<int64_t>(begin)) +
-                                                                  " of each, as layers says");
+    EXPECT(begin == count, "weights: expected " + str(static_cast<int64_t>(begin)) + ", as layers says");
     const auto fits = [](const char* name, const Chain& chain, int64_t fan_in, int64_t width) {
       EXPECT(chain.fan_in() == fan_in && chain.width == width,
              std::string("weights: expected the ") + name + " to have " + str(fan_in) + " inputs and " + str(width) + " outputs, got " +
@@ -181,14 +178,14 @@ class Plans {
   int64_t last_ = 0;
 } plans;
 
-// make_plan(weight, <tables>, scale, filter, weights, biases, widths, layers): see dlrm/ops.py.
+// make_plan(weight, <tables>, scale, filter, <layers>, widths, layers): see dlrm/ops.py.
 void make_plan(Value* stack, uint64_t, uint64_t) {
   Arguments in{stack};
   auto plan = std::make_shared<Plan>();
   Tensor weight = in.tensor();
   plan->lookup.tables(in);
   auto scale = in.maybe_tensor(), filter = in.maybe_tensor();
-  const auto weights = in.list<Tensor>(), biases = in.list<Tensor>();
+  const Layers all(in);
   const auto widths = in.list<int64_t>(), layers = in.list<int64_t>();
   EXPECT(read_embeddings, "make_plan: robe's kernels are not loaded");
   plan->lookup.array(std::move(weight), std::move(scale));
@@ -196,7 +193,7 @@ void make_plan(Value* stack, uint64_t, uint64_t) {
   plan->lookup.admission(std::move(filter));
   EXPECT(plan->lookup.out_type() == ScalarType::Float || plan->lookup.out_type() == ScalarType::BFloat16,
          "weight: expected float32, bfloat16 or int8, got " + type(plan->lookup.weight));
-  plan->take_chains(weights, biases, widths, layers);
+  plan->take_chains(all, widths, layers);
   const int64_t sizes[1] = {1};
   Tensor number = new_tensor(sizes, ScalarType::Long);
   *static_cast<int64_t*>(number.mutable_data_ptr()) = plans.add(std::move(plan));

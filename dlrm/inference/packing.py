@@ -1,31 +1,43 @@
 """The MLPs of a trained model as functions, with their weights laid out for this CPU."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from dlrm.model import MLP, CrossInteraction
-from dlrm.ops import pack_linear
+from dlrm.ops import BLOCKS, PANEL, PackedLinear, pack_linear
 from robe import backend
+
+_DENSE_IS_FASTER = 0.8  # time of a product, with a list of the inputs and without
 
 LinearFunction = Callable[[Tensor], Tensor]  # (B, fan_in), float32 or the dtype of the layer before -> (B, fan_out)
 
 
 @dataclass(frozen=True)
-class Panels:
-    """Linear layers with ReLU between them, in float32: the arguments of ``torch.ops.dlrm.mlp``."""
+class Chain:
+    """Linear layers with ReLU between them, in float32: the arguments of ``torch.ops.dlrm.mlp``.
 
-    weights: list[Tensor]
-    biases: list[Tensor]
+    Attributes:
+        layers: the packed layers.
+        width: of the output.
+        relu_last: whether a ReLU follows the last layer too.
+    """
+
+    layers: Sequence[PackedLinear]
     width: int
     relu_last: bool
 
     def __call__(self, x: Tensor) -> Tensor:
         """Apply all layers to x (B, fan_in)."""
-        return torch.ops.dlrm.mlp(x, self.weights, self.biases, self.width, self.relu_last)
+        return torch.ops.dlrm.mlp(x, *lists(self.layers), self.width, self.relu_last)
+
+
+def lists(layers: Iterable[PackedLinear]) -> tuple[list[Tensor], ...]:
+    """Return weights, biases, inputs and starts, each with a tensor for each layer, as operators take them."""
+    return tuple(map(list, zip(*layers)))
 
 
 def packed(mlp: MLP, dtype: str) -> LinearFunction:
@@ -64,6 +76,19 @@ class Cross:
         return x
 
 
+def block_of(weight: Tensor) -> int | None:
+    """Return the outputs of a block for ``pack_linear`` that make a layer fastest; None: all weights are kept.
+
+    Args:
+        weight: (fan_out, fan_in).
+    """
+    work: dict[int | None, float] = {None: _DENSE_IS_FASTER * -(-len(weight) // PANEL) * PANEL * weight.shape[1]}
+    for block in BLOCKS:
+        blocks = torch.nn.functional.pad(weight, (0, 0, 0, -len(weight) % block)).view(-1, block, weight.shape[1])
+        work[block] = block * int((blocks != 0).any(1).sum())
+    return min(work, key=lambda block: work[block])
+
+
 def _chain(linears: Sequence[nn.Module], dtype: str, relu_last: bool) -> LinearFunction:
     """Return linear layers with ReLU between them as one function, its weights laid out for this CPU."""
     weights: list[tuple[Tensor, Tensor | None]] = []
@@ -71,8 +96,8 @@ def _chain(linears: Sequence[nn.Module], dtype: str, relu_last: bool) -> LinearF
         assert isinstance(linear, nn.Linear)
         weights.append((linear.weight.detach(), None if linear.bias is None else linear.bias.detach()))
     if dtype == "float32" and "avx" in backend()["cpu"]:  # elsewhere torch's own BLAS is faster
-        panels, biases = map(list, zip(*(pack_linear(*layer) for layer in weights)))
-        return Panels(panels, biases, len(weights[-1][0]), relu_last)
+        packed_layers = [pack_linear(*layer, block_of(layer[0])) for layer in weights]
+        return Chain(packed_layers, len(weights[-1][0]), relu_last)
     pack = {"float32": _float32_linear, "bfloat16": _bfloat16_linear, "int8": _int8_linear}[dtype]
     layers = [pack(*layer, relu=relu_last or i + 1 < len(weights)) for i, layer in enumerate(weights)]
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dlrm.config import DLRMConfig
 from dlrm.embeddings import Tables
-from dlrm.inference.packing import Cross, Panels
+from dlrm.inference.packing import Chain, Cross, lists
 from robe import RobeEmbeddingBagCollection
 
 
@@ -28,7 +28,7 @@ class Plan:
         reads_ids: whether it reads the embeddings itself. If not, it is called with them.
     """
 
-    def __init__(self, config: DLRMConfig, embeddings: nn.Module, bottom: Panels, interaction: Any, top: Panels):
+    def __init__(self, config: DLRMConfig, embeddings: nn.Module, bottom: Chain, interaction: Any, top: Chain):
         dim, features = config.embedding_dim, len(config.table_rows)
         scale = filter = None
         self._rows: Callable[[Tensor], Tensor] | None = None
@@ -54,10 +54,9 @@ class Plan:
             *layout,
             scale,
             filter,
-            [x for chain in chains for x in chain.weights],
-            [x for chain in chains for x in chain.biases],
+            *lists(layer for chain in chains for layer in chain.layers),
             [chain.width for chain in chains],
-            [len(chain.weights) for chain in chains],
+            [len(chain.layers) for chain in chains],
         )
         weakref.finalize(self, torch.ops.dlrm.drop_plan, self._number)
 

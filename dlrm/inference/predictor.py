@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dlrm.batch import Batch
 from dlrm.embeddings import bags, synthetic_ids
-from dlrm.inference.packing import Cross, Panels, packed
+from dlrm.inference.packing import Chain, Cross, packed
 from dlrm.inference.plan import Plan
 from dlrm.model import DLRM, CrossInteraction
 from robe import RobeEmbeddingBagCollection
@@ -60,7 +60,7 @@ class Predictor:
             Cross(interaction, self.mlp_dtype) if isinstance(interaction, CrossInteraction) else interaction
         )
         self._plan = None
-        if isinstance(self._bottom, Panels) and isinstance(self._top, Panels):
+        if isinstance(self._bottom, Chain) and isinstance(self._top, Chain):
             self._plan = Plan(self.config, self.embeddings, self._bottom, self._interaction, self._top)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -20,16 +20,19 @@ ARRAY, SCALE = torch.randn(60, generator=NUMBERS), torch.full((1,), 0.02)
 IDS, TABLES = torch.tensor([[0, 3], [2, 1], [1, 0]]), (torch.tensor([2**40, -7]), torch.tensor([0, 9]))
 FILTER = torch.tensor([-1, 2**61 - 1])
 CHAINS = {
-    name: [pack_linear(torch.randn(*shape, generator=NUMBERS), None) for shape in shapes]
+    name: [pack_linear(torch.randn(*shape, generator=NUMBERS), None, block) for *shape, block in shapes]
     for name, shapes in {
-        "bottom": ((40, 4), (5, 40)),
-        "dots": ((33, 8), (1, 33)),
-        "crossed": ((1, 15),),
-        "v": ((3, 15),),
-        "w": ((15, 3),),
+        "bottom": ((40, 4, None), (5, 40, 16)),
+        "dots": ((33, 8, 32), (1, 33, None)),
+        "crossed": ((1, 15, None),),
+        "v": ((3, 15, 16),),
+        "w": ((15, 3, None),),
     }.items()
 }
-LAYERS = [pack_linear(torch.randn(*shape, generator=NUMBERS), None) for shape in ((7, 5), (40, 32), (1, 64))]
+SHAPES = (7, 5), (40, 16), (1, 48)
+LAYERS = [
+    [pack_linear(torch.randn(*shape, generator=NUMBERS), None, block) for block in (None, 16)] for shape in SHAPES
+]
 
 
 def _vectors(rng):
@@ -39,8 +42,8 @@ def _vectors(rng):
 
 def mlp(rng):
     depth = rng.choice((1, 2, 3))
-    weights, biases = zip(*LAYERS[:depth])
-    return [X, list(weights), list(biases), (7, 40, 1)[depth - 1], rng.random() < 0.5]
+    layers = zip(*(rng.choice(layer) for layer in LAYERS[:depth]))
+    return [X, *map(list, layers), (7, 40, 1)[depth - 1], rng.random() < 0.5]
 
 
 class Plan:
@@ -68,11 +71,11 @@ def plan(rng):
         weight, scale = rng.choice(((ARRAY, None), (ARRAY.bfloat16(), None), (ARRAY.mul(50).to(torch.int8), SCALE)))
         filter = rng.choice((None, FILTER))
     chains = rng.choice((("bottom", "dots"), ("bottom", "crossed", "v", "w")))
-    weights, biases = zip(*(layer for name in chains for layer in CHAINS[name]))
+    layers = zip(*(layer for name in chains for layer in CHAINS[name]))
     sign = hash == "mix" and rng.random() < 0.5
     return [
         *(weight, keys, bounds, 5, 5 if hash == "identity" else rng.choice((1, 3, 5, 7)), hash, sign, None),
-        *(scale, filter, list(weights), list(biases), [5, 1, 3, 15][: len(chains)], [len(CHAINS[x]) for x in chains]),
+        *(scale, filter, *map(list, layers), [5, 1, 3, 15][: len(chains)], [len(CHAINS[x]) for x in chains]),
         *(X[:, :4].contiguous(), IDS),
     ]
 

@@ -1,14 +1,15 @@
 """The MLP operator against float64 numpy."""
 
+import itertools
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 
-from dlrm.ops import PANEL, REFERENCE, pack_linear
+from dlrm.ops import BLOCKS, PANEL, REFERENCE, pack_linear
 from robe.backends import backend
-from tests.helpers.kernels import SETS, machine, needs_kernels
+from tests.helpers.kernels import IS_NATIVE, SETS, machine, needs_kernels
 
 # Widths below, at and above a panel, and more rows than any kernel takes at once.
 WIDTHS = [(13, 512, 256, 64, 16), (5, 1), (1, 31, 33, 2), (64, 32, 64), (367, 100, 1), (3, 1024, 7)]
@@ -33,13 +34,25 @@ def float32(x):
     return torch.from_numpy(np.asarray(x, dtype=np.float32))
 
 
-def packed(layers, relu_last):
-    weights, biases = zip(*(pack_linear(float32(weight), float32(bias)) for weight, bias in layers))
-    return list(weights), list(biases), len(layers[-1][1]), relu_last
+def packed(layers, relu_last, blocks=(None,)):
+    """The operator's arguments behind x; the layers have these blocks in turn."""
+    lists = zip(*(pack_linear(float32(w), float32(b), block) for (w, b), block in zip(layers, itertools.cycle(blocks))))
+    return *map(list, lists), len(layers[-1][1]), relu_last
 
 
-def run(x, layers, relu_last):
-    return torch.ops.dlrm.mlp(float32(x), *packed(layers, relu_last))
+def run(x, layers, relu_last, blocks=(None,)):
+    return torch.ops.dlrm.mlp(float32(x), *packed(layers, relu_last, blocks))
+
+
+def prune(layers, block, share, seed=0):
+    """Set blocks of outputs to zero for some inputs; the first block of all has no weight left."""
+    rng = np.random.default_rng([seed, block])
+    pruned = []
+    for weight, bias in layers:
+        kept = rng.random((-(-len(weight) // block), weight.shape[1])) >= share
+        kept[0] &= share < 0.5
+        pruned.append((weight * kept.repeat(block, 0)[: len(weight)], bias))
+    return pruned
 
 
 def assert_is(got, want):
@@ -87,10 +100,50 @@ def test_a_row_has_the_same_bits_whatever_is_beside_it(name):
     assert all(torch.equal(result, results[0]) for result in results[1:])
 
 
+@pytest.mark.parametrize("share", [0, 0.5, 0.9, 1])
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("widths", WIDTHS, ids=str)
+def test_blocks_of_zeros_are_left_out_to_the_bit(widths, block, share):
+    for rows in (1, 3, 9, 64, 301):
+        x, layers = make(widths, rows)
+        layers = prune(layers, block, share)
+        arguments = packed(layers, True, (block,))
+        for (w, _), values in zip(layers, arguments[0]):
+            assert len(values) == (np.add.reduceat(w != 0, np.arange(0, len(w), block)) > 0).sum()
+        got = torch.ops.dlrm.mlp(float32(x), *arguments)
+        assert_is(got, by_numpy(x, layers, True))
+        if IS_NATIVE:
+            assert torch.equal(got, run(x, layers, True)), "adding zero changes nothing"
+        torch.testing.assert_close(got, REFERENCE["mlp"](float32(x), *arguments), rtol=1e-5, atol=1e-5)
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("blocks", [(16,), (32,), (32, None, 16), (None, 16)], ids=str)
+def test_every_instruction_set_takes_layers_of_any_kind(blocks, name):
+    x, layers = make((40, 300, 70, 33), 150)
+    layers = prune(layers, 16, 0.6)
+    with machine(name):
+        want = run(x, layers, False)
+        assert_is(want, by_numpy(x, layers, False))
+        results = [run(x, layers, False, blocks)]
+        for size in (1, 2, 7, 13, 31, 47, 50, 97):
+            results.append(
+                torch.cat([run(rows, layers, False, blocks) for rows in np.split(x, range(size, 150, size))])
+            )
+    assert all(torch.equal(result, want) for result in results)
+
+
+def test_more_inputs_than_16_bits_can_name():
+    x, layers = make((70_000, 20), 3)
+    layers = prune(layers, 16, 0.99)
+    assert_is(run(x, layers, False, (16,)), by_numpy(x, layers, False))
+
+
 def test_without_bias():
     x, [(weight, _)] = make((20, 40), 6)
-    weights, bias = pack_linear(float32(weight), None)
-    assert_is(torch.ops.dlrm.mlp(float32(x), [weights], [bias], 40, False), x @ weight.T)
+    layer = pack_linear(float32(weight), None)
+    assert_is(torch.ops.dlrm.mlp(float32(x), *([part] for part in layer), 40, False), x @ weight.T)
 
 
 def test_strides_do_not_matter():
@@ -112,44 +165,91 @@ def test_nan_and_infinity_are_not_lost():
     assert run(x, layers, False)[0].isnan().any()
 
 
+NO_INPUTS, NO_STARTS = [torch.zeros(0).int()] * 2, [torch.zeros(0).long()] * 2
+DENSE = [
+    *(torch.ones(2, 13), [torch.zeros(2, 13, 32), torch.zeros(1, 40, 32)], [torch.zeros(64), torch.zeros(32)]),
+    *(NO_INPUTS, NO_STARTS, 5, False),
+]
+# 3 weights of the first of two blocks, 1 of the second, of 9 inputs.
+SPARSE = [torch.ones(2, 9), [torch.zeros(4, 16)], [torch.zeros(32)]]
+SPARSE += [[torch.tensor([0, 3, 8, 8]).int()], [torch.tensor([0, 3, 4, 9])], 20, False]
+
+
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("good", "changes", "message"),
     [
-        ({0: torch.ones(2, 13, dtype=torch.float64)}, r"x: expected a float32 matrix \(B, fan_in\), got torch.float64"),
-        ({0: torch.ones(13)}, r"x: expected a float32 matrix \(B, fan_in\), got torch.float32 \(13,\)"),
-        ({0: torch.ones(2, 12)}, r"x: expected \(B, 13\), got \(2, 12\)"),
-        ({1: []}, "weights and biases: expected one of each for each layer"),
-        ({2: [torch.zeros(64)]}, "weights and biases: expected one of each for each layer"),
+        (DENSE, {0: torch.ones(2, 13).double()}, r"x: expected a float32 matrix \(B, fan_in\), got torch.float64"),
+        (DENSE, {0: torch.ones(13)}, r"x: expected a float32 matrix \(B, fan_in\), got torch.float32 \(13,\)"),
+        (DENSE, {0: torch.ones(2, 12)}, r"x: expected \(B, 13\), got \(2, 12\)"),
+        (DENSE, {1: []}, "weights, biases, inputs and starts: expected one of each for each layer"),
+        (DENSE, {2: [torch.zeros(64)]}, "weights, biases, inputs and starts: expected one of each for each layer"),
+        (DENSE, {3: []}, "weights, biases, inputs and starts: expected one of each for each layer"),
         (
+            DENSE,
             {1: [torch.zeros(2, 13, 16), torch.zeros(1, 40, 32)]},
             r"weights: expected .* got torch.float32 \(2, 13, 16\)",
         ),
-        ({1: [torch.zeros(2, 13, 32), torch.zeros(1, 65, 32)]}, r"\(panels, 64, 32\), got torch.float32 \(1, 65, 32\)"),
-        ({1: [torch.zeros(13, 2, 32).transpose(0, 1), torch.zeros(1, 40, 32)]}, "weights: expected contiguous"),
-        ({2: [torch.zeros(63), torch.zeros(32)]}, r"biases: expected contiguous float32 \(64,\), got .* \(63,\)"),
-        ({3: 0}, "width: expected 1 to 32, got 0"),
-        ({3: 33}, "width: expected 1 to 32, got 33"),
+        (
+            DENSE,
+            {1: [torch.zeros(2, 13, 32), torch.zeros(1, 65, 32)]},
+            r"\(panels, 64, 32\), got torch.float32 \(1, 65, 32\)",
+        ),
+        (DENSE, {1: [torch.zeros(13, 2, 32).transpose(0, 1), torch.zeros(1, 40, 32)]}, "weights: expected contiguous"),
+        (
+            DENSE,
+            {2: [torch.zeros(63), torch.zeros(32)]},
+            r"biases: expected contiguous float32 \(64,\), got .* \(63,\)",
+        ),
+        (DENSE, {5: 0}, "width: expected 1 to 32, got 0"),
+        (DENSE, {5: 33}, "width: expected 1 to 32, got 33"),
+        (SPARSE, {0: torch.ones(2, 8)}, r"x: expected \(B, 9\), got \(2, 8\)"),
+        (
+            SPARSE,
+            {1: [torch.zeros(4, 8)]},
+            r"weights: expected contiguous float32 \(n, 16\) or \(n, 32\), got .* \(4, 8\)",
+        ),
+        (SPARSE, {3: [torch.zeros(3).int()]}, r"inputs: expected contiguous int32 \(4,\), got torch.int32 \(3,\)"),
+        (SPARSE, {3: [torch.tensor([0, 3, 9, 8]).int()]}, "inputs: expected 0 to 8"),
+        (SPARSE, {3: [torch.tensor([0, 3, -1, 8]).int()]}, "inputs: expected 0 to 8"),
+        (
+            SPARSE,
+            {4: [torch.tensor([9])]},
+            r"starts: expected contiguous int64 \(blocks \+ 2,\), got torch.int64 \(1,\)",
+        ),
+        (SPARSE, {4: [torch.tensor([0, 5, 4, 9])]}, "starts: expected to rise from 0 to 4, the number of weights"),
+        (SPARSE, {4: [torch.tensor([0, 3, 5, 9])]}, "starts: expected to rise from 0 to 4, the number of weights"),
+        (SPARSE, {4: [torch.tensor([0, 3, 4, 2**31])]}, "starts: expected"),
     ],
 )
 @pytest.mark.parametrize("which", ["operator", "reference"])
-def test_what_does_not_fit_is_refused(changes, message, which):
-    good = [torch.ones(2, 13), [torch.zeros(2, 13, 32), torch.zeros(1, 40, 32)], [torch.zeros(64), torch.zeros(32)], 5]
-    arguments = [changes.get(i, x) for i, x in enumerate(good)]
+def test_what_does_not_fit_is_refused(good, changes, message, which):
     function = torch.ops.dlrm.mlp if which == "operator" else REFERENCE["mlp"]
+    function(*good)
     with pytest.raises(ValueError, match=message):
-        function(*arguments, False)
+        function(*(changes.get(i, x) for i, x in enumerate(good)))
 
 
 def test_opcheck():
     x, layers = make((6, 40, 3), 4)
-    torch.library.opcheck(torch.ops.dlrm.mlp, (float32(x), *packed(layers, True)))
+    torch.library.opcheck(torch.ops.dlrm.mlp, (float32(x), *packed(layers, True, (None, 16))))
 
 
 def test_panels_hold_the_weights():
     weight, bias = torch.randn(40, 7), torch.randn(40)
-    panels, biases = pack_linear(weight, bias)
+    panels, biases, inputs, starts = pack_linear(weight, bias)
     assert panels.shape == (2, 7, PANEL)
     assert torch.equal(panels.transpose(1, 2).reshape(-1, 7)[:40], weight)
     assert torch.equal(biases[:40], bias)
     assert not panels[1, :, 8:].any()
     assert not biases[40:].any()
+    assert (inputs.numel(), starts.numel()) == (0, 0)
+
+
+def test_a_sparse_layer_lists_the_inputs_of_each_block():
+    weight = torch.zeros(40, 7)
+    weight[3, 2] = weight[20, 5] = weight[31, 2] = weight[39, 6] = 1.5
+    values, bias, inputs, starts = pack_linear(weight, None, 16)
+    assert inputs.tolist() == [2, 2, 5, 6]
+    assert starts.tolist() == [0, 1, 3, 4, 7]
+    assert [x.nonzero().squeeze(1).tolist() for x in values] == [[3], [15], [4], [7]]
+    assert bias.tolist() == [0] * 48

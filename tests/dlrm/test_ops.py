@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from dlrm import ops
+from dlrm.ops import pack_linear
 from tests.helpers.kernels import IS_NATIVE, needs_kernels
 from tests.helpers.memory import STATM, growth
 
@@ -34,8 +35,10 @@ def test_nothing_leaks():
     """Each tensor that a call takes over is 1 MB or more; leaked once in a hundred calls, it would be seen."""
     dense, embeddings = torch.ones(2000, 16), torch.ones(2000, 8, 16)
     grad = torch.ones(2000, 16 + 36)
+    weight = torch.ones(8000, 32)
     for call in (
-        lambda: torch.ops.dlrm.mlp(torch.ones(4, 32), [torch.ones(250, 32, 32)], [torch.ones(8000)], 8000, True),
+        lambda: torch.ops.dlrm.mlp(torch.ones(4, 32), *([x] for x in pack_linear(weight, None)), 8000, True),
+        lambda: torch.ops.dlrm.mlp(torch.ones(4, 32), *([x] for x in pack_linear(weight, None, 16)), 8000, True),
         lambda: torch.ops.dlrm.dot_interaction(dense.clone(), embeddings.clone()),
         lambda: torch.ops.dlrm.dot_interaction_backward(grad.clone(), dense.clone(), embeddings.clone()),
     ):

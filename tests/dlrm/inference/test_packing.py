@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dlrm.inference.packing import Cross, Panels, packed
+from dlrm.inference.packing import Chain, Cross, packed
 from dlrm.model import MLP, CrossInteraction
 from tests.dlrm.inference.test_predictor import MLP_DTYPES, TOLERANCE
 from tests.helpers.kernels import IS_NATIVE
@@ -15,7 +15,7 @@ def test_an_mlp(dtype, relu_last):
     torch.manual_seed(0)
     mlp, x = MLP((13, 40, 7), relu_last), torch.rand(30, 13)
     run = packed(mlp, dtype)
-    assert isinstance(run, Panels) == (dtype == "float32" and IS_NATIVE)
+    assert isinstance(run, Chain) == (dtype == "float32" and IS_NATIVE)
     with torch.inference_mode():
         torch.testing.assert_close(run(x).float(), mlp(x), rtol=0, atol=10 * TOLERANCE[dtype])
 

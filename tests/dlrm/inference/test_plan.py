@@ -8,7 +8,7 @@ from torch import nn
 
 from dlrm.inference.plan import Plan
 from dlrm.inference.predictor import Predictor
-from tests.dlrm.inference.test_predictor import CONFIG, CONFIGS, make, rows_of
+from tests.dlrm.inference.test_predictor import CONFIG, CONFIGS, expected, make, rows_of
 from tests.helpers.kernels import needs_kernels
 
 pytestmark = needs_kernels
@@ -27,6 +27,29 @@ def test_the_probabilities_are_those_of_the_parts(name, array_dtype):
     for count in (0, 1, 63, 65, 1100):
         dense, sparse = rows_of(predictor.config, count)
         torch.testing.assert_close(predictor(dense, sparse), by_parts(predictor, dense, sparse), rtol=1e-6, atol=1e-12)
+
+
+def prune(model, block):
+    """Set half of the blocks of an MLP's outputs to zero."""
+    with torch.no_grad():
+        for linear in model.modules():
+            if isinstance(linear, nn.Linear):
+                kept = torch.rand(-(-len(linear.weight) // block), linear.in_features) < 0.5
+                linear.weight *= kept.repeat_interleave(block, 0)[: len(linear.weight)]
+
+
+@pytest.mark.parametrize("block", [16, 32])
+@pytest.mark.parametrize("name", ["robe", "cross", "full"])
+def test_blocks_of_zeros_are_left_out(name, block):
+    model = make(CONFIGS[name])
+    prune(model, block)
+    predictor = Predictor(model)
+    layers = [layer for chain in (predictor._bottom, predictor._top) for layer in chain.layers]
+    assert {tuple(layer.weights.shape[1:]) for layer in layers} >= {(block,)}
+    dense, sparse = rows_of(CONFIG, 300)
+    torch.testing.assert_close(predictor(dense, sparse), expected(model, dense, sparse), rtol=0, atol=1e-6)
+    alone = [predictor(*row) for row in zip(dense.split(1), sparse.split(1))]
+    assert torch.equal(torch.cat(alone), predictor(dense, sparse))
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
