@@ -139,6 +139,23 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="evaluate and keep a moving average of the weights over about N steps; 0: the last weights",
     )
+    group.add_argument(
+        "--prune",
+        type=float,
+        metavar="SHARE",
+        help="set this share of the blocks of the MLPs' and the cross net's weights to zero while it trains, such as "
+        "0.75; 0: none",
+    )
+    group.add_argument(
+        "--prune-block", type=int, metavar="N", help="outputs of a layer that make a block, for each input"
+    )
+    group.add_argument(
+        "--prune-schedule",
+        type=float,
+        nargs=2,
+        metavar=("START", "END"),
+        help="epochs after which pruning starts, and is done; weights are kept from then on only",
+    )
     group.add_argument("--evaluations-per-epoch", type=int, metavar="N", help="evaluations in an epoch, evenly spaced")
     group.add_argument("--mllog", type=Path, metavar="FILE", help="also write a log in MLPerf's format")
 

@@ -184,6 +184,9 @@ class TrainingConfig:
     adagrad_eps: float = 1e-10  # torch's; MLPerf's DCNv2 has 1e-8
     seed: int = 0  # of initial values and shuffling
     averaging_steps: int = 0  # steps over which the weights are averaged to evaluate and keep them; 0: the last weights
+    prune: float = 0.0  # share of the blocks of the MLPs' and the cross net's weights that become zero
+    prune_block: int = 16  # outputs of a block; the Predictor leaves out zeros of 16 and of 32
+    prune_schedule: tuple[float, ...] = (0.2, 0.6)  # epochs after which pruning starts, and is done
 
     def __post_init__(self):
         _check(self.optimizer in OPTIMIZERS, "optimizer", f"one of {', '.join(OPTIMIZERS)}", self.optimizer)
@@ -198,6 +201,21 @@ class TrainingConfig:
             "decay_start",
             f"at least warmup_steps {self.warmup_steps}",
             self.decay_start,
+        )
+        _check(0 <= self.prune < 1, "prune", "0 or more, and below 1", self.prune)
+        _check(self.prune_block >= 1, "prune_block", "at least 1", self.prune_block)
+        schedule = self.prune_schedule
+        _check(
+            len(schedule) == 2 and 0 <= schedule[0] < schedule[1],
+            "prune_schedule",
+            "two numbers of epochs, the first at least 0 and below the second",
+            schedule,
+        )
+        _check(
+            not self.prune or schedule[1] <= self.epochs,
+            "prune_schedule",
+            f"its end within the {self.epochs} epochs",
+            schedule[1],
         )
         _check(self.target_auc is None or 0 < self.target_auc < 1, "target_auc", "between 0 and 1", self.target_auc)
 

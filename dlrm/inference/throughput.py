@@ -18,6 +18,7 @@ from dlrm.inference.predictor import Predictor, array_bytes
 from dlrm.machine import available_memory
 from dlrm.metrics import Scores
 from dlrm.model import DLRM
+from dlrm.sparsity import is_pruned
 from robe import RobeEmbeddingBagCollection
 
 STAGES = ("embedding", "interaction", "mlp")
@@ -79,8 +80,9 @@ def make_candidates(
         model: a DLRM on the CPU.
         array_dtype: as for Predictor.
         mlp_dtype: as for Predictor.
-        against: the rivals. "full": the same MLPs with full tables; "eager": the model as a torch module; or the path
-            of an exported file.
+        against: the rivals. "full": the model with full tables and MLPs that were not pruned; "full-pruned": full
+            tables with the model's MLPs, pruned as they are; "eager": the model as a torch module; or the path of an
+            exported file.
         max_table_rows: limit of the rows of a full table.
 
     Raises:
@@ -102,17 +104,21 @@ def make_candidates(
     for what in against:
         if what == "eager":
             candidates[f"{label}, eager"] = Candidate(eager(model), size)
-        elif what == "full":
-            full, num_embeddings = full_tables(model, max_table_rows)
+        elif what in ("full", "full-pruned"):
+            dense_twin = what == "full" and is_pruned(model)
+            full, num_embeddings = full_tables(model, max_table_rows, dense_twin)
             used, all_rows = sum(full.config.table_rows), sum(model.config.table_rows)
             note = f"{used:,} rows of {all_rows:,}, {_megabytes(array_bytes(full.embeddings))}, ids modulo rows"
-            candidates["full tables"] = Candidate(Predictor(full), note, num_embeddings)
-            candidates["full tables, eager"] = Candidate(eager(full), "the same", num_embeddings)
+            if dense_twin:
+                note += "; MLPs of the same sizes with random weights, as the model's are pruned"
+            name = "full tables, pruned" if what == "full-pruned" else "full tables"
+            candidates[name] = Candidate(Predictor(full), note, num_embeddings)
+            candidates[f"{name}, eager"] = Candidate(eager(full), "the same", num_embeddings)
         elif Path(what).suffix in FORMATS.values() and Path(what).is_file():
             run = load(what)
             candidates[what] = Candidate(_without_clock(run), f"{Path(what).stat().st_size / 1e6:,.1f} MB in all")
         else:
-            raise ValueError(f"against: expected full, eager or a file that export made, got {what!r}")
+            raise ValueError(f"against: expected full, full-pruned, eager or a file that export made, got {what!r}")
     return candidates
 
 
@@ -265,7 +271,7 @@ def eager(model: DLRM) -> Callable[[Tensor, Tensor, Clock], Tensor]:
     return run
 
 
-def full_tables(model: DLRM, max_table_rows: int | None = None) -> FullTables:
+def full_tables(model: DLRM, max_table_rows: int | None = None, dense_twin: bool = False) -> FullTables:
     """Return the same MLPs and interaction with a table for each feature, as large as memory allows.
 
     The weights of the tables are constants: the model is good for timing only.
@@ -273,14 +279,18 @@ def full_tables(model: DLRM, max_table_rows: int | None = None) -> FullTables:
     Args:
         model: a DLRM on the CPU.
         max_table_rows: limit of the rows of a table; None: as many as fit into 0.6 of the available memory.
+        dense_twin: give it MLPs and an interaction of the same sizes with random weights, none of them zero.
     """
     config = model.config
     sizes = table_rows(config, _SHARE_OF_MEMORY * available_memory(), max_table_rows)
     tables = [torch.full((n, config.embedding_dim), 0.01) for n in sizes]
     own = replace(config, embedding="full", table_rows=tuple(sizes), compression=None, robe_size=None, vocabulary=False)
-    with torch.device("meta"):  # no second copy of the MLPs
+    if dense_twin:
         other = DLRM(own, torch.nn.Identity())
-    other.bottom, other.interaction, other.top = model.bottom, model.interaction, model.top
+    else:
+        with torch.device("meta"):  # no second copy of the MLPs
+            other = DLRM(own, torch.nn.Identity())
+        other.bottom, other.interaction, other.top = model.bottom, model.interaction, model.top
     other.embeddings = EmbeddingBags(tables)
     hots = config.data_hots or (1,) * len(sizes)
     return FullTables(other, torch.tensor(sizes).repeat_interleave(torch.tensor(hots)))

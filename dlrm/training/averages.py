@@ -11,7 +11,7 @@ AVERAGED_STEPS = 8
 
 
 class AveragedWeights:
-    """Exponential moving averages of a model's weights: average += (weight - average) / min(step, steps).
+    """Exponential moving averages of a model's weights: average += (weight - average) / min(step - start, steps).
 
     A step moves the weights that a batch reads, and with them every row that shares these weights. In the average,
     such moves cancel out. The more rows share a weight, the more the average gains: see docs/accuracy.md.
@@ -20,11 +20,14 @@ class AveragedWeights:
         model: whose parameters are averaged.
         steps: how many steps the average reaches back, about.
         tensors: averages to go on from, by the names of their parameters; None: the weights as they are.
+
+    Attributes:
+        start: up to this step the averages are the weights. While a model is pruned, it is another one after each step.
     """
 
     def __init__(self, model: nn.Module, steps: int, tensors: dict[str, Tensor] | None = None):
         self._parameters = dict(model.named_parameters())
-        self._steps = steps
+        self._steps, self.start = steps, 0
         tensors = tensors or {name: p.detach().clone() for name, p in self._parameters.items()}
         self.tensors = {name: tensors[name] for name in self._parameters}  # in the order of the parameters
 
@@ -36,7 +39,7 @@ class AveragedWeights:
             step: counted from 1.
         """
         if step % AVERAGED_STEPS == 0:
-            weight = min(AVERAGED_STEPS / min(step, self._steps), 1.0)
+            weight = min(AVERAGED_STEPS / min(max(step - self.start, 1), self._steps), 1.0)
             torch._foreach_lerp_(list(self.tensors.values()), list(self._parameters.values()), weight)
 
     @contextmanager

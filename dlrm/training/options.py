@@ -16,7 +16,7 @@ _FREE = {"data", "eval_data", "epochs", "learning_rate", "target_auc"}
 _PATHS = ("data", "eval_data", "mllog")
 _TRAINING = (
     "epochs", "target_auc", "batch_size", "learning_rate", "warmup_steps", "decay_start", "decay_steps", "optimizer",
-    "averaging_steps", "evaluations_per_epoch",
+    "averaging_steps", "evaluations_per_epoch", "prune", "prune_block", "prune_schedule",
 )  # fmt: skip
 _VOCABULARY_BITS = 32
 
@@ -48,6 +48,9 @@ class RunOptions:
     averaging_steps: int | None = None
     optimizer: str | None = None
     evaluations_per_epoch: int | None = None
+    prune: float | None = None
+    prune_block: int | None = None
+    prune_schedule: tuple[float, ...] | None = None
     mllog: Path | None = None
 
     def to_dict(self) -> dict[str, Any]:

@@ -201,7 +201,7 @@ class _Run:
             "processes": self.world.size,
             "inputs": self.plan.inputs,
         }
-        best = self.request.output / WEIGHTS if progress.history else None
+        best = self.request.output / WEIGHTS if progress.candidates else None
         averages = self.averages.tensors if self.averages else None
         self.checkpoints.save(progress.step, self.model, self.optimizers, state, best, averages)
 

@@ -6,6 +6,7 @@ from typing import Any
 from dlrm.machine import peak_rss_bytes
 from dlrm.metrics import describe_auc
 from dlrm.model import DLRM
+from dlrm.sparsity import sparsity
 from dlrm.training.trainer import Trainer
 
 
@@ -46,7 +47,8 @@ def describe_result(metrics: Mapping[str, Any]) -> str:
         (f"AUC {target} {reached}\n" if target else "")
         + f"test AUC {describe_auc(metrics['auc'])}, log loss {metrics['log_loss']:.4f} (weights of epoch "
         f"{metrics['best_epoch']:.2f}, validation AUC {describe_auc(metrics['validation_auc'])}); "
-        f"{metrics['samples_per_second']:,.0f} samples/s"
+        + (f"{metrics['sparsity']:.0%} of the MLPs' weights are zero; " if metrics["sparsity"] else "")
+        + f"{metrics['samples_per_second']:,.0f} samples/s"
     )
 
 
@@ -72,6 +74,7 @@ def summary(preset: str, trainer: Trainer, test: Mapping[str, Any], rows: Mappin
         "admission_bytes": config.admission_bytes,
         "full_floats": config.full_floats,
         "compression": compression(trainer.model),
+        "sparsity": sparsity(trainer.model) if trainer.config.prune else 0.0,
         "epochs": trainer.config.epochs,
         "steps": progress.step,
         "peak_rss_bytes": peak_rss_bytes(),

@@ -21,6 +21,7 @@ from dlrm.config import TrainingConfig
 from dlrm.distributed import World
 from dlrm.metrics import describe_auc
 from dlrm.model import DLRM
+from dlrm.sparsity import BlockPruner, chains_of, cubic, prunable_of, rearrange
 from dlrm.training.averages import AveragedWeights
 from dlrm.training.journal import Journal
 from dlrm.training.mllog import MLLog
@@ -52,6 +53,7 @@ class Progress:
         recent_sum: of the losses since the last line of the journal.
         history: of each evaluation: step, epoch, train_loss, auc, log_loss. auc is None where all labels are the same.
         seconds: spent in steps.
+        keep_from: the first step whose weights may be kept; the model is pruned until then.
     """
 
     step: int = 0
@@ -59,11 +61,17 @@ class Progress:
     recent_sum: float = 0.0
     history: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
+    keep_from: int = 0
+
+    @property
+    def candidates(self) -> list[dict[str, Any]]:
+        """The evaluations whose weights may be kept."""
+        return [point for point in self.history if point["step"] >= self.keep_from]
 
     @property
     def best(self) -> dict[str, Any]:
-        """The evaluation with the best AUC, or the lowest log loss where no AUC is defined; the first of equal ones."""
-        return max(self.history, key=quality)
+        """The candidate with the best AUC, or the lowest log loss where no AUC is defined; the first of equal ones."""
+        return max(self.candidates, key=quality)
 
 
 def quality(scores: Mapping[str, Any]) -> tuple[bool, float]:
@@ -164,6 +172,7 @@ class Trainer:
             self.averages = AveragedWeights(self.model, self.config.averaging_steps)
         self.steps = math.ceil(self.rows / self.config.batch_size)  # in an epoch
         count = self.config.evaluations_per_epoch
+        self._pruning = Pruning(self) if self.config.prune else None
         self._evaluate_at = {math.ceil(self.steps * k / count) for k in range(1, count + 1)}
         # Learning rate of each parameter group, in multiples of the config's.
         self._rates = [[g["lr"] / self.config.learning_rate for g in o.param_groups] for o in self.optimizers]
@@ -183,9 +192,9 @@ class Trainer:
 
     @property
     def reached(self) -> dict[str, Any] | None:
-        """The first evaluation above the target; None where there is none."""
+        """The first candidate above the target; None where there is none."""
         target = self.config.target_auc
-        evaluated = [] if target is None else [p for p in self.progress.history if p["auc"] is not None]
+        evaluated = [] if target is None else [p for p in self.progress.candidates if p["auc"] is not None]
         return next((p for p in evaluated if p["auc"] > target), None)
 
     @property
@@ -250,6 +259,8 @@ class Trainer:
         self._unread.append(train_step(self.model, self.optimizers, batch, self.world, rows, self.wants_to_stop()))
         if self.averages:
             self.averages.update(self.progress.step)
+        if self._pruning:
+            self._pruning.step(self.progress.step)
         self._bar.update(rows)
 
     def _is_time_to_look(self, done: int) -> bool:
@@ -316,7 +327,9 @@ class Trainer:
         try:
             with self.averages.in_the_model() if self.averages else nullcontext():
                 scores = self.evaluate()
-                is_best = not progress.history or quality(scores) > quality(progress.best)
+                is_best = progress.step >= progress.keep_from and (
+                    not progress.candidates or quality(scores) > quality(progress.best)
+                )
                 if is_best and self.world.is_first:
                     self.keep()
         except Stopped:
@@ -366,3 +379,41 @@ class Trainer:
             f"{cause} at step {step} (batch {done - steps_ago} of epoch {epoch + 1}); a lower learning rate than "
             f"{self.config.rate(max(step, 1)):g} may help"
         )
+
+
+class Pruning:
+    """The pruning of a trainer's model: after each step, a function of the step and the weights.
+
+    When it starts, the outputs of the MLPs' layers are sorted, with all that goes with them.
+
+    Args:
+        trainer: whose config says how to prune.
+    """
+
+    def __init__(self, trainer: Trainer):
+        config = trainer.config
+        start, end = (max(math.ceil(epoch * trainer.steps), 1) for epoch in config.prune_schedule)
+        self._model, self._share, self._first, self._last = trainer.model, config.prune, start, end
+        self._optimizers, self._averages = trainer.optimizers, trainer.averages
+        self._names = {id(p): name for name, p in trainer.model.named_parameters()}
+        self._pruner = BlockPruner(prunable_of(trainer.model), config.prune_block)
+        trainer.progress.keep_from = end
+        if trainer.averages:
+            trainer.averages.start = end
+
+    def step(self, step: int) -> None:
+        """Prune after a step, counted from 1."""
+        if step < self._first:
+            return
+        if step == self._first:
+            for chain in chains_of(self._model):
+                rearrange(chain, self._moments_and_average)
+        self._pruner.step(self._share * cubic(step, self._first, self._last), self._average)
+
+    def _average(self, parameter: Tensor) -> list[Tensor]:
+        return [self._averages.tensors[self._names[id(parameter)]]] if self._averages else []
+
+    def _moments_and_average(self, parameter: Tensor) -> list[Tensor]:
+        states = [x for o in self._optimizers for x in o.state.get(parameter, {}).values()]
+        moments = [x for x in states if isinstance(x, Tensor) and x.shape == parameter.shape]
+        return moments + self._average(parameter)
