@@ -170,8 +170,8 @@ def add_benchmark(command: argparse.ArgumentParser) -> None:
         default=[],
         metavar="RIVAL",
         help="models to time beside it. full: the same model with a table for each feature, as large as memory allows, "
-        "and MLPs that were not pruned; full-pruned: such tables with the model's own MLPs; eager: the model as a torch "
-        "module; or paths of exported files (default: none)",
+        "and MLPs that were not pruned; full-pruned: such tables with the model's own MLPs; eager: the model as a "
+        "torch module; or paths of exported files (default: none)",
     )
     command.add_argument(
         "--batch-sizes",
