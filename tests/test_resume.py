@@ -205,6 +205,7 @@ def test_a_run_that_was_killed_again_and_again_ends_the_same(start, rows, tmp_pa
         ["--robe-size", "500", "--averaging-steps", "5", "--admission", "0.1"],
         ["--robe-size", "500", "--optimizer", "sgd", "--admission", "0.1"],
         ["--robe-size", "500", "--admission", "0.1", "--admit-after", "4"],
+        ["--robe-size", "500", "--prune", "0.6", "--prune-schedule", "0.05", "0.5", "--averaging-steps", "5"],
     ],
     ids=" ".join,
 )

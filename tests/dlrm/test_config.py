@@ -15,7 +15,7 @@ def test_configs_with_other_than_default_values_survive_json():
         SMALL, interaction="cross", cross_layers=2, cross_rank=7, hots=(3, 1), compression=None, robe_size=5
     )
     assert DLRMConfig.from_dict(json.loads(json.dumps(model.to_dict()))) == model
-    training = TrainingConfig(7, 0.5, "adagrad", 2, 3, 0.75, 10, 20, 30, 1e-6, 4, 50)
+    training = TrainingConfig(7, 0.5, "adagrad", 2, 3, 0.75, 10, 20, 30, 1e-6, 4, 50, 0.75, 32, (0.5, 1.5))
     assert TrainingConfig.from_dict(json.loads(json.dumps(training.to_dict()))) == training
     default = TrainingConfig(1, 1.0, "sgd", 1)
     assert all(getattr(training, f.name) != getattr(default, f.name) for f in fields(training)), "every field is tried"

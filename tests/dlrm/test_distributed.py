@@ -389,6 +389,7 @@ RUNS = {
     "adagrad, full": ("adagrad", 0.05, FULL),
     "adam, dense": ("adam", 0.01, LARGE_ARRAY),
     "adam, hash": ("adam", 0.01, HASH),
+    "adam, pruned": ("adam", 0.01, LARGE_ARRAY | {"interaction": "cross", "cross_rank": 2}),
 }  # fmt: skip
 BATCH, ROWS = 16, 65  # the last batch is one row: other processes have none
 
@@ -429,6 +430,8 @@ def a_trainer(world, name, **options):
         warmup_steps=3,
         decay_start=6,
         decay_steps=30,
+        prune=0.5 if "pruned" in name else 0.0,
+        prune_block=4,
     )
     return Trainer(model, config, batches, ROWS, validate, world=world, show=False, **options)
 

@@ -27,6 +27,7 @@ from dlrm.inference.throughput import (
 )
 from dlrm.machine import available_memory
 from dlrm.metrics import score
+from dlrm.sparsity import BlockPruner, prunable_of, sparsity
 from tests.dlrm.inference.test_predictor import CONFIG, CONFIGS, HOTS, expected, make, rows_of
 
 
@@ -140,6 +141,27 @@ def test_full_tables_have_the_same_mlps(name):
     torch.testing.assert_close(Predictor(full)(*inputs), want)
 
 
+def test_full_tables_stand_for_a_model_with_an_admission():
+    full, _ = full_tables(make(CONFIGS["robe, admission"]), max_table_rows=100)
+    assert full.config.admission_bytes == 0
+
+
+def test_a_pruned_model_is_timed_against_dense_and_pruned_mlps():
+    model = make(CONFIG)
+    BlockPruner(prunable_of(model)).step(0.75)
+    candidates = make_candidates(model, "float32", "float32", ["full", "full-pruned"], max_table_rows=100)
+    dense, pruned = (candidates[f"full tables{which}"] for which in ("", ", pruned"))
+    assert list(candidates)[1:] == [f"full tables{x}" for x in ("", ", eager", ", pruned", ", pruned, eager")]
+    assert "MLPs of the same sizes with random weights, as the model's are pruned" in dense.note
+    assert "random" not in pruned.note
+    shares = [sparsity(full_tables(model, 100, dense_twin).model) for dense_twin in (True, False)]
+    assert shares == [0, sparsity(model)]
+    assert shares[1] > 0.5
+    for candidate in (dense, pruned):
+        (inputs,) = candidate.inputs([rows_of(CONFIG, 5)])
+        assert candidate.run(*inputs, None).shape == (5,)
+
+
 def test_tables_take_as_much_memory_as_there_is():
     rows = table_rows(CONFIG, budget=1000 * 8 * 4)
     assert sum(rows) <= 1000 < sum(min(n, max(rows) + 1) for n in CONFIG.table_rows)
@@ -163,7 +185,9 @@ def test_bags_of_several_ids_are_summed():
 
 @pytest.mark.parametrize("what", ["nothing", "FULL", ""])
 def test_what_is_unknown_is_not_timed(what):
-    with pytest.raises(ValueError, match=f"against: expected full, eager or a file that export made, got '{what}'"):
+    with pytest.raises(
+        ValueError, match=f"against: expected full, full-pruned, eager or a file that export made, got '{what}'"
+    ):
         make_candidates(make(CONFIG), "float32", "float32", [what])
 
 

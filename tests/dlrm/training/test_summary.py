@@ -41,11 +41,13 @@ def test_figures_of_a_finished_run():
     assert metrics == {
         "auc": 0.65, "log_loss": 0.55, "validation_auc": 0.7, "best_epoch": 1.4, "target_auc": None,
         "target_epoch": None, "samples_per_second": (70 + 2 * 16) / 2, "array_floats": 100, "admission_bytes": 0,
-        "full_floats": 12_000, "compression": 120.0, "epochs": 2, "steps": 7, "seed": 9, "preset": "kaggle",
-        "embedding": "robe", "processes": 1, "rows": ROWS, "history": HISTORY,
+        "full_floats": 12_000, "compression": 120.0, "sparsity": 0.0, "epochs": 2, "steps": 7, "seed": 9,
+        "preset": "kaggle", "embedding": "robe", "processes": 1, "rows": ROWS, "history": HISTORY,
     }  # fmt: skip
     line = "test AUC 0.6500, log loss 0.5500 (weights of epoch 1.40, validation AUC 0.7000); 51 samples/s"
     assert describe_result(metrics) == line
+    pruned = describe_result(metrics | {"sparsity": 0.748})
+    assert pruned == line.replace("51 samples", "75% of the MLPs' weights are zero; 51 samples")
 
 
 @pytest.mark.parametrize(("target", "said"), [(0.65, "reached at epoch 1.40"), (0.9, "not reached")])

@@ -13,6 +13,7 @@ import dlrm.training.averages
 from data.rows import Batch
 from dlrm import DLRM, DLRMConfig, TrainingConfig
 from dlrm.distributed import World
+from dlrm.sparsity import sparsity
 from dlrm.training.averages import AveragedWeights
 from dlrm.training.checkpoint import TrainingCheckpoints
 from dlrm.training.optimizers import make_optimizers
@@ -220,8 +221,8 @@ def test_a_target_that_is_not_reached_lets_training_go_on_to_the_end():
 class Run:
     """A run with its checkpoints, as train.py has it."""
 
-    def __init__(self, folder, embedding, optimizer, stop_at=None, in_evaluation=False):
-        config = replace(TRAINING, optimizer=optimizer, learning_rate=0.01, warmup_steps=7)
+    def __init__(self, folder, embedding, optimizer, stop_at=None, in_evaluation=False, **changes):
+        config = replace(TRAINING, optimizer=optimizer, learning_rate=0.01, warmup_steps=7, **changes)
         self.checkpoints = TrainingCheckpoints(folder)
         saved = self.checkpoints.load()
         self.model = saved.model if saved else build(embedding)
@@ -232,6 +233,9 @@ class Run:
             saved.restore(self.optimizers)
             progress = Progress(**saved.state["progress"])
         self.stop_at, self.in_evaluation = stop_at, in_evaluation
+        averages = None
+        if config.averaging_steps:
+            averages = AveragedWeights(self.model, config.averaging_steps, saved and saved.averages)
         self.trainer = trainer(
             self.model,
             config,
@@ -239,6 +243,7 @@ class Run:
             save=self.save,
             wants_to_stop=lambda: self.trainer.progress.step == stop_at and not in_evaluation,
             optimizers=self.optimizers,
+            averages=averages,
             progress=progress,
         )
 
@@ -250,7 +255,9 @@ class Run:
         return scores(auc=float(torch.rand(())), log_loss=weights)
 
     def save(self, progress):
-        self.checkpoints.save(progress.step, self.model, self.optimizers, {"progress": asdict(progress)})
+        averages = self.trainer.averages.tensors if self.trainer.averages else None
+        state = {"progress": asdict(progress)}
+        self.checkpoints.save(progress.step, self.model, self.optimizers, state, averages=averages)
 
     def state(self):
         """All that is to be the same, bit for bit."""
@@ -258,13 +265,15 @@ class Run:
         for k, optimizer in enumerate(self.optimizers):
             for i, values in optimizer.state_dict()["state"].items():
                 tensors |= {f"{k}.{i}.{what}": torch.as_tensor(x) for what, x in values.items() if x is not None}
+        if self.trainer.averages:
+            tensors |= {f"average {name}": x for name, x in self.trainer.averages.tensors.items()}
         progress = {name: x for name, x in asdict(self.trainer.progress).items() if name not in TIMES}
         return tensors | {"generator": torch.get_rng_state()}, progress
 
 
-def undisturbed(folder, *which):
+def undisturbed(folder, *which, **changes):
     folder.mkdir()
-    run = Run(folder, *which)
+    run = Run(folder, *which, **changes)
     run.trainer.train()
     return run.state()
 
@@ -303,6 +312,56 @@ def test_a_run_stopped_at_every_step_ends_the_same(tmp_path):
     run = Run(tmp_path / "run", "robe", "adagrad")
     run.trainer.train()
     assert_same(run.state(), expected)
+
+
+PRUNED = {"prune": 0.5, "prune_block": 4, "prune_schedule": (0.2, 1.1)}  # from step 1 to step 6
+
+
+@pytest.mark.parametrize("changes", [PRUNED, PRUNED | {"averaging_steps": 3}], ids=["weights", "averages"])
+def test_a_pruned_run_that_was_stopped_anywhere_ends_the_same(tmp_path, monkeypatch, changes):
+    monkeypatch.setattr("dlrm.training.averages.AVERAGED_STEPS", 2)
+    expected = undisturbed(tmp_path / "undisturbed", "robe", "adam", **changes)
+    weights = expected[0]["top.0.weight"]
+    assert (weights == 0).sum() == weights.numel() / 2
+    if "averaging_steps" in changes:
+        assert torch.equal(expected[0]["average top.0.weight"] == 0, weights == 0)
+    for step in range(1, STEPS + 1):
+        folder = tmp_path / str(step)
+        folder.mkdir()
+        with pytest.raises(Stopped):
+            Run(folder, "robe", "adam", step, **changes).trainer.train()
+        gone_on = Run(folder, "robe", "adam", **changes)
+        gone_on.trainer.train()
+        assert_same(gone_on.state(), expected)
+
+
+def test_weights_are_kept_once_they_are_pruned():
+    config = replace(TRAINING, **PRUNED, target_auc=0.7)
+    aucs, kept, model = iter([0.9, 0.8, 0.6, 0.75]), [], build()  # after steps 3, 5, 8 and 10
+    run = trainer(model, config, evaluate=lambda: scores(auc=next(aucs)), keep=lambda: kept.append(sparsity(model.top)))
+    run.train()
+    assert [point["step"] for point in run.progress.candidates] == [8, 10]
+    assert (run.progress.best["step"], run.reached["step"]) == (10, 10)
+    assert len(kept) == 2
+    assert min(kept) > 0.4, "half, but for the last layer"
+
+
+def test_pruning_starts_with_sorted_layers_and_their_moments():
+    model = build()
+    config = replace(TRAINING, optimizer="adam", prune=0.5, prune_block=4, prune_schedule=(0.6, 1.1))
+    run = trainer(model, config, wants_to_stop=lambda: run.progress.step == 3)
+    with pytest.raises(Stopped):
+        run.train()
+    twin = trainer(build(), replace(config, prune=0), wants_to_stop=lambda: twin.progress.step == 3)
+    with pytest.raises(Stopped):
+        twin.train()
+    (ours,), (theirs,) = run.optimizers, twin.optimizers
+    order = twin.model.top[0].weight.abs().sum(1).argsort(descending=True)
+    for one, other, dimension in ((0, 0, 0), (2, 2, 1)):
+        ours_p, theirs_p = model.top[one].weight, twin.model.top[other].weight
+        assert torch.equal(ours_p, theirs_p.index_select(dimension, order))
+        for name in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(ours.state[ours_p][name], theirs.state[theirs_p][name].index_select(dimension, order))
 
 
 def test_batches_that_were_trained_on_are_not_read_again():
