@@ -4,7 +4,7 @@ Every candidate is measured in every round, so that whatever disturbs the machin
 not timed precede each measurement, so that no candidate pays for what the one before it left in the caches: the figures
 are those of a program that does nothing else.
 
-Not a program: benchmarks.embedding and benchmarks.step use it.
+Not a program: benchmarks.embedding, benchmarks.step and benchmarks.mlp use it.
 """
 
 import argparse
@@ -29,7 +29,11 @@ ADMISSION = " + admission"  # part of the names of candidates that have one
 
 
 def side_by_side(
-    candidates: dict[str, Callable[[], object]], seconds: float, least_rounds: int = 5, device: str = "cpu"
+    candidates: dict[str, Callable[[], object]],
+    seconds: float,
+    least_rounds: int = 5,
+    device: str = "cpu",
+    against: str | None = None,
 ) -> dict[str, dict[str, float]]:
     """Time callables in turns.
 
@@ -38,9 +42,11 @@ def side_by_side(
         seconds: for all of them together, about.
         least_rounds: least measurements of each.
         device: where they compute. With "cuda", a measurement ends when the device is done.
+        against: a candidate by which the others are divided, round by round.
 
     Returns:
-        name -> median, p20 and p80 of a call in microseconds, and rounds.
+        name -> median, p20 and p80 of a call in microseconds, and rounds. With ``against``, also times_faster,
+        times_faster_p20 and times_faster_p80: how many times as fast as that candidate.
     """
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     calls = {}
@@ -70,7 +76,13 @@ def side_by_side(
                 run()
             wait()
             samples[name].append((time.perf_counter() - begin) / count * 1e6)
-    return {name: quantiles(times) | {"rounds": len(times)} for name, times in samples.items()}
+    results = {name: quantiles(times) | {"rounds": len(times)} for name, times in samples.items()}
+    if against is not None:
+        for name, times in samples.items():
+            ratios = quantiles([base / time for base, time in zip(samples[against], times)])
+            results[name]["times_faster"] = ratios.pop("median")
+            results[name] |= {f"times_faster_{key}": value for key, value in ratios.items()}
+    return results
 
 
 def quantiles(values: list[float]) -> dict[str, float]:
@@ -148,13 +160,16 @@ def times_without_admission(times: dict[str, dict[str, float]], name: str) -> st
     return f"{times[name]['median'] / without['median']:.2f}" if without and ADMISSION in name else ""
 
 
-def parse(description: str | None, seconds: float, devices: tuple[str, ...] = ("cpu",)) -> argparse.Namespace:
+def parse(
+    description: str | None, seconds: float, devices: tuple[str, ...] = ("cpu",), tables: bool = True
+) -> argparse.Namespace:
     """Parse the command line of a benchmark.
 
     Args:
         description: for --help.
         seconds: default for each table of figures.
         devices: where the benchmark can run; the first is the default.
+        tables: whether it has full tables.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON to write")
@@ -165,13 +180,14 @@ def parse(description: str | None, seconds: float, devices: tuple[str, ...] = ("
         default=["kaggle", "terabyte"],
         help="model sizes (default: both)",
     )
-    parser.add_argument(
-        "--max-rows",
-        type=int,
-        default=3_000_000,
-        metavar="N",
-        help="limit of the rows of a full table (default: %(default)s)",
-    )
+    if tables:
+        parser.add_argument(
+            "--max-rows",
+            type=int,
+            default=3_000_000,
+            metavar="N",
+            help="limit of the rows of a full table (default: %(default)s)",
+        )
     parser.add_argument(
         "--seconds",
         type=float,

@@ -90,13 +90,14 @@ def test_command_is_understood(program, arguments, monkeypatch):
 
 
 def test_predictor_of_the_docs(tmp_path, monkeypatch):
-    (snippet,) = python_of(ROOT / "docs" / "inference.md")
+    snippet, pruning = python_of(ROOT / "docs" / "inference.md")
     config = DLRMConfig(embedding_dim=4, bottom_mlp=(8, 4), top_mlp=(8, 1), table_rows=(10,) * 26, compression=3)
     checkpoint.save(tmp_path / "runs" / "robe", DLRM(config))
     monkeypatch.chdir(tmp_path)
     names = {}
     exec(snippet, names)
     assert names["probabilities"].shape == (64,)
+    exec(pruning, {})  # ends with a claim of its own
 
 
 def test_readme_is_short_and_shows_the_layer_first():

@@ -140,7 +140,10 @@ def test_benchmark_on_generated_rows(trained, capsys):
     ("options", "message"),
     [
         (["--array-dtype", "int8"], "--data: expected with --array-dtype and --mlp-dtype, so that AUC stands beside"),
-        (["--against", "everything"], "against: expected full, eager or a file that export made, got 'everything'"),
+        (
+            ["--against", "everything"],
+            "against: expected full, full-pruned, eager or a file that export made, got 'everything'",
+        ),
     ],
 )
 def test_benchmark_refuses(trained, options, message, capsys):

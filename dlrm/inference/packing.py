@@ -89,6 +89,18 @@ def block_of(weight: Tensor) -> int | None:
     return min(work, key=lambda block: work[block])
 
 
+def pack_chain(weights: Sequence[tuple[Tensor, Tensor | None]], blocks: Sequence[int | None], relu_last: bool) -> Chain:
+    """Return linear layers with ReLU between them as a chain.
+
+    Args:
+        weights: weight (fan_out, fan_in) and bias (fan_out,) or None of each layer.
+        blocks: of each layer, as for ``pack_linear``.
+        relu_last: whether a ReLU follows the last layer too.
+    """
+    layers = [pack_linear(*layer, block) for layer, block in zip(weights, blocks)]
+    return Chain(layers, len(weights[-1][0]), relu_last)
+
+
 def _chain(linears: Sequence[nn.Module], dtype: str, relu_last: bool) -> LinearFunction:
     """Return linear layers with ReLU between them as one function, its weights laid out for this CPU."""
     weights: list[tuple[Tensor, Tensor | None]] = []
@@ -96,8 +108,7 @@ def _chain(linears: Sequence[nn.Module], dtype: str, relu_last: bool) -> LinearF
         assert isinstance(linear, nn.Linear)
         weights.append((linear.weight.detach(), None if linear.bias is None else linear.bias.detach()))
     if dtype == "float32" and "avx" in backend()["cpu"]:  # elsewhere torch's own BLAS is faster
-        packed_layers = [pack_linear(*layer, block_of(layer[0])) for layer in weights]
-        return Chain(packed_layers, len(weights[-1][0]), relu_last)
+        return pack_chain(weights, [block_of(weight) for weight, _ in weights], relu_last)
     pack = {"float32": _float32_linear, "bfloat16": _bfloat16_linear, "int8": _int8_linear}[dtype]
     layers = [pack(*layer, relu=relu_last or i + 1 < len(weights)) for i, layer in enumerate(weights)]
 

@@ -284,8 +284,15 @@ def full_tables(model: DLRM, max_table_rows: int | None = None, dense_twin: bool
     config = model.config
     sizes = table_rows(config, _SHARE_OF_MEMORY * available_memory(), max_table_rows)
     tables = [torch.full((n, config.embedding_dim), 0.01) for n in sizes]
-    of_tables = {"embedding": "full", "table_rows": tuple(sizes), "vocabulary": False}
-    own = replace(config, **of_tables, compression=None, robe_size=None, admission_bytes=0)
+    own = replace(
+        config,
+        embedding="full",
+        table_rows=tuple(sizes),
+        compression=None,
+        robe_size=None,
+        vocabulary=False,
+        admission_bytes=0,
+    )
     if dense_twin:
         other = DLRM(own, torch.nn.Identity())
     else:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import timing
 from benchmarks.timing import (
     ADMISSION,
     admitting_layer,
@@ -26,6 +27,15 @@ def test_candidates_have_the_same_number_of_rounds():
     assert times["a"]["rounds"] == times["b"]["rounds"] >= 3
     assert all(0 < time["p20"] <= time["median"] <= time["p80"] for time in times.values())
     assert min(calls.values()) > 3 * 1.5
+
+
+def test_candidates_are_divided_by_another_round_by_round(monkeypatch):
+    clock = iter(range(10**6))
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
+    times = side_by_side({"a": int, "b": int}, seconds=0, least_rounds=3, against="a")
+    for time in times.values():
+        assert time["times_faster"] == time["times_faster_p20"] == time["times_faster_p80"] == 1
+    assert "times_faster" not in side_by_side({"a": int}, seconds=0)["a"]
 
 
 def test_quantiles():
