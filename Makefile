@@ -91,7 +91,8 @@ test-sanitized: setup $(SANITIZED) $(SANITIZED_READER)
 	$(WITH_SANITIZERS) OMP_NUM_THREADS=2 ROBE_KERNELS=build/sanitized ROBE_READER=$(SANITIZED_READER) \
 	    $(BIN)/python -m pytest tests/robe/csrc tests/robe/test_int8_array.py tests/robe/ops/test_schema.py \
 	    tests/robe/ops/test_counting.py tests/robe/admission tests/robe/test_optim.py tests/robe/test_optim_as_torch.py \
-	    tests/dlrm/test_mlp.py tests/dlrm/test_interaction.py tests/dlrm/test_hostile_calls.py tests/data/formats/test_criteo_tsv.py \
+	    tests/dlrm/test_mlp.py tests/dlrm/test_interaction.py tests/dlrm/test_hostile_calls.py \
+	    tests/dlrm/inference/test_plan.py tests/data/formats/test_criteo_tsv.py \
 	    tests/data/formats/test_readers_agree.py \
 	    --deselect tests/robe/csrc/test_memory.py
 

@@ -8,7 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from dlrm.model import MLP
+from dlrm.ops import BLOCKS, pack_linear
 from robe.hashing import MULTIPLIERS, SHIFTS
+
+_MOST_STORED = 0.9  # of a layer's weights, or all are
 
 
 def optional_package(name: str) -> Any:
@@ -115,7 +118,22 @@ class Graph:
         """Apply an nn.Linear."""
         assert isinstance(layer, nn.Linear)
         bias = [] if layer.bias is None else [layer.bias]
-        return self.op("Gemm", x, layer.weight, *bias, transB=1)
+        return self.op("Gemm", x, self._matrix(layer.weight.detach()), *bias, transB=1)
+
+    def _matrix(self, weight: Tensor) -> str:
+        """The weights (fan_out, fan_in) of a layer. Blocks of zeros are put in when the file is loaded."""
+        fan_out, fan_in = weight.shape
+        values, _, inputs, starts = min((pack_linear(weight, None, n) for n in BLOCKS), key=lambda x: x.weights.numel())
+        if values.numel() > _MOST_STORED * weight.numel():
+            return self.constant(weight)
+        block, blocks = values.shape[1], len(starts) - 2
+        block_of = torch.arange(blocks).repeat_interleave(starts[:-1].diff())
+        places = self.cast(self.constant((block_of * fan_in + inputs).int().unsqueeze(1)), "INT64")
+        shape = self.constant(np.array([blocks * fan_in, block]))
+        whole = self.op("ScatterND", self.op("ConstantOfShape", shape), places, values)
+        columns = self.op("Transpose", self.reshape(whole, blocks, fan_in, block), perm=[0, 2, 1])
+        rows = self.reshape(columns, blocks * block, fan_in)
+        return self.op("Slice", rows, np.array([0]), np.array([fan_out]))
 
     def mlp(self, mlp: MLP, x: str) -> str:
         """Apply an MLP: linear layers and ReLUs."""

@@ -6,10 +6,12 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from torch import nn
 
 from dlrm import DLRMConfig
 from dlrm.inference.export import export, onnx_graph, onnx_model
 from dlrm.inference.predictor import Predictor
+from dlrm.sparsity import BlockPruner, prunable_of, sparsity
 from tests.dlrm.inference.export.models import (
     HOTS,
     VOCABULARY,
@@ -64,6 +66,26 @@ def test_onnx_has_the_probabilities_of_the_model(tmp_path, changes):
         if rows:  # the model itself takes no empty batch of bags
             np.testing.assert_allclose(probability, eager(model, dense, sparse), atol=1e-6)
     assert probability.std() > 1e-3  # that depend on the rows
+
+
+@pytest.mark.parametrize("interaction", ["dot", "cross"])
+@pytest.mark.parametrize("block", [16, 32])
+def test_blocks_of_zeros_are_not_in_the_file(tmp_path, block, interaction):
+    model = make(bottom_mlp=(64, 4), top_mlp=(200, 150, 1), interaction=interaction, cross_rank=20)
+    with torch.no_grad():
+        for parameter in model.interaction.parameters():
+            parameter *= 0.2  # or its products of rounded numbers are 1e-5 apart
+    export(model, tmp_path / "whole.onnx", format="onnx")
+    BlockPruner(prunable_of(model), block).step(0.75)
+    assert export(model, tmp_path / "model.onnx", format="onnx").difference <= 1e-5
+    dense, sparse = inputs(model, 301)
+    probability = run_onnx(tmp_path / "model.onnx", dense, sparse)
+    predicted = Predictor(model)(torch.from_numpy(dense), torch.from_numpy(sparse))
+    np.testing.assert_allclose(probability, predicted, atol=1e-6)
+    assert probability.std() > 1e-3
+    whole, pruned = ((tmp_path / name).stat().st_size for name in ("whole.onnx", "model.onnx"))
+    zeros = 4 * sparsity(model) * sum(x.weight.numel() for x in model.modules() if isinstance(x, nn.Linear))
+    assert whole - pruned > 0.85 * zeros
 
 
 @pytest.mark.parametrize("block_size", [1, 2, 3, 4, 7])
