@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dlrm.config import DLRMConfig
-from dlrm.embeddings import Tables
+from dlrm.embeddings import Tables, VocabularyTables
 from dlrm.inference.packing import Chain, Cross, lists
 from robe import RobeEmbeddingBagCollection
 
@@ -33,7 +33,7 @@ class Plan:
         scale = filter = None
         self._rows: Callable[[Tensor], Tensor] | None = None
         layout: tuple[Any, ...] = dim, dim, "identity", False, None
-        self.reads_ids = config.hots is None and isinstance(embeddings, RobeEmbeddingBagCollection | Tables)
+        self.reads_ids = config.hots is None and _can_be_read(embeddings)
         if not self.reads_ids:  # an array that nothing is read from
             weight, tables = torch.zeros(dim), (torch.zeros(features).long(), torch.ones(features).long())
         elif isinstance(embeddings, Tables):
@@ -78,3 +78,14 @@ class Plan:
         if ids is not None and self._rows is not None:
             ids = self._rows(ids)
         return torch.ops.dlrm.run_plan(self._number, dense, ids, embeddings)
+
+
+def _can_be_read(embeddings: nn.Module) -> bool:
+    """Whether calling a module is no more than a lookup in its array or tables."""
+    if type(embeddings) not in (RobeEmbeddingBagCollection, Tables, VocabularyTables):
+        return False
+    if embeddings._forward_hooks or embeddings._forward_pre_hooks:
+        return False
+    if isinstance(embeddings, RobeEmbeddingBagCollection):
+        return embeddings.array.read()[0].dtype in (torch.float32, torch.bfloat16, torch.int8)
+    return embeddings.weight.dtype is torch.float32

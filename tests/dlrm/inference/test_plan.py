@@ -8,6 +8,7 @@ from torch import nn
 
 from dlrm.inference.plan import Plan
 from dlrm.inference.predictor import Predictor
+from robe import RobeEmbeddingBagCollection
 from tests.dlrm.inference.test_predictor import CONFIG, CONFIGS, expected, make, rows_of
 from tests.helpers.kernels import needs_kernels
 
@@ -92,6 +93,31 @@ def test_embeddings_of_any_layout_take_the_place_of_ids():
         plan(dense, embeddings=embeddings[:, :, :7])
     with pytest.raises(ValueError, match="ids and embeddings: expected one of them"):
         plan(dense, sparse, embeddings)
+
+
+class Doubled(RobeEmbeddingBagCollection):
+    def forward(self, *ids):
+        return 2 * super().forward(*ids)
+
+
+@pytest.mark.parametrize("what", ["subclass", "hook", "float16", "module"])
+def test_embeddings_that_are_more_than_a_lookup_are_called(what):
+    model = make(CONFIG)
+    if what == "subclass":
+        model.embeddings.__class__ = Doubled
+    elif what == "hook":
+        model.embeddings.register_forward_hook(lambda module, ids, result: 2 * result)
+    elif what == "float16":
+        model.embeddings.half()
+    else:
+        model.embeddings = nn.Sequential(model.embeddings)
+    dense, sparse = rows_of(CONFIG, 600)
+    with torch.no_grad():
+        embeddings = model.embeddings(sparse).float()
+        want = torch.sigmoid(model.top(model.interaction(model.bottom(dense), embeddings))).squeeze(1)
+    predictor = Predictor(model)
+    assert not predictor._plan.reads_ids
+    torch.testing.assert_close(predictor(dense, sparse), want, rtol=0, atol=1e-6)
 
 
 def test_a_plan_is_freed_with_its_predictor():
