@@ -14,14 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
+from torch.optim import Optimizer
 
+from robe.array import DTYPES
 from robe.layers.embedding import RobeEmbedding, RobeEmbeddingBag
 
 TorchTable = nn.Embedding | nn.EmbeddingBag
-_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 # Values that an attribute holds, directly or not, among which tables are looked for: a vocabulary may be large.
 _LOOKED_INTO = 2000
-_WITHOUT_CONTENT = (Tensor, type, ModuleType, FunctionType, str, bytes, int, float, type(None))
+_WITHOUT_CONTENT = (Tensor, Optimizer, type, ModuleType, FunctionType, str, bytes, int, float, type(None))
 # What a subclass may define and still be a table like any other.
 _HARMLESS = {"__init__", "__module__", "__qualname__", "__doc__", "__annotations__", "__constants__", "__repr__"}
 _HARMLESS |= {"__firstlineno__", "__static_attributes__", "__annotate_func__", "__parameters__", "__orig_bases__"}
@@ -49,7 +50,7 @@ def reason_to_leave(model: nn.Module, modules: list[TorchTable], min_rows: int, 
         reason = _reason_of_module(module)
         if reason is not None:
             return reason
-    if weight.dtype not in _DTYPES:
+    if weight.dtype not in DTYPES:
         return f"is of {weight.dtype}"
     if type(weight) is not nn.Parameter or weight.layout is not torch.strided:
         return f"its weight is a {type(weight).__name__} of layout {str(weight.layout).removeprefix('torch.')}"
@@ -67,6 +68,13 @@ def reason_to_leave(model: nn.Module, modules: list[TorchTable], min_rows: int, 
 def own_attributes(module: nn.Module) -> dict[str, Any]:
     """Return the attributes of a table that torch's tables don't have."""
     return {name: value for name, value in vars(module).items() if name not in _attributes_of_torch()}
+
+
+def holds_optimizer(model: nn.Module) -> bool:
+    """Return whether a model has an optimizer, which has the parameters that the model had when it was made."""
+    inside = set(model.modules())
+    held = (x for module in inside for value in own_attributes(module).values() for x in _held(value, inside))
+    return any(isinstance(x, Optimizer) for x in held)
 
 
 @cache
@@ -131,12 +139,16 @@ def _share_memory(one: Tensor, other: Tensor) -> bool:
     """Whether a change of one tensor could be one of the other; pieces of one storage may lie apart."""
     if one is other:
         return True
-    if any(x.is_meta or x.layout is not torch.strided or is_lazy(x) or not x.numel() for x in (one, other)):
-        return False
-    if type(one).__torch_dispatch__ is not Tensor.__torch_dispatch__ or one.device != other.device:
+    if one.device != other.device or not (_has_memory(one) and _has_memory(other)):
         return False
     (first, end), (other_first, other_end) = _addresses(one), _addresses(other)
     return first < other_end and other_first < end
+
+
+def _has_memory(x: Tensor) -> bool:
+    """Whether a tensor is a plain one, whose numbers lie in memory by its strides."""
+    is_plain = type(x).__torch_dispatch__ is Tensor.__torch_dispatch__ and not (x.is_meta or x.is_nested or is_lazy(x))
+    return is_plain and x.layout is torch.strided and x.numel() > 0
 
 
 def _addresses(x: Tensor) -> tuple[int, int]:
@@ -144,8 +156,8 @@ def _addresses(x: Tensor) -> tuple[int, int]:
     return x.data_ptr(), x.data_ptr() + extent * x.element_size()
 
 
-def _held(value: Any, inside: set[nn.Module]) -> Iterator[nn.Module | Tensor]:
-    """Yield the modules and tensors in an attribute: in lists and dicts, bound methods, and attributes of objects.
+def _held(value: Any, inside: set[nn.Module]) -> Iterator[nn.Module | Tensor | Optimizer]:
+    """Yield what an attribute holds, in lists and dicts, bound methods, and attributes of objects too.
 
     Args:
         value: of the attribute.
@@ -157,7 +169,7 @@ def _held(value: Any, inside: set[nn.Module]) -> Iterator[nn.Module | Tensor]:
         if id(x) in seen:
             continue
         seen.add(id(x))
-        if isinstance(x, (nn.Module, Tensor)):
+        if isinstance(x, (nn.Module, Tensor, Optimizer)):
             yield x
         if isinstance(x, _WITHOUT_CONTENT) or (isinstance(x, nn.Module) and x in inside):
             continue

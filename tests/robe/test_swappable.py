@@ -123,7 +123,6 @@ WEIGHTS_KEPT = [
     lambda x: [([x.weight], 0.1)],  # the penalties of deepctr-torch
     lambda x: x.weight.detach(),
     lambda x: x.weight[-10:].detach(),
-    lambda x: torch.optim.Adam([x.weight]),
     lambda x: list(range(500)) + [x.weight],
 ]
 
@@ -146,6 +145,15 @@ def test_a_table_whose_weight_a_model_also_keeps_elsewhere_is_left(kept):
 @pytest.mark.parametrize("kept", [lambda x: None, lambda x: [torch.zeros(1000, 8)], lambda x: Holder(x.__class__)])
 def test_other_things_that_a_model_keeps_leave_no_table(kept):
     assert not robe.compress(HoldsInAList(kept), 10).compression_report.left
+
+
+def test_an_optimizer_that_a_model_keeps_is_noted():
+    def with_optimizer(table):
+        return Holder(torch.optim.Adam(table.parameters()))
+
+    report = robe.compress(HoldsInAList(with_optimizer), 10).compression_report
+    assert not report.left
+    assert report.notes == ("the model holds an optimizer, which trains what was there before: make it again",)
 
 
 def tied_by_memory(other):
