@@ -202,7 +202,7 @@ class SlotGradient(Tensor):
         return self.pieces.dense().tolist()
 
     @property
-    def data(self) -> Tensor:  # type: ignore[override]
+    def data(self) -> Tensor:
         """The gradient itself, which never requires one; what is assigned takes its place."""
         return self
 
@@ -211,7 +211,7 @@ class SlotGradient(Tensor):
         if value.shape != self.shape:
             raise ValueError(f"data: expected the shape {tuple(self.shape)}, got {tuple(value.shape)}")
         taken = SlotGradient.of(value, value)
-        Tensor.data.__set__(self, taken)  # the dtype and the device
+        Tensor.data.__set__(self, taken)  # type: ignore[attr-defined]  # the dtype and the device
         self.pieces = taken.pieces
 
     def __repr__(self, *, tensor_contents=None) -> str:  # type: ignore[override]
