@@ -1,13 +1,36 @@
 """RobeArray: the one array of weights behind any number of virtual tables; Int8RobeArray, its copy for inference."""
 
+import operator
 import weakref
+from math import inf
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 INIT_STD = 0.01
+DTYPES = torch.float32, torch.float64, torch.float16, torch.bfloat16
 _WEIGHTS_AT_ONCE = 1 << 20
+
+
+def checked_integer(name: str, value: Any, bits: int | None = 64) -> int:
+    """Return an integer of any type, such as numpy's, as Python's.
+
+    Args:
+        name: of the argument, for the message.
+        value: of the argument.
+        bits: that it may have, with a sign; None: any number.
+
+    Raises:
+        ValueError: it is no integer, or has more bits.
+    """
+    try:
+        integer = operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name}: expected an integer, got {value!r:.50}") from None
+    if bits is not None and not -1 << (bits - 1) <= integer < 1 << (bits - 1):
+        raise ValueError(f"{name}: expected an integer of {bits} bits, got {integer}")
+    return integer
 
 
 class RobeArray(nn.Module):
@@ -27,7 +50,7 @@ class RobeArray(nn.Module):
         weight: Parameter (size,), the only entry of the ``state_dict``.
 
     Raises:
-        ValueError: size is below 1, or init_std is negative.
+        ValueError: size is below 1, init_std is negative, or an argument is of another type.
 
     Examples:
         >>> array = RobeArray(1_000_000)
@@ -48,14 +71,20 @@ class RobeArray(nn.Module):
         device=None,
     ):
         super().__init__()
+        size = checked_integer("size", size)
         if size < 1:
             raise ValueError(f"size: expected at least 1 weight, got {size}")
-        if init_std is not None and init_std < 0:
+        if init_std is not None and not 0 <= init_std < inf:
             raise ValueError(f"init_std: expected at least 0, got {init_std}")
-        self.seed = seed
+        if not -inf < init_mean < inf:
+            raise ValueError(f"init_mean: expected a finite number, got {init_mean}")
+        self.seed = checked_integer("seed", seed, bits=None)
         self.init_std = INIT_STD if init_std is None else init_std
         self.init_mean = init_mean
-        self.weight = nn.Parameter(torch.empty(size, dtype=dtype, device=device))
+        weight = torch.empty(size, dtype=dtype, device=device)
+        if weight.dtype not in DTYPES:
+            raise ValueError(f"dtype: expected one of {', '.join(map(str, DTYPES))}, got {weight.dtype}")
+        self.weight = nn.Parameter(weight)
         self._optimizer: weakref.ref | None = None
         self.reset_parameters()
 
@@ -79,7 +108,13 @@ class RobeArray(nn.Module):
     def read(self) -> tuple[Tensor, None]:
         """Return the weights and their scale, as the operators take them."""
         weight = self._parameters.get("weight")  # past the detours of self.weight, where it is still a parameter
-        return self.weight if weight is None else weight, None
+        return self._computed() if weight is None else weight, None
+
+    def _computed(self) -> Tensor:
+        """The weights that something else makes: a parametrization, or a hook before forward, as torch's prune has."""
+        for hook in self._forward_pre_hooks.values():
+            hook(self, ())
+        return self.weight
 
     def quantized(self, group_size: int = 64) -> "Int8RobeArray":
         """Return a copy in int8 for inference, in a quarter of the memory: ``layer.array = layer.array.quantized()``.

@@ -13,7 +13,7 @@ from robe.admission import Admission
 from robe.array import INIT_STD, RobeArray
 from robe.layers.embedding import RobeEmbedding, RobeEmbeddingBag
 from robe.layers.tables import COMPONENTS_AT_ONCE, check_finite, project
-from robe.swappable import TorchTable, own_attributes, reason_to_leave, tables_of
+from robe.swappable import TorchTable, holds_optimizer, own_attributes, reason_to_leave, tables_of
 
 
 class Values(NamedTuple):
@@ -119,9 +119,10 @@ def compress(
     RobeEmbeddingBag with the same size, dimension, mode, padding, training mode and attributes. Tables that share a
     weight still share one afterwards. Weights with the same device, dtype and ``requires_grad`` share one array, so
     usually there is one array. Tables whose values are all equal, or whose mean is more than half of their standard
-    deviation, get an array of their own that begins there. What can't be carried over, such as a hook, leaves a table
-    as it is. Make the optimizer after this call, and DistributedDataParallel too. Code that reads the ``weight``
-    of a swapped table itself gets an error: there is no table any more.
+    deviation, get an array of their own that begins there. What can't be carried over, such as a hook, or a weight
+    that the model also keeps elsewhere, leaves a table as it is. Make the optimizer after this call, and
+    DistributedDataParallel too. Code that reads the ``weight`` of a swapped table itself gets an error: there is no
+    table any more.
 
     Args:
         model: changed in place.
@@ -170,7 +171,7 @@ def compress(
         why = "; ".join(f"{names[0] or 'it'}: {reason}" for names, reason in reasons.items())
         raise ValueError(f"model: no table to swap: {why or 'there is no nn.Embedding or nn.EmbeddingBag in it'}")
     layers, arrays = _make_layers(tables, options)
-    report = _report(found, reasons, tables, arrays, options)
+    report = _report(found, reasons, tables, arrays, options, holds_optimizer(model))
     _swap(model, layers)
     model = layers.get(model, model)
     model.compression_report = report  # type: ignore[assignment]
@@ -387,6 +388,7 @@ def _report(
     tables: list[_Swap],
     arrays: dict[tuple[str, ...], RobeArray],
     options: _Options,
+    has_optimizer: bool,
 ) -> CompressionReport:
     before = {table.names: table.values for table in tables}
     after = {}
@@ -407,7 +409,7 @@ def _report(
         ),
         array_floats=sum(sizes.values()),
         admission_bytes=0 if options.admission is None else options.admission.bytes,
-        notes=_notes(tables, len(sizes)),
+        notes=_notes(tables, len(sizes), has_optimizer),
     )
 
 
@@ -418,13 +420,15 @@ def _swapped(table: Table) -> str:
     return f"swapped, {before}to mean {table.after.mean:.2g}, std {table.after.std:.2g}"
 
 
-def _notes(swapped: list[_Swap], arrays: int) -> tuple[str, ...]:
+def _notes(swapped: list[_Swap], arrays: int, has_optimizer: bool) -> tuple[str, ...]:
     notes = []
     if any(module.sparse for table in swapped for module in table.modules):
         notes.append(
             "some tables had sparse=True: the gradient of an array is dense, which torch.optim.SparseAdam refuses; "
             "use robe.optim, or an optimizer for dense gradients"
         )
+    if has_optimizer:
+        notes.append("the model holds an optimizer, which trains what was there before: make it again")
     if arrays > 1:
         notes.append(
             f"tables with different device, dtype, requires_grad or mean can't share: there are {arrays} arrays"

@@ -193,6 +193,27 @@ class SlotGradient(Tensor):
         """Return a copy as a tensor of torch, (m,), as large as the array."""
         return self.pieces.copy().dense().to(dtype or self.dtype)
 
+    def numpy(self, *, force: bool = False) -> Any:
+        """Return the dense gradient as an array of numpy, in the same memory."""
+        return self.pieces.dense().numpy(force=force)
+
+    def tolist(self) -> list[float]:
+        """Return the dense gradient as a list."""
+        return self.pieces.dense().tolist()
+
+    @property
+    def data(self) -> Tensor:
+        """The gradient itself, which never requires one; what is assigned takes its place."""
+        return self
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        if value.shape != self.shape:
+            raise ValueError(f"data: expected the shape {tuple(self.shape)}, got {tuple(value.shape)}")
+        taken = SlotGradient.of(value, value)
+        Tensor.data.__set__(self, taken)  # type: ignore[attr-defined]  # the dtype and the device
+        self.pieces = taken.pieces
+
     def __repr__(self, *, tensor_contents=None) -> str:  # type: ignore[override]
         """Return the size and the dtype; ``to_dense`` has the numbers."""
         return f"SlotGradient(size={self.numel()}, dtype={self.dtype})"
@@ -274,7 +295,9 @@ def _mul(a, b):
 
 
 def _div_(grad, divisor):
-    return _mul_(grad, 1 / divisor) if _is_number(divisor) else NotImplemented
+    if not _is_number(divisor) or (not isinstance(divisor, Tensor) and divisor == 0):
+        return NotImplemented  # by 0, slots that were not read become NaN
+    return _mul_(grad, 1 / divisor)
 
 
 def _div(grad, divisor):

@@ -448,7 +448,7 @@ def _checked(module: nn.Module, name: str, saved: SavedLayer, file: str) -> nn.M
     except AttributeError:
         raise ValueError(f"{file}: has a layer {name!r}, and there is none in this {type(module).__name__}") from None
     reason, own = None, dict[str, Any]()
-    compared: tuple[str, ...] = ("tables", *_OF_TABLES)
+    compared: tuple[str, ...] = ("tables", "is_weighted", *_OF_TABLES)
     if isinstance(there, get_args(RobeLayer)):
         own = there.arguments()
         if not isinstance(there, LAYERS[kind]) or own_type(there) != saved.type:
@@ -463,6 +463,7 @@ def _checked(module: nn.Module, name: str, saved: SavedLayer, file: str) -> nn.M
         own = {what: getattr(there, what, None) for what in _OF_TABLES}
     elif kind == "RobeKeyedEmbeddingBagCollection" and hasattr(there, "embedding_bag_configs"):  # torchrec's
         own = {"tables": [asdict(own_config(table)) for table in there.embedding_bag_configs()]}  # type: ignore[operator]
+        own["is_weighted"] = there.is_weighted()  # type: ignore[operator]
     else:
         reason = f"is a {kind} there"
     for what in compared:

@@ -3,20 +3,26 @@
 What a ROBE layer has no place for is never dropped: the table that has it is left.
 """
 
-from collections.abc import Iterable, Iterator
-from functools import cache
+from collections import deque
+from collections.abc import Iterator
+from functools import cache, partial
 from itertools import islice
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
+from torch.optim import Optimizer
 
+from robe.array import DTYPES
 from robe.layers.embedding import RobeEmbedding, RobeEmbeddingBag
 
 TorchTable = nn.Embedding | nn.EmbeddingBag
-_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-_LOOKED_INTO = 1000  # entries of a list that may hold modules
+# Values that an attribute holds, directly or not, among which tables are looked for: a vocabulary may be large.
+_LOOKED_INTO = 2000
+_WITHOUT_CONTENT = (Tensor, Optimizer, type, ModuleType, FunctionType, str, bytes, int, float, type(None))
 # What a subclass may define and still be a table like any other.
 _HARMLESS = {"__init__", "__module__", "__qualname__", "__doc__", "__annotations__", "__constants__", "__repr__"}
 _HARMLESS |= {"__firstlineno__", "__static_attributes__", "__annotate_func__", "__parameters__", "__orig_bases__"}
@@ -38,14 +44,20 @@ def reason_to_leave(model: nn.Module, modules: list[TorchTable], min_rows: int, 
     weight = modules[0].weight
     if len(weight) < min_rows:
         return f"has fewer than {min_rows:,} rows"
+    if not weight.numel():
+        return "has no weights"
     for module in modules:
         reason = _reason_of_module(module)
         if reason is not None:
             return reason
-    if weight.dtype not in _DTYPES:
+    if weight.dtype not in DTYPES:
         return f"is of {weight.dtype}"
     if type(weight) is not nn.Parameter or weight.layout is not torch.strided:
         return f"its weight is a {type(weight).__name__} of layout {str(weight.layout).removeprefix('torch.')}"
+    for module in modules:
+        expected = module.num_embeddings, module.embedding_dim
+        if weight.shape != expected:
+            return f"its weight was replaced by one of shape {tuple(weight.shape)}, and it is a table of {expected}"
     if weight._backward_hooks or weight._post_accumulate_grad_hooks:
         return "its weight has hooks, which would not run: the gradient is that of an array"
     if not weight.requires_grad and init == "random":
@@ -56,6 +68,13 @@ def reason_to_leave(model: nn.Module, modules: list[TorchTable], min_rows: int, 
 def own_attributes(module: nn.Module) -> dict[str, Any]:
     """Return the attributes of a table that torch's tables don't have."""
     return {name: value for name, value in vars(module).items() if name not in _attributes_of_torch()}
+
+
+def holds_optimizer(model: nn.Module) -> bool:
+    """Return whether a model has an optimizer, which has the parameters that the model had when it was made."""
+    inside = set(model.modules())
+    held = (x for module in inside for value in own_attributes(module).values() for x in _held(value, inside))
+    return any(isinstance(x, Optimizer) for x in held)
 
 
 @cache
@@ -99,22 +118,66 @@ def _reason_of_module(module: TorchTable) -> str | None:
 def _reason_in_model(model: nn.Module, modules: list[TorchTable]) -> str | None:
     """What else in a model refers to a table, and would go on to use it."""
     weight = modules[0].weight
+    inside = set(model.modules())
     for other in model.modules():
         if other in modules:
             continue
-        if any(p is weight for p in other._parameters.values()):
-            return f"its weight is also that of a {type(other).__name__}"
+        for p in (*other._parameters.values(), *other._buffers.values()):
+            if p is not None and _share_memory(p, weight):
+                return f"its weight is also that of a {type(other).__name__}"
         for name, value in own_attributes(other).items():
-            if any(one is module for one in _held(value) for module in modules):
-                return f"is also in the attribute {name} of a {type(other).__name__}, which is no submodule"
+            where = f"also in the attribute {name} of a {type(other).__name__}"
+            for held in _held(value, inside):
+                if isinstance(held, nn.Module) and held in modules:
+                    return f"is {where}, which is no submodule"
+                if isinstance(held, Tensor) and _share_memory(held, weight):
+                    return f"its weight is {where}"
     return None
 
 
-def _held(value: Any, depth: int = 2) -> Iterator[nn.Module]:
-    """The modules in an attribute, or in the lists, tuples, sets and dicts in it."""
-    if isinstance(value, nn.Module):
-        yield value
-    elif depth and isinstance(value, (list, tuple, set, dict)):
-        entries: Iterable[Any] = value.values() if isinstance(value, dict) else value
-        for entry in islice(entries, _LOOKED_INTO):
-            yield from _held(entry, depth - 1)
+def _share_memory(one: Tensor, other: Tensor) -> bool:
+    """Whether a change of one tensor could be one of the other; pieces of one storage may lie apart."""
+    if one is other:
+        return True
+    if one.device != other.device or not (_has_memory(one) and _has_memory(other)):
+        return False
+    (first, end), (other_first, other_end) = _addresses(one), _addresses(other)
+    return first < other_end and other_first < end
+
+
+def _has_memory(x: Tensor) -> bool:
+    """Whether a tensor is a plain one, whose numbers lie in memory by its strides."""
+    is_plain = type(x).__torch_dispatch__ is Tensor.__torch_dispatch__ and not (x.is_meta or x.is_nested or is_lazy(x))
+    return is_plain and x.layout is torch.strided and x.numel() > 0
+
+
+def _addresses(x: Tensor) -> tuple[int, int]:
+    extent = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride())) + 1
+    return x.data_ptr(), x.data_ptr() + extent * x.element_size()
+
+
+def _held(value: Any, inside: set[nn.Module]) -> Iterator[nn.Module | Tensor | Optimizer]:
+    """Yield what an attribute holds, in lists and dicts, bound methods, and attributes of objects too.
+
+    Args:
+        value: of the attribute.
+        inside: the modules of the model; what these hold is found where they are.
+    """
+    waiting, seen = deque([value]), set[int]()
+    while waiting and len(seen) < _LOOKED_INTO:
+        x = waiting.popleft()
+        if id(x) in seen:
+            continue
+        seen.add(id(x))
+        if isinstance(x, (nn.Module, Tensor, Optimizer)):
+            yield x
+        if isinstance(x, _WITHOUT_CONTENT) or (isinstance(x, nn.Module) and x in inside):
+            continue
+        if isinstance(x, partial):
+            waiting.extend((x.func, x.args, x.keywords))
+        elif isinstance(x, MethodType):
+            waiting.append(x.__self__)
+        elif isinstance(x, (list, tuple, set, frozenset, deque, dict)):
+            waiting.extend(islice(x.values() if isinstance(x, dict) else x, _LOOKED_INTO))
+        elif isinstance(getattr(x, "__dict__", None), dict):
+            waiting.extend(vars(x).values())

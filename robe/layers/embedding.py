@@ -1,5 +1,6 @@
 """RobeEmbedding and RobeEmbeddingBag: nn.Embedding and nn.EmbeddingBag on a shared array."""
 
+import operator
 from collections.abc import Sequence
 from typing import Any, Unpack
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.fx import Proxy
 
+from robe.array import checked_integer
 from robe.hashing import TRAITS
 from robe.layers.options import LayerOptions, check_options
 from robe.layers.tables import RobeTables, check_finite, project
@@ -56,15 +58,17 @@ class _RobeTable(RobeTables):
             dtype=dtype,
             **options,
         )
+        num_embeddings = self._rows[0] or None  # Python's integers, of any others
+        padding_idx = None if padding_idx is None else checked_integer("padding_idx", padding_idx)
         if padding_idx is not None and num_embeddings is not None:
             if not -num_embeddings <= padding_idx < num_embeddings:
                 raise ValueError(f"padding_idx: expected to lie within {num_embeddings} rows, got {padding_idx}")
             padding_idx %= num_embeddings
         self.num_embeddings, self.padding_idx = num_embeddings, padding_idx
         self.register_buffer("padding_row", self._checked_row(padding_row))
-        self.table_id = table_id
+        self.table_id = operator.index(table_id)
         # Where there is room for every weight, the layer laid them out itself.
-        self.first_row = self._keys[0] // embedding_dim if TRAITS[self.hash].key == "slot" else first_row
+        self.first_row = self._keys[0] // self.embedding_dim if TRAITS[self.hash].key == "slot" else first_row
 
     def arguments(self) -> dict[str, Any]:
         """Return the arguments, in JSON's types, that make this layer again on the same array and admission."""

@@ -233,11 +233,19 @@ def _bags(name: str, ids: Any, weighted: bool) -> Sequence[Tensor]:
     expected = "(values, offsets, weights)" if weighted else "(B,) or (B, N) ids, or (values, offsets)"
     if isinstance(ids, Tensor) and ids.dim() in (1, 2) and not weighted:
         return ids.reshape(-1), torch.arange(len(ids) + 1, device=ids.device) * ids[:1].numel()
-    if not isinstance(ids, Sequence) or len(ids) != 2 + weighted:
-        length = f" of {len(ids)}" if isinstance(ids, Sequence) else ""
+    if not isinstance(ids, (list, tuple)) or len(ids) != 2 + weighted:
+        length = f" of {len(ids)}" if isinstance(ids, (list, tuple)) else ""
         got = f"a tensor {tuple(ids.shape)}" if isinstance(ids, Tensor) else f"a {type(ids).__name__}{length}"
         raise ValueError(f"{name}: expected {expected}, got {got}")
     values, offsets = ids[:2]
+    for what, x in zip(("values", "offsets", "weights"), ids):
+        if not isinstance(x, Tensor) or x.dim() != 1:
+            got = f"a tensor {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+            raise ValueError(f"{name}: expected {what} as a tensor of one dimension, got {got}")
+    if weighted and len(ids[2]) != len(values):
+        raise ValueError(f"{name}: expected as many weights as values, {len(values)}, got {len(ids[2])}")
+    if not len(offsets):
+        raise ValueError(f"{name}: expected offsets (B + 1,), got none")
     ends = offsets[[0, -1]]
     if not ends.is_cuda and ends.tolist() != [0, len(values)]:  # on a GPU, to look would be to wait for it
         raise ValueError(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from robe.admission import Admission
-from robe.array import Int8RobeArray, RobeArray
+from robe.array import Int8RobeArray, RobeArray, checked_integer
 from robe.hashing import HASHES, TRAITS, slots, table_key
 from robe.layers.options import LayerOptions, SharedOptions, check_options
 from robe.ops import for_torchscript  # importing it registers torch.ops.robe
@@ -69,8 +69,18 @@ class RobeTables(nn.Module):
         super().__init__()
         check_options(type(self), options, LayerOptions.__annotations__)
         block_size, hash, admission = options.get("block_size"), options.get("hash", "mix"), options.get("admission")
-        block_size = embedding_dim if block_size is None else block_size
+        num_embeddings = [n if n is None else checked_integer("num_embeddings", n) for n in num_embeddings]
+        embedding_dim = checked_integer("embedding_dim", embedding_dim)
+        block_size = embedding_dim if block_size is None else checked_integer("block_size", block_size)
+        table_ids = [checked_integer("table_id", table_id, bits=None) for table_id in table_ids]
+        first_rows = [checked_integer("first_row", first_row, bits=None) for first_row in first_rows]
+        first_slot = checked_integer("first_slot", first_slot)
         _check(num_embeddings, embedding_dim, block_size, hash)
+        sign = options.get("sign", False)
+        if sign not in (True, False):
+            raise ValueError(f"sign: expected True or False, got {sign!r:.50}")
+        if admission is not None and not isinstance(admission, Admission):
+            raise ValueError(f"admission: expected an Admission, got a {type(admission).__name__}")
         bounds = [n or 0 for n in num_embeddings]  # 0 stands for unbounded in the operators
         table_weights = None if 0 in bounds else sum(bounds) * embedding_dim
         array = resolve_array(options, table_weights=table_weights, device=device, dtype=dtype)
@@ -92,12 +102,12 @@ class RobeTables(nn.Module):
             keys = [table_key(array.seed, table_id) for table_id in table_ids]
         else:
             slots_each = embedding_dim if TRAITS[hash].key == "slot" else 1
-            keys = [first_slot + first * slots_each for first in first_rows]
+            keys = [checked_integer("first_row", first_slot + first * slots_each) for first in first_rows]
         _check_room(array, keys, bounds, embedding_dim, block_size, hash)
 
         self.array, self.admission = array, admission
         self.embedding_dim, self.block_size, self.hash = embedding_dim, block_size, hash
-        self.sign = options.get("sign", False)
+        self.sign = bool(sign)
         # Whole models that 0.8.0 pickled have these two names.
         self._keys = [keys[table] for table in table_of_feature]
         self._rows = [bounds[table] for table in table_of_feature]
@@ -353,6 +363,8 @@ def resolve_array(options: SharedOptions, *, table_weights: int | None, device, 
             f"(times smaller than the tables), got {' and '.join(names) or 'none'}"
         )
     if array is not None:
+        if not isinstance(array, (RobeArray, Int8RobeArray)):
+            raise ValueError(f"array: expected a RobeArray, got a {type(array).__name__}")
         if any(option is not None for option in (seed, init_std, dtype, device)):
             raise ValueError(
                 "seed, init_std, dtype and device belong to the array: give them to RobeArray, not beside array="
@@ -374,4 +386,5 @@ def resolve_array(options: SharedOptions, *, table_weights: int | None, device, 
                 "share one array= between the tables, or compress less"
             )
     assert robe_size is not None
+    robe_size = checked_integer("robe_size", robe_size)
     return RobeArray(robe_size, seed=seed or 0, init_std=init_std, dtype=dtype, device=device)

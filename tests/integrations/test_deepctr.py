@@ -19,6 +19,7 @@ def trained(make, ratio):
     penalties = {"l2_reg_embedding": 0} | ({} if make is AutoInt else {"l2_reg_linear": 0})
     model = make(COLUMNS, COLUMNS, dnn_hidden_units=(32, 16), seed=0, **penalties)
     if ratio:
+        model.regularization_weight.clear()  # it holds the tables' weights, with penalties of 0 too
         robe.compress(model, ratio)
     model.compile(torch.optim.Adam(model.parameters(), 0.002), "binary_crossentropy")
     batch = rows()
@@ -41,3 +42,8 @@ def test_trains_and_is_not_far_behind(make):
     assert len({id(m.array) for m in model.modules() if isinstance(m, robe.RobeEmbedding)}) == 1
     print(f"{make.__name__}: full {full:.4f}, compressed {compressed:.4f}")
     check(compressed, full)
+
+
+def test_tables_are_left_while_a_penalty_refers_to_them():
+    with pytest.raises(ValueError, match="its weight is also in the attribute regularization_weight of a DeepFM"):
+        robe.compress(DeepFM(COLUMNS, COLUMNS), 10)

@@ -3,9 +3,11 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from robe import EmbeddingBagConfig, RobeArray, RobeEmbedding, RobeEmbeddingBag, RobeEmbeddingBagCollection
 from tests.helpers.oracle import places
@@ -108,7 +110,16 @@ def test_array_shows_size_seed_and_scale():
     [
         ({"size": 0}, "size: expected at least 1 weight, got 0"),
         ({"size": -3}, "size: expected at least 1 weight, got -3"),
+        ({"size": 3.0}, "size: expected an integer, got 3.0"),
+        ({"size": 1 << 63}, "size: expected an integer of 64 bits, got 9223372036854775808"),
+        ({"size": 3, "seed": None}, "seed: expected an integer, got None"),
+        ({"size": 3, "seed": 1.0}, "seed: expected an integer, got 1.0"),
         ({"size": 3, "init_std": -0.1}, "init_std: expected at least 0, got -0.1"),
+        ({"size": 3, "init_std": float("nan")}, "init_std: expected at least 0, got nan"),
+        ({"size": 3, "init_std": float("inf")}, "init_std: expected at least 0, got inf"),
+        ({"size": 3, "init_mean": float("nan")}, "init_mean: expected a finite number, got nan"),
+        ({"size": 3, "dtype": torch.int64}, "dtype: expected one of torch.float32, .* got torch.int64"),
+        ({"size": 3, "dtype": torch.complex64}, "dtype: expected one of torch.float32, .* got torch.complex64"),
     ],
 )
 def test_array_refuses(arguments, message):
@@ -192,6 +203,14 @@ def test_linear_stays_linear_however_large_the_array(build):
         ({"robe_size": 9, "embedding_dim": 0}, "embedding_dim: expected at least 1, got 0"),
         ({"robe_size": 9, "num_embeddings": 0}, "num_embeddings: expected at least 1, or None for any int64 id, got 0"),
         ({"robe_size": 9, "hash": "md5"}, "hash: expected one of mix, linear, identity, got 'md5'"),
+        ({"robe_size": 9.0}, "robe_size: expected an integer, got 9.0"),
+        ({"robe_size": 9, "num_embeddings": 1e6}, "num_embeddings: expected an integer, got 1000000.0"),
+        ({"robe_size": 9, "num_embeddings": 1 << 63}, "num_embeddings: expected an integer of 64 bits"),
+        ({"robe_size": 9, "embedding_dim": 8.0}, "embedding_dim: expected an integer, got 8.0"),
+        ({"robe_size": 9, "block_size": 2.5}, "block_size: expected an integer, got 2.5"),
+        ({"robe_size": 9, "sign": "no"}, "sign: expected True or False, got 'no'"),
+        ({"robe_size": 9, "admission": 7}, "admission: expected an Admission, got a int"),
+        ({"array": torch.zeros(9)}, "array: expected a RobeArray, got a Tensor"),
         ({"robe_size": 9, "block_size": 0}, "block_size: expected at least 1, got 0"),
         ({"robe_size": 9, "block_size": 10}, "block_size: an array of 9 weights does not hold one block of 10"),
         ({"compression": 60}, "block_size: an array of 4 weights does not hold one block of 6"),
@@ -203,6 +222,23 @@ def test_linear_stays_linear_however_large_the_array(build):
 def test_every_layer_refuses(build, options, message):
     with pytest.raises(ValueError, match=message):
         build(**options)
+
+
+@every_layer
+def test_integers_of_numpy_are_integers(build):
+    one, other = (
+        build(ROWS, DIM, robe_size=50, block_size=4, seed=7),
+        build(*np.array([ROWS, DIM]), robe_size=np.int64(50), block_size=np.int32(4), seed=np.uint8(7)),
+    )
+    other.load_state_dict(one.state_dict())
+    assert torch.equal(read(one, torch.arange(ROWS)), read(other, torch.arange(ROWS)))
+
+
+@pytest.mark.parametrize("table_id", np.arange(-1, 2))
+def test_a_table_id_of_numpy_is_the_number(table_id):
+    array = RobeArray(50)
+    one, other = (embedding(array=array, table_id=x) for x in (table_id, int(table_id)))
+    assert torch.equal(one.full_weight(), other.full_weight())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -295,6 +331,26 @@ def test_a_layer_built_on_meta_is_filled_in_by_to_empty_and_reset_parameters(bui
 def test_forward_on_meta_gives_the_shape(build):
     layer = build(compression=10, device="meta")
     assert read(layer, torch.arange(7, device="meta")).shape == (7, DIM)
+
+
+@every_layer
+def test_a_pruned_array_trains_the_weights_that_are_kept(build):
+    """torch's prune computes the weights in a hook before forward, and an array has no forward."""
+    layer, plain = build(robe_size=50), build(robe_size=50)
+    plain.load_state_dict(layer.state_dict())
+    keep = torch.arange(50) % 2 == 0
+    prune.custom_from_mask(layer.array, "weight", keep)
+    ids = torch.arange(ROWS)
+    for _ in range(3):
+        with torch.no_grad():
+            plain.array.weight.mul_(keep)
+        assert torch.equal(read(layer, ids), read(plain, ids))
+        for one in (layer, plain):
+            one.zero_grad()
+            read(one, ids).square().sum().backward()
+            (weight,) = one.parameters()
+            with torch.no_grad():
+                weight -= 0.1 * weight.grad
 
 
 @every_layer

@@ -5,6 +5,7 @@ import gc
 import io
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -35,7 +36,7 @@ def both():
 
 
 def close(got, want):
-    torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12, equal_nan=True)
 
 
 def test_it_is_a_tensor_with_the_numbers_of_the_dense_gradient():
@@ -66,6 +67,7 @@ READS = {
     "times a tensor": lambda g: torch.tensor(3.0) * g,
     "times a vector": lambda g: g * torch.arange(97),
     "over": lambda g: g / 3,
+    "over 0": lambda g: g / 0,
     "a number over it": lambda g: 3 / (g.abs() + 1),
     "plus itself": lambda g: g + g,
     "plus twice itself": lambda g: torch.add(g, g, alpha=2),
@@ -85,7 +87,10 @@ READS = {
     "like": lambda g: torch.zeros_like(g),
     "stack": lambda g: torch.stack([g, g]),
     "sorted": lambda g: torch.sort(g).values,
-    "numpy": lambda g: torch.from_numpy(g.clone().to_dense().numpy()),
+    "numpy": lambda g: torch.from_numpy(g.numpy().copy()),
+    "an array of numpy": lambda g: torch.from_numpy(np.asarray(g).copy()),
+    "list": lambda g: torch.tensor(g.tolist(), dtype=g.dtype),
+    "data": lambda g: g.data,
 }
 
 
@@ -105,6 +110,7 @@ CHANGES = {
     "times a tensor": lambda g: g.mul_(torch.tensor(0.5)),
     "times a vector": lambda g: g.mul_(torch.arange(97)),
     "over": lambda g: g.div_(3),
+    "over 0": lambda g: g.div_(0),
     "plus": lambda g: g.add_(torch.linspace(0, 1, 97)),
     "plus twice": lambda g: g.add_(torch.linspace(0, 1, 97), alpha=2),
     "plus itself": lambda g: g.add_(g.clone(), alpha=-0.5),
@@ -120,6 +126,9 @@ CHANGES = {
     "assigned by place": lambda g: g.__setitem__(torch.tensor([3, 5]), 4.0),
     "scaled through a view": lambda g: g.view(-1)[::2].mul_(10),
     "out": lambda g: torch.mul(g, 2, out=g),
+    "through numpy": lambda g: g.numpy().fill(2),
+    "times of its data": lambda g: g.data.mul_(2),
+    "data of another": lambda g: setattr(g, "data", torch.linspace(0, 1, 97).double()),
     "not a number to zero": lambda g: g.nan_to_num_(),
 }
 
@@ -321,11 +330,17 @@ def test_it_is_saved_as_the_dense_gradient():
     close(torch.load(file, weights_only=True), weight.grad.to_dense())
 
 
-def test_a_model_with_a_gradient_changes_its_dtype():
-    model, weight, _optimizer = backward(True)
-    want = weight.grad.to_dense().float()
-    model.float()
-    torch.testing.assert_close(model.one.array.weight.grad, want)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_model_with_a_gradient_changes_its_dtype_and_trains_on(dtype):
+    (plain, dense, _), (model, weight, optimizer) = backward(False), backward(True)
+    for changed in (plain, model):
+        changed.to(dtype)
+        loss_of(changed(ids(seed=7))).backward()
+    assert weight.grad.dtype == dtype
+    torch.testing.assert_close(weight.grad.to_dense(), dense.grad)
+    before = dense.detach().clone()
+    optimizer.step()
+    torch.testing.assert_close(weight.detach(), before - 0.1 * dense.grad)
 
 
 @pytest.mark.parametrize("name", ["SGD", "Adagrad", "Adam"])

@@ -101,6 +101,20 @@ def test_a_keyed_collection(tmp_path):
             assert torch.equal(one.full_weight(name), other.full_weight(name))
 
 
+@pytest.mark.parametrize("weighted", [True, False])
+def test_a_keyed_collection_is_weighted_in_both_or_refused(weighted, tmp_path):
+    def model(weighted):
+        table = robe.EmbeddingBagConfig("a", 1000, 8)
+        layer = robe.RobeKeyedEmbeddingBagCollection([table], compression=10, is_weighted=weighted)
+        return nn.ModuleDict({"bags": layer})
+
+    saved = model(weighted)
+    robe.save(saved, tmp_path / "model")
+    assert torch.equal(robe.load(tmp_path / "model", model(weighted))["bags"].array.weight, saved["bags"].array.weight)
+    with pytest.raises(ValueError, match=f"it has is_weighted={weighted} there, and here {not weighted}"):
+        robe.load(tmp_path / "model", model(not weighted))
+
+
 @pytest.mark.parametrize(
     "other",
     [Recommender, lambda: robe.compress(Recommender(), 3, seed=8), lambda: Recommender(device="meta")],

@@ -1,5 +1,7 @@
 """What a ROBE layer has no place for is never dropped: the table is left, and the report says why."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -103,14 +105,105 @@ class HoldsInAList(nn.Module):
         return self.user(ids)
 
 
-@pytest.mark.parametrize("kept", [lambda x: [x], lambda x: {"user": (x, 3)}, lambda x: (1, [x])])
-def test_a_table_that_a_model_also_keeps_in_a_list_is_left(kept):
+class Holder:
+    def __init__(self, content):
+        self.content = content
+
+
+MODULES_KEPT = [
+    lambda x: [x],
+    lambda x: {"user": (x, 3)},
+    lambda x: (1, [x]),
+    lambda x: Holder({"a": [x]}),
+    lambda x: x.forward,
+    lambda x: partial(x, 1),
+    lambda x: [nn.Sequential(x)],
+]
+WEIGHTS_KEPT = [
+    lambda x: [([x.weight], 0.1)],  # the penalties of deepctr-torch
+    lambda x: x.weight.detach(),
+    lambda x: x.weight[-10:].detach(),
+    lambda x: list(range(500)) + [x.weight],
+]
+
+
+@pytest.mark.parametrize("kept", MODULES_KEPT)
+def test_a_table_that_a_model_also_keeps_elsewhere_is_left(kept):
     model = robe.compress(HoldsInAList(kept), 10)
     (left,) = model.compression_report.left
-    assert (left.names, left.reason) == (
-        ("user",),
-        "is also in the attribute tables of a HoldsInAList, which is no submodule",
+    reason = "is also in the attribute tables of a HoldsInAList, which is no submodule"
+    assert (left.names, left.reason) == (("user",), reason)
+
+
+@pytest.mark.parametrize("kept", WEIGHTS_KEPT)
+def test_a_table_whose_weight_a_model_also_keeps_elsewhere_is_left(kept):
+    model = robe.compress(HoldsInAList(kept), 10)
+    (left,) = model.compression_report.left
+    assert (left.names, left.reason) == (("user",), "its weight is also in the attribute tables of a HoldsInAList")
+
+
+@pytest.mark.parametrize("kept", [lambda x: None, lambda x: [torch.zeros(1000, 8)], lambda x: Holder(x.__class__)])
+def test_other_things_that_a_model_keeps_leave_no_table(kept):
+    assert not robe.compress(HoldsInAList(kept), 10).compression_report.left
+
+
+def test_an_optimizer_that_a_model_keeps_is_noted():
+    def with_optimizer(table):
+        return Holder(torch.optim.Adam(table.parameters()))
+
+    report = robe.compress(HoldsInAList(with_optimizer), 10).compression_report
+    assert not report.left
+    assert report.notes == ("the model holds an optimizer, which trains what was there before: make it again",)
+
+
+def tied_by_memory(other):
+    table = nn.Embedding(1000, 8)
+    return nn.ModuleDict({"table": table, "other": other(table), "free": nn.Embedding(1000, 8)})
+
+
+def output_layer(table):
+    layer = nn.Linear(8, 1000, bias=False)
+    layer.weight.data = table.weight.data
+    return layer
+
+
+def with_buffer(table):
+    module = nn.Module()
+    module.register_buffer("popular", table.weight.detach()[:10])
+    return module
+
+
+@pytest.mark.parametrize(
+    "other",
+    [output_layer, with_buffer, lambda table: nn.Embedding(1000, 8, _weight=table.weight.data)],
+    ids=["output layer", "buffer", "second table"],
+)
+def test_tables_that_share_memory_with_something_else_stay_tied(other):
+    model = robe.compress(tied_by_memory(other), 10)
+    assert [table.names for table in model.compression_report.swapped] == [("free",)]
+    assert "its weight is also that of a" in model.compression_report.left[0].reason
+
+
+def test_pieces_of_one_tensor_that_lie_apart_are_tables_like_others():
+    both = torch.randn(2000, 8)
+    model = nn.ModuleDict(
+        {"a": nn.Embedding(1000, 8, _weight=both[:1000]), "b": nn.Embedding(1000, 8, _weight=both[1000:])}
     )
+    assert len(robe.compress(model, 10).compression_report.swapped) == 2
+
+
+@pytest.mark.parametrize("shape", [(1500, 8), (1000, 12)])
+def test_a_table_with_a_weight_of_another_shape_is_left(shape):
+    table = changed(lambda table: setattr(table, "weight", nn.Parameter(torch.zeros(shape))))
+    reason = reason_to_leave(nn.Sequential(table), [table], min_rows=1000, init="random")
+    assert reason == f"its weight was replaced by one of shape {shape}, and it is a table of (1000, 8)"
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("empty", [nn.Embedding(0, 8), nn.Embedding(1000, 0), nn.EmbeddingBag(0, 8)])
+def test_a_table_without_weights_is_left(empty):
+    report = robe.compress(nn.ModuleDict({"a": empty, "b": nn.Embedding(1000, 8)}), 10, min_rows=0).compression_report
+    assert [table.reason for table in report.left] == ["has no weights"]
 
 
 def test_other_attributes_come_along():

@@ -275,12 +275,25 @@ def test_refused_dicts():
         ),
         ({"a": (*as_bags([[1], [2]]), weights), "b": ids}, r"features\['a'\]: " + both + "a tuple of 3"),
         ({"a": 7, "b": ids}, r"features\['a'\]: " + both + "a int"),
+        ({"a": "77", "b": ids}, r"features\['a'\]: " + both + "a str"),
+        ({"a": [1, 2], "b": ids}, r"features\['a'\]: expected values as a tensor of one dimension, got a int"),
+        ({"a": (ids, [0, 2]), "b": ids}, r"expected offsets as a tensor of one dimension, got a list"),
+        (
+            {"a": (ids, ids.view(1, 2)), "b": ids},
+            r"expected offsets as a tensor of one dimension, got a tensor \(1, 2\)",
+        ),
+        ({"a": (ids, ids[:0]), "b": ids}, r"features\['a'\]: expected offsets \(B \+ 1,\), got none"),
     ):
         with pytest.raises(ValueError, match=message):
             layer(features)
     layer = robe.RobeKeyedEmbeddingBagCollection([Config(2000, 8, "t0")], robe_size=500, is_weighted=True)
     with pytest.raises(ValueError, match=r"expected \(values, offsets, weights\), got a tensor"):
         layer({"t0": ids})
+    # Together there are as many weights as values.
+    layer = robe.RobeKeyedEmbeddingBagCollection([Config(9, 8, "t", ["a", "b"])], robe_size=500, is_weighted=True)
+    offsets = torch.tensor([0, 2])
+    with pytest.raises(ValueError, match=r"features\['a'\]: expected as many weights as values, 2, got 1"):
+        layer({"a": (ids, offsets, torch.ones(1)), "b": (ids, offsets, torch.ones(3))})
 
 
 # -- Tables that fit --------------------------------------------------------------------------------------------------
