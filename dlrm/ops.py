@@ -100,7 +100,7 @@ def pack_linear(weight: Tensor, bias: Tensor | None, block: int | None = None) -
         weight: (fan_out, fan_in) float32.
         bias: (fan_out,) or None.
         block: one of BLOCKS, to leave out the weights of this many outputs that begin at a multiple of it for an input,
-            where all are zero; None: leave out none.
+            where all are zero; None: leave out none. The first block keeps those of inputs that no other block has.
     """
     fan_out, fan_in = weight.shape
     size = PANEL if block is None else block
@@ -111,6 +111,7 @@ def pack_linear(weight: Tensor, bias: Tensor | None, block: int | None = None) -
     if block is None:
         return PackedLinear(panels, bias, torch.empty(0, dtype=torch.int32), torch.empty(0, dtype=torch.int64))
     kept = (panels != 0).any(2)  # (blocks, fan_in)
+    kept[0] |= ~kept.any(0)  # so that NaN and infinity of any input are seen
     ends = kept.sum(1).cumsum(0)
     starts = torch.cat([ends.new_zeros(1), ends, ends.new_tensor([fan_in])])
     return PackedLinear(panels[kept], bias, kept.nonzero()[:, 1].int(), starts)

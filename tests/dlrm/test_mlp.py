@@ -100,16 +100,17 @@ def test_a_row_has_the_same_bits_whatever_is_beside_it(name):
     assert all(torch.equal(result, results[0]) for result in results[1:])
 
 
-@pytest.mark.parametrize("share", [0, 0.5, 0.9, 1])
+@pytest.mark.parametrize("share", [0, 0.7, 1])
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("widths", WIDTHS, ids=str)
 def test_blocks_of_zeros_are_left_out_to_the_bit(widths, block, share):
-    for rows in (1, 3, 9, 64, 301):
+    for rows in (1, 9, 61):
         x, layers = make(widths, rows)
         layers = prune(layers, block, share)
         arguments = packed(layers, True, (block,))
         for (w, _), values in zip(layers, arguments[0]):
-            assert len(values) == (np.add.reduceat(w != 0, np.arange(0, len(w), block)) > 0).sum()
+            kept = np.add.reduceat(w != 0, np.arange(0, len(w), block)) > 0
+            assert len(values) == kept.sum() + (~kept.any(0)).sum(), "zeros for inputs without a weight"
         got = torch.ops.dlrm.mlp(float32(x), *arguments)
         assert_is(got, by_numpy(x, layers, True))
         if IS_NATIVE:
@@ -163,6 +164,15 @@ def test_nan_and_infinity_are_not_lost():
     want = torch.relu(float32(x) @ torch.eye(3))
     torch.testing.assert_close(got, want, equal_nan=True)
     assert run(x, layers, False)[0].isnan().any()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_nan_of_an_input_without_a_weight_is_seen(value):
+    x, layers = make((40, 70, 33), 5)
+    layers[0][0][:, 7] = 0
+    x[3, 7] = value
+    got = run(x, layers, False, (16,))
+    assert got.isnan().any(1).tolist() == [False, False, False, True, False]
 
 
 NO_INPUTS, NO_STARTS = [torch.zeros(0).int()] * 2, [torch.zeros(0).long()] * 2
@@ -248,8 +258,9 @@ def test_panels_hold_the_weights():
 def test_a_sparse_layer_lists_the_inputs_of_each_block():
     weight = torch.zeros(40, 7)
     weight[3, 2] = weight[20, 5] = weight[31, 2] = weight[39, 6] = 1.5
+    weight[0, 0] = weight[0, 1] = weight[0, 3] = 2.0
     values, bias, inputs, starts = pack_linear(weight, None, 16)
-    assert inputs.tolist() == [2, 2, 5, 6]
-    assert starts.tolist() == [0, 1, 3, 4, 7]
-    assert [x.nonzero().squeeze(1).tolist() for x in values] == [[3], [15], [4], [7]]
+    assert inputs.tolist() == [0, 1, 2, 3, 4, 2, 5, 6], "input 4 has no weight"
+    assert starts.tolist() == [0, 5, 7, 8, 7]
+    assert [x.nonzero().squeeze(1).tolist() for x in values] == [[0], [0], [3], [0], [], [15], [4], [7]]
     assert bias.tolist() == [0] * 48

@@ -53,7 +53,7 @@ def test_blocks_of_zeros_are_left_out(name, block):
     assert torch.equal(torch.cat(alone), predictor(dense, sparse))
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_row_has_the_same_bits_alone_and_in_any_batch(name, threads):
     predictor = Predictor(make(CONFIGS[name]))
