@@ -12,16 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from dlrm.config import DLRMConfig
 from dlrm.model import DLRM
 from robe import IdCounter
+from robe.metadata import checksum, layers_of
 from robe_files import whole_file, write_json
 from robe_json import read_json
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+_LAYOUT = "layout"  # in the metadata of the weights; files of before 0.10.0 have none
 # Counts of an admission that chooses ids during training. Only checkpoints of training keep them.
 _COUNTERS = "embeddings.admission.counter.counters"
 
@@ -63,7 +65,7 @@ def save(
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: x for name, x in contiguous_state(model).items() if name != _COUNTERS}
     with whole_file(folder / WEIGHTS) as part:
-        save_file(state, part)
+        save_file(state, part, metadata=layout(model))
     write_json(folder / CONFIG, {"model": model.config.to_dict(), "training": training, "inputs": inputs})
 
 
@@ -133,7 +135,8 @@ def build_model(config: DLRMConfig, weights_path: Path, config_name: str) -> DLR
         config_name: where the config comes from, for error messages.
 
     Raises:
-        CheckpointError: the file can't be read, or its tensors have other names or shapes than the config says.
+        CheckpointError: the file can't be read, or its tensors have other names or shapes than the config says, or
+            their rows lie elsewhere.
     """
     state = read_tensors(weights_path)
     try:
@@ -157,7 +160,27 @@ def build_model(config: DLRMConfig, weights_path: Path, config_name: str) -> DLR
         counter = IdCounter(counters.numel() * counters.element_size())
         model.embeddings.admission.counter = counter  # type: ignore[union-attr]
     model.load_state_dict(state)
+    made = layout(model)
+    if any(made.get(name) != value for name, value in _metadata(weights_path).items() if name == _LAYOUT):
+        raise CheckpointError(
+            f"{weights_path}: its rows do not lie where {config_name} says: hash_seed, block_size or sign is not that "
+            "of the training, or the filter is damaged"
+        )
     return model
+
+
+def layout(model: DLRM) -> dict[str, str]:
+    """Return the metadata of a model's weights: a checksum of what decides where rows of its array lie.
+
+    Without it, another hash_seed in the config would load, and rows would be noise. Models without an array have none.
+    """
+    layers = dict(layers_of(model))
+    return {_LAYOUT: checksum(layers)} if layers else {}
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    with safe_open(path, framework="pt") as opened:
+        return opened.metadata() or {}
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:

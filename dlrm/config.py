@@ -120,6 +120,7 @@ class DLRMConfig:
     def _check_admission(self) -> None:
         count = self.admission_bytes
         _check(count >= 0 and count % 8 == 0, "admission_bytes", "a multiple of 8", count)
+        _check(count < _MOST_FLOATS, "admission_bytes", f"less than {_MOST_FLOATS}", count)
         _check(self.embedding == "robe" or not count, "admission_bytes", "embedding='robe' with it", self.embedding)
         if count:
             left = int(self.full_floats / (self.compression or 1)) * 4

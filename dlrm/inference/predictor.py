@@ -37,7 +37,8 @@ class Predictor:
 
     Raises:
         ValueError: a dtype is unknown, there is no array for array_dtype, or this CPU lacks the instructions for
-            mlp_dtype, which would then be slower than float32.
+            mlp_dtype, which would then be slower than float32; or the model has parts that a DLRM has not, such as
+            hooks or other layers in its MLPs, which would be left out.
 
     Examples:
         >>> predictor = Predictor(checkpoint.load("runs/robe"), array_dtype="int8")
@@ -46,6 +47,7 @@ class Predictor:
 
     def __init__(self, model: DLRM, *, array_dtype: str = "float32", mlp_dtype: str = "float32"):
         check_mlp_dtype(mlp_dtype)
+        _check_model(model)
         self.config = model.config
         self.array_dtype, self.mlp_dtype = array_dtype, mlp_dtype
         self.embeddings = with_array_dtype(model.embeddings, array_dtype)
@@ -154,6 +156,23 @@ class Predictor:
                 sparse = synthetic_ids(sparse, config.hots, config.table_rows)
             ids = bags(sparse, config.hots)
         return self.embeddings(*ids).float()
+
+
+def _check_model(model: DLRM) -> None:
+    """Check that a model computes what a DLRM does, since the predictor computes that in its place."""
+    if type(model).forward is not DLRM.forward or "forward" in vars(model):
+        raise ValueError(f"model: expected a DLRM, got a {type(model).__name__} with a forward of its own")
+    for name, module in model.named_modules():
+        if name.partition(".")[0] != "embeddings" and (module._forward_hooks or module._forward_pre_hooks):
+            raise ValueError(f"model: {name or 'it'} has hooks, which a Predictor would not run")
+    for name in ("bottom", "top"):
+        for k, layer in enumerate(getattr(model, name)):
+            expected = nn.ReLU if k % 2 else nn.Linear
+            if not isinstance(layer, expected):
+                raise ValueError(f"model: expected a {expected.__name__} at {name}.{k}, got a {type(layer).__name__}")
+    for name, parameter in model.named_parameters():
+        if name.partition(".")[0] != "embeddings" and (parameter.dtype != torch.float32 or not parameter.is_cpu):
+            raise ValueError(f"model: expected float32 on the cpu, {name} is {parameter.dtype} on {parameter.device}")
 
 
 def _require_matrix(name: str, x: Tensor, width: int, *dtypes: torch.dtype) -> None:

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import robe.optim
-from dlrm.checkpoint import WEIGHTS, CheckpointError, build_model, contiguous_state, read_tensors
+from dlrm.checkpoint import WEIGHTS, CheckpointError, build_model, contiguous_state, layout, read_tensors
 from dlrm.config import DLRMConfig
 from dlrm.model import DLRM
 from robe_files import flush, rename, whole_file, write_json
@@ -259,7 +259,7 @@ def _write(
             numbers[name] = {entry: x for entry, x in values.items() if not isinstance(x, Tensor)}
             tensors |= {f"{name}/{entry}": x.contiguous() for entry, x in values.items() if isinstance(x, Tensor)}
     with whole_file(folder / WEIGHTS) as file:
-        save_file(contiguous_state(model), file)
+        save_file(contiguous_state(model), file, metadata=layout(model))
     with whole_file(folder / OPTIMIZER) as file:
         save_file(tensors, file)
     if best:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -90,7 +90,10 @@ class _SameData:
         self._passes += 1
         batches = self._read()
         found = _Content(0, 0, 0, 0)
-        for ids, labels in batches:
+        has_labels: bool | None = None
+        for k, batch in enumerate(batches):
+            ids, labels = _checked(batch, k, has_labels)
+            has_labels = labels is not None
             yield ids, labels
             found = found.and_those(ids, labels)  # which by now are known to be of the right types and shapes
         if self._first is None:
@@ -105,6 +108,26 @@ class _SameData:
                 + (", other ones" if found.ids == self._first.ids else "")
                 + "; an iterator is used up after one pass, so make it in the function"
             )
+
+
+def _checked(batch: Any, k: int, has_labels: bool | None) -> tuple[Tensor, Tensor | None]:
+    """Batch k, in which everything is as it should be; has_labels says whether those before had labels."""
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        length = f" of {len(batch)}" if isinstance(batch, (tuple, list)) else ""
+        raise ValueError(
+            f"read: expected pairs (ids, labels or None), got a {type(batch).__name__}{length} in batch {k}"
+        )
+    ids, labels = batch
+    if not isinstance(ids, Tensor) or not (labels is None or isinstance(labels, Tensor)):
+        kinds = type(ids).__name__, type(labels).__name__
+        raise ValueError(f"read: expected tensors, got {kinds[0]} and {kinds[1]} in batch {k}")
+    if has_labels not in (None, labels is not None):
+        raise ValueError(
+            f"read: expected labels in every batch or in none, got {'none' if has_labels else 'some'} in batch {k}"
+        )
+    if labels is not None and labels.is_floating_point() and labels.isnan().any():
+        raise ValueError(f"read: expected labels that are numbers, got nan in batch {k}")
+    return ids, labels
 
 
 class _Content(NamedTuple):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dlrm import DLRM, DLRMConfig, checkpoint
@@ -110,7 +111,7 @@ def test_a_failed_save_keeps_the_checkpoint_in_place(tmp_path, monkeypatch):
     checkpoint.save(tmp_path, model)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
-    def fail(state, path):
+    def fail(state, path, metadata):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
@@ -118,6 +119,32 @@ def test_a_failed_save_keeps_the_checkpoint_in_place(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         checkpoint.save(tmp_path, build("hash"))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("change", [{"hash_seed": 1}, {"block_size": 2}, {"sign": True}])
+def test_a_config_under_which_rows_lie_elsewhere_is_refused(tmp_path, change):
+    config = replace(CONFIG, robe_size=50, compression=None)
+    checkpoint.save(tmp_path, DLRM(config))
+    checkpoint.load(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(written | {"model": replace(config, **change).to_dict()}))
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: its rows do not lie where config\.json says"):
+        checkpoint.load(tmp_path)
+
+
+def test_a_damaged_filter_is_refused_and_files_of_before_the_checksum_load(tmp_path):
+    model = DLRM(replace(CONFIG, robe_size=50, compression=None, admission_bytes=8))
+    checkpoint.save(tmp_path, model)
+    path = tmp_path / "model.safetensors"
+    with safe_open(path, framework="pt") as opened:
+        metadata = opened.metadata()
+    state = load_file(path)
+    state["embeddings.admission.filter"] = state["embeddings.admission.filter"] + 1
+    save_file(state, path, metadata=metadata)
+    with pytest.raises(CheckpointError, match="or the filter is damaged"):
+        checkpoint.load(tmp_path)
+    save_file(state, path)
+    checkpoint.load(tmp_path)
 
 
 WRONG = [None, True, -1, 0, 1.5, 10**30, 2**62, "a", [], [[]], {}, [1] * 5000, [2**40], {"a": 1}]

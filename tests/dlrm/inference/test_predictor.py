@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from data.rows import Batch
 from dlrm import DLRM, DLRMConfig
@@ -288,6 +289,31 @@ def test_embeddings_may_be_any_module():
     torch.testing.assert_close(Predictor(model)(dense, sparse), expected(model, dense, sparse), rtol=0, atol=1e-6)
     with pytest.raises(ValueError, match="array_dtype: int8 needs a model with a ROBE array; this one has tables"):
         Predictor(model, array_dtype="int8")
+
+
+class Doubled(DLRM):
+    def forward(self, dense, sparse):
+        return 2 * super().forward(dense, sparse)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda model: model.top.__setitem__(1, nn.GELU()), "expected a ReLU at top.1, got a GELU"),
+        (lambda model: model.bottom.insert(1, nn.Dropout()), "expected a ReLU at bottom.1, got a Dropout"),
+        (lambda model: model.top[0].register_forward_hook(lambda *_: None), "top.0 has hooks"),
+        (lambda model: model.register_forward_pre_hook(lambda *_: None), "it has hooks"),
+        (lambda model: setattr(model, "forward", model.forward), "expected a DLRM, got a DLRM with a forward"),
+        (lambda model: setattr(model, "__class__", Doubled), "expected a DLRM, got a Doubled with a forward"),
+        (lambda model: model.double(), "expected float32 on the cpu, bottom.0.weight is torch.float64"),
+        (lambda model: model.to("meta"), "expected float32 on the cpu, bottom.0.weight is torch.float32 on meta"),
+    ],
+)
+def test_a_model_that_computes_something_else_is_refused(change, message):
+    model = make(CONFIG)
+    change(model)
+    with pytest.raises(ValueError, match=f"model: {message}"):
+        Predictor(model)
 
 
 def test_unknown_dtypes_are_refused():

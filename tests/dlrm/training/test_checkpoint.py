@@ -228,7 +228,7 @@ def test_killed_while_a_checkpoint_is_replaced(saved):
 def test_a_full_disk_is_named_and_leaves_the_others(saved, monkeypatch, file):
     checkpoints, model, optimizers = saved
 
-    def fail(state, path):
+    def fail(state, path, metadata=None):
         path.write_bytes(b"half")
         if path.name.startswith(file):
             raise OSError(28, "No space left on device")

@@ -218,6 +218,22 @@ def test_an_iterator_that_can_be_read_once_is_refused(used):
         robe.Admission.choose(lambda: once, KEYS, 100, counter_bytes=1 << 14)
 
 
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        (torch.ones(2, 3), "expected pairs .* got a Tensor in batch 1"),
+        ((DATA[0][0],), "expected pairs .* got a tuple of 1 in batch 1"),
+        ({"ids": 1, "labels": 2}, "expected pairs .* got a dict in batch 1"),
+        ((DATA[0][0].numpy(), DATA[0][1]), "expected tensors, got ndarray and Tensor in batch 1"),
+        ((DATA[0][0], None), "expected labels in every batch or in none, got none in batch 1"),
+        ((DATA[0][0], DATA[0][1] * float("nan")), "expected labels that are numbers, got nan in batch 1"),
+    ],
+)
+def test_batches_of_another_kind_are_refused(batch, message):
+    with pytest.raises(ValueError, match=f"read: {message}"):
+        robe.Admission.choose(lambda: [DATA[0], batch], KEYS, 100, counter_bytes=1 << 14)
+
+
 def test_data_that_is_no_function_is_refused():
     with pytest.raises(ValueError, match=r"read: expected a function .* got a list"):
         robe.Admission.choose(DATA, KEYS, 100, counter_bytes=1 << 14)
